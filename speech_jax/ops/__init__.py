@@ -1,0 +1,1 @@
+"""Array functions that run inside the jitted step: features, augmentation, masks, losses."""
