@@ -1,0 +1,557 @@
+"""Checkpoints of a run: {state, data position, stopper, config}, asynchronous, atomic, verified.
+
+Orbax writes each checkpoint in the background and renames it into place when it is whole, so a run
+that is killed at any moment finds its previous checkpoint intact. What orbax does not do is notice
+that bytes have changed. Two checks do, and a checkpoint that fails one is reported and the one
+before it is used, so that weights are never silently wrong: checksums of the files, verified before
+anything parses them, and digests of the arrays, computed on the devices at saving and again after
+restoring.
+
+This module sees pytrees of jax.Array and plain dicts, never models, tasks or data. All processes of
+a run call its functions together, on a directory that all of them see; one run writes to it.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import logging as std_logging
+import math
+import signal
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+_CHECKSUMS = "checksums.json"  # in each checkpoint's directory
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written or read; the message names it and the cure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint: the `state` pytree after update `step`, and the plain dicts saved with it."""
+
+    step: int
+    state: Any
+    data: dict
+    stopper: dict
+    config: dict
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory`/<step>.
+
+    Keeps the newest `keep` of them, and the one whose `metrics[best_metric]` is best ('min' or
+    'max'). A context manager: leaving it waits for the save in progress.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        keep: int = 3,
+        best_metric: str | None = None,
+        best_mode: str = "min",
+    ):
+        """Opens or creates `directory`; raises CheckpointError where that cannot be."""
+        if keep < 1:
+            raise ValueError(f"keep is {keep}: keep at least 1 checkpoint.")
+        if best_mode not in ("min", "max"):
+            raise ValueError(f"best_mode is {best_mode!r}: use 'min' or 'max'.")
+        self.directory = epath.Path(directory).absolute()  # orbax refuses relative paths
+        self._keep = keep
+        self._best = {"metric": best_metric, "mode": best_mode}
+        self._writing: int | None = None
+        self._damaged: set[int] = set()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Policy(self._kept),
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # no parsing of metadata that may be damaged
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
+        logging.get_absl_logger().addFilter(_not_an_orbax_error)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except Exception as error:
+            raise CheckpointError(
+                f"Cannot keep checkpoints in {self.directory}: {_brief(error)}. "
+                "Name a directory that exists or can be created, and that is writable."
+            ) from error
+        self._scores = _scores(self.directory, self._manager.all_steps(), best_metric)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        data: dict,
+        stopper: dict,
+        config: dict,
+        metrics: dict | None = None,
+    ) -> None:
+        """Starts saving `state` (a pytree of jax.Array) and plain dicts as checkpoint `step`.
+
+        Returns when the state has left the devices, so that it may be donated to the next step;
+        files are written behind. A step that is saved already is left as it is. Raises
+        CheckpointError where this save, or the one before it, fails; earlier ones are intact.
+        """
+        self.wait()
+        if step in self._damaged:
+            self._run(self._manager.delete, step)
+            self._damaged.remove(step)
+        if step in self._manager.all_steps():
+            return
+        leaves = _leaves(state)
+        record = {
+            "step": step,
+            "data": data,
+            "stopper": stopper,
+            "config": config,
+            "metrics": metrics or {},
+            "best": self._best,
+            "leaves": {name: _signature(leaf) for name, leaf in leaves.items()},
+            "digests": _digests(leaves),
+        }
+        score = _score(record, self._best["metric"])
+        if score is not None:
+            self._scores[step] = score
+        self._writing = step
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(leaves), record=ocp.args.JsonSave(record)
+        )
+        self._run(self._manager.save, step, args=args, force=True)
+
+    def restore(self, abstract_state: Any) -> Restored | None:
+        """Returns the newest good checkpoint, or None where there is none at all.
+
+        `abstract_state` is a pytree of jax.ShapeDtypeStruct whose shardings say where the arrays
+        go, on any mesh and any number of processes. Raises CheckpointError where every checkpoint
+        is damaged, or where one is of another model (naming the first leaf that differs).
+        """
+        self.wait()
+        found = _newest_good(
+            self.directory,
+            self._manager.all_steps(),
+            lambda step: _read(self.directory / str(step), abstract_state, prefix="", whole=True),
+            self._damaged.add,
+        )
+        if found is None:
+            return None
+        step, (record, state) = found
+        return Restored(step, state, record["data"], record["stopper"], record["config"])
+
+    def wait(self) -> None:
+        """Blocks until the save in progress is on disk; raises CheckpointError where it failed."""
+        self._run(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits for the save in progress and ends the threads."""
+        self._run(self._manager.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            logging.error("%s", failure)  # the first error is the one to raise
+
+    def _run(self, function: Callable, *args, **kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except Exception as error:
+            raise CheckpointError(
+                f"Cannot write checkpoint {self._writing} in {self.directory}: {_brief(error)}. "
+                "Check free space and permissions, then run the same command again: "
+                "earlier checkpoints are intact."
+            ) from error
+
+    def _write_checksums(self) -> None:
+        """Called by orbax in its thread, when all files are written and not yet in their place."""
+        names = [f"{self._writing}{ocp.utils.TMP_DIR_SUFFIX}", f"{self._writing}"]  # no rename: gs
+        path = next(path for path in map(self.directory.joinpath, names) if path.exists())
+        (path / _CHECKSUMS).write_text(json.dumps(_checksums(path)))
+
+    def _kept(self, steps: Sequence[int]) -> list[bool]:
+        good = [step for step in steps if step not in self._damaged]
+        kept = {*good[-self._keep :], *_best_step(good, self._scores, self._best["mode"])}
+        return [step in kept for step in steps]
+
+
+def restore_params(
+    directory: str, abstract_params: Any, *, which: str = "best", prefix: str = "params"
+) -> Any:
+    """Returns parameters alone from a run's checkpoints, for fine-tuning and evaluation.
+
+    `abstract_params` (as in `Checkpoints.restore`) may be a part of the tree under `prefix`, the
+    place of the parameters in the saved state ('params', 'ema', 'params/encoder'). `which` is
+    'best' (by the metric that the run tracked; the newest where it tracked none) or 'latest'.
+    Changes nothing in `directory`. Raises CheckpointError where there is no good checkpoint, or a
+    parameter is absent or of another shape.
+    """
+    if which not in ("best", "latest"):
+        raise ValueError(f"which is {which!r}: use 'best' or 'latest'.")
+    directory = epath.Path(directory).absolute()
+    try:
+        steps = sorted(ocp.utils.checkpoint_steps(directory))
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {directory}: {_brief(error)}.") from error
+    if which == "best":
+        steps = _by_score(directory, steps)
+    found = _newest_good(
+        directory,
+        steps,
+        lambda step: _read(directory / str(step), abstract_params, prefix=prefix, whole=False),
+    )
+    if found is None:
+        raise CheckpointError(
+            f"No checkpoint in {directory}: train first, or name a run's checkpoint directory."
+        )
+    return found[1][1]
+
+
+@dataclasses.dataclass
+class EarlyStopping:
+    """Says when a metric has not improved for `patience` evaluations in a row (0: never).
+
+    Plain state: `to_dict` goes into the checkpoint and `from_dict` brings it back.
+    """
+
+    patience: int
+    mode: str = "min"
+    best: float | None = None
+    count: int = 0
+
+    def update(self, value: float) -> bool:
+        """Takes an evaluation's result (NaN is no improvement); returns whether it is the best."""
+        sign = -1 if self.mode == "max" else 1
+        improved = not math.isnan(value) and (self.best is None or sign * value < sign * self.best)
+        self.best = value if improved else self.best
+        self.count = 0 if improved else self.count + 1
+        return improved
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the patience is at its end."""
+        return 0 < self.patience <= self.count
+
+    def to_dict(self) -> dict:
+        """Returns what the checkpoint must hold."""
+        return {"best": self.best, "count": self.count}
+
+    def from_dict(self, saved: dict) -> None:
+        """Takes what `to_dict` returned."""
+        self.best, self.count = saved["best"], saved["count"]
+
+
+def catch_preemption() -> Callable[[int], bool]:
+    """From now on SIGTERM no longer kills; returns `reached(step)`, to be asked after every step.
+
+    `reached` says that the run must save and leave now. All processes of a run ask with the same
+    step and get the same answer: after jax.distributed.initialize JAX agrees among them on a step a
+    little ahead of all of them (and hears of cloud maintenance too); without it, this process's
+    signal is the answer.
+    """
+    if jax.distributed.is_initialized():
+        return multihost_utils.reached_preemption_sync_point
+    received = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    return lambda step: bool(received)
+
+
+class _Policy:
+    """Orbax's form of "which checkpoints stay": a method that gets infos sorted by step."""
+
+    def __init__(self, kept: Callable[[Sequence[int]], list[bool]]):
+        self._kept = kept
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        return self._kept([info.step for info in checkpoints])
+
+
+# Which checkpoint: the newest good one, agreed among the processes.
+
+
+def _newest_good(
+    directory: epath.Path,
+    steps: Sequence[int],
+    read: Callable[[int], Any],
+    on_damaged: Callable[[int], Any] = lambda step: None,
+) -> tuple[int, Any] | None:
+    """Returns (step, read(step)) of the last good one of `steps`; None where there are none."""
+    steps, failures = list(steps), []
+    for step in _agreed_steps(steps):
+        try:
+            return step, read(step)
+        except _Damaged as error:
+            logging.warning("Checkpoint %d in %s is damaged, not used: %s", step, directory, error)
+            failures.append(f"checkpoint {step}: {error}")
+            on_damaged(step)
+    if not failures:
+        return None
+    raise CheckpointError(
+        f"None of the {len(failures)} checkpoints in {directory} can be used ({failures[0]}). "
+        "Bring the directory back from a copy, or move it away to start anew."
+    )
+
+
+def _agreed_steps(steps: list[int]) -> Iterator[int]:
+    """Yields process 0's `steps` from the last to the first, the same in every process.
+
+    A file system shared by hosts may for a moment list differently on each.
+    """
+    if jax.process_count() == 1:
+        yield from reversed(steps)
+        return
+    for place in range(1, 1 + int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))):
+        own = steps[-place] if place <= len(steps) else -1
+        yield int(multihost_utils.broadcast_one_to_all(np.int32(own)))
+
+
+def _scores(directory: epath.Path, steps: Sequence[int], metric: str | None) -> dict[int, float]:
+    scores = {}
+    for step in steps:
+        try:
+            score = _score(_read_record(directory / str(step)), metric)
+        except _Damaged:
+            continue  # reported when it is restored
+        if score is not None:
+            scores[step] = score
+    return scores
+
+
+def _score(record: dict, metric: str | None) -> float | None:
+    score = record["metrics"].get(metric)
+    return None if score is None or math.isnan(score) else score
+
+
+def _best_step(steps: Sequence[int], scores: dict[int, float], mode: str) -> list[int]:
+    """Returns the best scored of `steps` as a list of one (the newest of equals), or of none."""
+    scored = [step for step in steps if step in scores]
+    sign = 1 if mode == "max" else -1
+    return [max(scored, key=lambda step: (sign * scores[step], step))] if scored else []
+
+
+def _by_score(directory: epath.Path, steps: list[int]) -> list[int]:
+    """Returns `steps` with the best one last, by the metric that the newest good record names."""
+    for step in reversed(steps):
+        try:
+            best = _read_record(directory / str(step))["best"]
+        except _Damaged:
+            continue
+        last = _best_step(steps, _scores(directory, steps, best["metric"]), best["mode"])
+        return [step for step in steps if step not in last] + last
+    return steps
+
+
+# One checkpoint: reading and verifying.
+
+
+class _Damaged(Exception):
+    """This checkpoint's files are not what was saved: the message says how."""
+
+
+def _read(path: epath.Path, abstract: Any, *, prefix: str, whole: bool) -> tuple[dict, Any]:
+    """Returns the record, and the arrays that `abstract` describes, from under `prefix`; verified.
+
+    Raises _Damaged in every process if it is damaged for any, and CheckpointError where `abstract`
+    asks for other leaves than were saved (or, if `whole`, for fewer).
+    """
+    wanted = {
+        f"{prefix}/{name}" if prefix else name: _with_sharding(leaf)
+        for name, leaf in _named(abstract).items()
+    }
+    _together(lambda: _check_files(path) if jax.process_index() == 0 else None)
+    record = _together(lambda: _read_record(path))
+    _check_leaves(path, wanted, record["leaves"], whole)
+    leaves = _together(lambda: _read_leaves(path, wanted))
+    digests = _digests(leaves)
+    for name in wanted:
+        if digests[name] != record["digests"][name]:
+            raise _Damaged(f"{name} is not what was saved (its digest differs)")
+    return record, jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
+
+
+def _together(read: Callable[[], Any]) -> Any:
+    """Returns read(); raises _Damaged in all processes if it does in one, so that none waits."""
+    result, failure = None, None
+    try:
+        result = read()
+    except _Damaged as error:
+        failure = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.int32(failure is not None))
+        if failure is None and failed.any():
+            failure = _Damaged(f"process {int(failed.argmax())} cannot read it")
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _checksums(path: epath.Path) -> dict[str, list[int]]:
+    """Returns {file: [bytes, CRC-32]} for all files of a checkpoint's two items."""
+    files = [
+        folder / name
+        for item in ("record", "state")
+        for folder, _, names in (path / item).walk()
+        for name in names
+    ]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # zlib releases the GIL
+        sums = list(pool.map(_checksum, files))
+    return {str(file.relative_to(path)): pair for file, pair in zip(files, sums, strict=True)}
+
+
+def _checksum(file: epath.Path) -> list[int]:
+    size, crc = 0, 0
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def _check_files(path: epath.Path) -> None:
+    try:
+        saved, found = json.loads((path / _CHECKSUMS).read_text()), _checksums(path)
+        damaged = [name for name, pair in saved.items() if found.get(name) != pair]
+    except Exception as error:  # damaged bytes make JSON of any type, or none
+        raise _Damaged(f"its checksums cannot be verified ({_brief(error)})") from error
+    if damaged:
+        raise _Damaged(f"{damaged[0]} is not what was saved")
+
+
+def _read_record(path: epath.Path) -> dict:
+    try:
+        return ocp.JsonCheckpointHandler().restore(path / "record")
+    except Exception as error:  # damaged, or just deleted by the run that wrote it
+        raise _Damaged(f"its record cannot be read ({_brief(error)})") from error
+
+
+def _read_leaves(path: epath.Path, wanted: dict) -> dict[str, jax.Array]:
+    # The handler alone, without a Checkpointer: it has no barriers, so that a process which fails
+    # does not leave the others waiting.
+    args = ocp.args.PyTreeRestore(
+        wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    try:
+        leaves = ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
+        return {name: jax.block_until_ready(leaves[name]) for name in wanted}
+    except Exception as error:  # tensorstore and orbax raise many types
+        raise _Damaged(f"its arrays cannot be read ({_brief(error)})") from error
+
+
+def _check_leaves(path: epath.Path, wanted: dict, saved: dict, whole: bool) -> None:
+    cure = "Use the configuration that the checkpoint was trained with, or another directory."
+    for name, leaf in wanted.items():
+        if name not in saved:
+            raise CheckpointError(f"Checkpoint {path} has no {name}: this model needs it. {cure}")
+        if _signature(leaf) != saved[name]:
+            raise CheckpointError(
+                f"Checkpoint {path} has {name} as {saved[name]}, and this model needs "
+                f"{_signature(leaf)}. {cure}"
+            )
+    extra = [name for name in saved if name not in wanted]
+    if whole and extra:
+        raise CheckpointError(f"Checkpoint {path} has {extra[0]}, unknown to this model. {cure}")
+
+
+def _brief(error: Exception) -> str:
+    """Returns the error on one line of bounded length: orbax's and tensorstore's run over many."""
+    text = " ".join(str(error).split()).split(" [tensorstore_spec")[0] or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+
+
+def _not_an_orbax_error(record: std_logging.LogRecord) -> bool:
+    """A log filter: orbax logs an error with pages of traceback before it is raised, and handled."""
+    return record.levelno < std_logging.ERROR or "orbax" not in record.pathname
+
+
+# Leaves: names, shapes, digests.
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Returns the leaves by name, in tree order: {'params/encoder/kernel': leaf}.
+
+    Saved under these names, a checkpoint does not depend on the classes of the containers.
+    """
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
+    if len(named) < len(pairs):
+        raise ValueError('Two leaves of the state have the same name: a key has a "/" in it.')
+    return named
+
+
+def _leaves(state: Any) -> dict[str, jax.Array]:
+    named = _named(state)
+    for name, leaf in named.items():
+        if not isinstance(leaf, jax.Array):
+            raise TypeError(f"{name} is a {type(leaf).__name__}: make it a jax.Array to save it.")
+    return named
+
+
+def _signature(leaf: Any) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns `leaf`, placed on this process's first device where it does not say where it goes."""
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _digests(leaves: dict[str, jax.Array]) -> dict[str, list[int]]:
+    """Returns two 32-bit sums for each array, of its bits and their places, for any sharding."""
+    first = next(iter(leaves.values())).sharding
+    replicated = None
+    if isinstance(first, jax.sharding.NamedSharding):
+        replicated = jax.sharding.NamedSharding(first.mesh, jax.sharding.PartitionSpec())
+    sums = np.asarray(_digest_program(replicated)(list(leaves.values())))
+    return {name: pair.tolist() for name, pair in zip(leaves, sums, strict=True)}
+
+
+@functools.lru_cache
+def _digest_program(out_sharding: jax.sharding.Sharding | None):
+    return jax.jit(lambda leaves: jnp.stack(list(map(_digest, leaves))), out_shardings=out_sharding)
+
+
+def _digest(leaf: jax.Array) -> jax.Array:
+    """Returns uint32 [2]: sums modulo 2^32 of a hash of each word and its place in the array.
+
+    Sums commute, so that any sharding gives the same; computed where the data is, at memory speed.
+    """
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(leaf, f"uint{8 * min(leaf.dtype.itemsize, 4)}")
+    words = words.astype(jnp.uint32)  # 8-byte types have become two words each, in a new last axis
+    place = jnp.zeros(words.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(words.ndim)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place += index * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    hashed = _mix(words ^ _mix(place))
+    return jnp.stack([hashed.sum(dtype=jnp.uint32), _mix(hashed ^ place).sum(dtype=jnp.uint32)])
+
+
+def _mix(word: jax.Array) -> jax.Array:
+    """Returns MurmurHash3's 32-bit finalizer: one bit in changes half of the bits out."""
+    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)

@@ -1,0 +1,252 @@
+"""LibriSpeech's archives: where they are, and how to download and unpack them safely."""
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import http.client
+import os
+import pathlib
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+import rich.console
+import rich.progress
+
+_BLOCK = 1 << 20
+_TIMEOUT = 60  # seconds without a byte
+_STALLED = 5  # connections in a row that bring a download no further
+_REFUSED = "nothing of it was unpacked; get the archive from its publisher"
+
+
+class Archive(NamedTuple):
+    """Where an archive is and the MD5 sum it must have."""
+
+    url: str
+    md5: str
+
+
+def _openslr(resource: int, **md5: str) -> dict[str, Archive]:
+    base = f"https://www.openslr.org/resources/{resource}"
+    names = {key.replace("_", "-"): value for key, value in md5.items()}
+    return {name: Archive(f"{base}/{name}.tar.gz", value) for name, value in names.items()}
+
+
+# The sums are those of OpenSLR's own md5sum.txt in resources 12 (LibriSpeech) and 31 (mini).
+ARCHIVES: dict[str, Archive] = _openslr(
+    12,
+    dev_clean="42e2234ba48799c1f50f24a7926300a1",
+    dev_other="c8d0bcc9cca99d4f8b62fcc847357931",
+    test_clean="32fa31d27d2e1cad72775fee3f4849a9",
+    test_other="fb5a50374b501bb3bac4815ee91d3135",
+    train_clean_100="2a93770f6d5c6c964bc36631d331a522",
+    train_clean_360="c0e676e450a7ff2f54aeade5171606fa",
+    train_other_500="d1a0fd59409feb2c614ce4d30c387708",
+) | _openslr(
+    31,
+    dev_clean_2="6d7ab67ac6a1d2c993d050e16d61080d",
+    train_clean_5="5df7d4e78065366204ca6845bb08f490",
+)
+
+
+class ArchiveError(ValueError):
+    """An archive that cannot be fetched or must not be unpacked; the message says the cure."""
+
+
+def download(url: str, target: str | os.PathLike, md5: str) -> None:
+    """Downloads `url` to the file `target`, which appears only when it is whole and its sum right.
+
+    What arrives goes to `target`.part; a cut connection, and a later call, go on from there.
+    Of several processes that want the same file one downloads and the others wait for it.
+
+    Raises:
+      ArchiveError: without a network, on a wrong sum (the part is then removed), a full disk, or
+        a server's refusal.
+    """
+    target = pathlib.Path(target)
+    part = target.with_name(target.name + ".part")
+    with _locked(part) as out, _progress() as progress:
+        if target.exists():  # another process was faster
+            part.unlink(missing_ok=True)
+            return
+        most = stalled = 0
+        while broken := _receive(url, out, progress):
+            size = out.seek(0, os.SEEK_END)
+            stalled = 0 if size > most else stalled + 1
+            most = max(most, size)
+            if stalled == _STALLED:
+                raise ArchiveError(
+                    f"the connection to {_host(url)} keeps breaking ({broken}); run the command "
+                    "again later to go on from there"
+                )
+        found = _md5(out, progress)
+        if found != md5:
+            part.unlink()
+            raise ArchiveError(
+                f"{url} has the checksum {found} in place of {md5}; the download is removed, so "
+                "start it again, and if that does not help the server's copy is damaged"
+            )
+        os.replace(part, target)
+
+
+def extract(file: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Unpacks the split named as `folder` out of a .tar.gz; `folder` appears only when whole.
+
+    The archive may hold NAME/SPEAKER/..., LibriSpeech/NAME/SPEAKER/... (the official ones) or
+    SPEAKER/... itself.
+
+    Raises:
+      ArchiveError: for a damaged archive, one without the split, a full disk, and for members that
+        are absolute, climb with '..', or are anything but files and folders. Nothing is left then.
+    """
+    file, folder = pathlib.Path(file), pathlib.Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
+    except OSError as error:
+        raise ArchiveError(f"cannot unpack {file} into {folder}: {error.strerror}") from error
+    try:
+        _unpack(file, temporary)
+        top = pathlib.Path(temporary)
+        places = (top / folder.name, *top.glob(f"*/{folder.name}"), top)
+        split = next((place for place in places if any(place.glob("*/*/*.trans.txt"))), None)
+        if split is None:
+            raise ArchiveError(
+                f"{file} holds no transcripts {folder.name}/SPEAKER/CHAPTER/*.trans.txt; check "
+                "that it is the archive of that split"
+            )
+        os.chmod(split, 0o755)
+        if not folder.exists():  # another process may have been faster
+            os.rename(split, folder)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ArchiveError(
+            f"{file} is damaged or no .tar.gz ({error}); delete it and get it again"
+        ) from error
+    except OSError as error:
+        raise ArchiveError(
+            f"cannot unpack {file} beside {folder} ({error.strerror or error}); make room or check "
+            "the rights, and run again"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unpack(file: pathlib.Path, folder: str) -> None:
+    """Unpacks every member below `folder`, refusing the archive at the first that is unsafe."""
+    with (
+        _progress() as progress,
+        progress.open(file, "rb", description=f"Unpacking {file.name}") as stream,
+        tarfile.open(fileobj=stream, mode="r|gz") as archive,
+    ):
+        for member in archive:
+            path = pathlib.PurePosixPath(member.name)
+            # The 'data' filter would strip a leading slash and allow harmless links and '..';
+            # no honest corpus has them, so the archive is refused as a whole.
+            if path.is_absolute() or ".." in path.parts:
+                raise ArchiveError(
+                    f"{file}: member {member.name!r} points outside the folder; {_REFUSED}"
+                )
+            if not (member.isfile() or member.isdir()):
+                raise ArchiveError(
+                    f"{file}: member {member.name!r} is a link or device; {_REFUSED}"
+                )
+            archive.extract(member, folder, filter="data")
+
+
+def _receive(url: str, out: BinaryIO, progress: rich.progress.Progress) -> str:
+    """Appends to `out` what is missing of `url`: '' when it is whole, else why it broke off."""
+    start = out.seek(0, os.SEEK_END)
+    request = urllib.request.Request(url, headers={"User-Agent": "speech_jax"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return ""  # nothing is missing; the checksum judges
+        raise ArchiveError(f"{url}: the server answered {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:  # no network, refused, timed out
+        reason = getattr(error, "reason", error)
+        raise ArchiveError(f"no connection to {_host(url)} ({reason})") from error
+    with response:
+        if start and response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            out.truncate(start := 0)  # this server cannot resume
+        missing = int(response.headers.get("Content-Length", 0))
+        free = shutil.disk_usage(os.path.dirname(out.name)).free
+        if missing > free:
+            raise ArchiveError(_no_space(out.name, f"{missing - free:,} bytes more are needed"))
+        name = f"Downloading {url.rpartition('/')[2]}"
+        task = progress.add_task(name, total=start + missing, completed=start)
+        try:
+            while block := response.read(_BLOCK):
+                missing -= len(block)
+                progress.advance(task, len(block))
+                try:
+                    out.write(block)
+                except OSError as error:
+                    raise ArchiveError(_no_space(out.name, error.strerror)) from error
+        except (OSError, http.client.HTTPException) as error:
+            return str(error) or type(error).__name__
+        finally:
+            progress.remove_task(task)
+    return "it closed early" if missing > 0 else ""
+
+
+def _md5(file: BinaryIO, progress: rich.progress.Progress) -> str:
+    total = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    task = progress.add_task("Checking", total=total)
+    digest = hashlib.md5(usedforsecurity=False)
+    while block := file.read(_BLOCK):
+        digest.update(block)
+        progress.advance(task, len(block))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(part: pathlib.Path) -> Iterator[BinaryIO]:
+    """Opens `part` for appending and reading, alone among processes."""
+    while True:
+        try:
+            file = open(part, "ab+", buffering=0)  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise ArchiveError(f"cannot write {part} ({error.strerror})") from error
+        with file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever held the lock may have renamed or removed the file that was waited for.
+            if not (part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat())):
+                continue
+            try:
+                yield file
+            finally:
+                if part.exists() and part.stat().st_size == 0:
+                    part.unlink()
+            return
+
+
+def _progress() -> rich.progress.Progress:
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    return rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
+
+
+def _host(url: str) -> str:
+    return urllib.parse.urlsplit(url).netloc
+
+
+def _no_space(file: str, reason: str) -> str:
+    return f"cannot write {file} ({reason}); make room or choose another root, and run again"

@@ -1,0 +1,428 @@
+"""Prepares a corpus for training: many audio files become a few TFDS files in ArrayRecord format.
+
+A prepared corpus opens at once, reads fast from network storage, and is one folder to copy.
+
+  python -m speech_jax.data.prepare --source=librispeech --root=data/LibriSpeech \\
+      --splits=train-clean-100,dev-clean --out=data/prepared
+
+Then train with --config.data.source=prepared --config.data.root=data/prepared.
+
+Each split becomes a TFDS dataset of its own, OUT/utterances/SPLIT/1.0.0, so that splits can be
+added later. It holds FLAC audio (FLAC files as they are, other formats as 16-bit FLAC that decodes
+to the same samples), text, speaker, label and duration, and reads also with
+tfds.data_source("utterances/SPLIT", split="train", data_dir=OUT). All audio is decoded once, so
+damaged files are found here. A split appears only when it is complete; one that is there already
+is left alone unless --overwrite is given.
+
+Encoding runs in --workers processes. For a corpus beyond one machine, --beam_runner writes the
+shards in parallel on Apache Beam (pip install "speech_jax[beam]"). TensorFlow is not needed.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.progress
+import tensorflow_datasets as tfds
+from absl import app, flags, logging
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from speech_jax.data import audio, sources
+
+_SPLIT = "train"  # what TFDS calls the only split of a dataset
+
+Encoded = tuple[bytes, int, int] | str  # (FLAC, samples, rate), or why there is none
+
+
+class Utterances(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """One split of a corpus as a TFDS dataset, whose config has the name of the split.
+
+    It is built shard by shard, because TFDS's builders for plain generators spill to disk through
+    TensorFlow as soon as a dataset is larger than 1 GB.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, shards: Sequence[Callable[[], Iterator]] = (), **kwargs):
+        self._shards = shards
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "id": tfds.features.Text(),
+            "flac": tfds.features.Scalar(np.bytes_),
+            "text": tfds.features.Text(),
+            "speaker": tfds.features.Text(),
+            "label": tfds.features.Text(),
+            "duration": tfds.features.Scalar(np.float32),  # seconds; samples / rate is exact
+            "samples": tfds.features.Scalar(np.int64),
+            "rate": tfds.features.Scalar(np.int32),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Utterances prepared by speech_jax.data.prepare.",
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+        )
+
+    def _shard_iterators_per_split(self, dl_manager):
+        del dl_manager
+        return {_SPLIT: self._shards}
+
+    def _download_and_prepare(self, dl_manager, download_config=None):
+        super()._download_and_prepare(dl_manager, download_config)
+        # TFDS 4.9.10 puts the lengths of shards that Beam wrote in the order of their numbers as
+        # text ("10" before "2"), so that records are not found: count them anew, in order.
+        split = self.info.splits[_SPLIT]
+        lengths = [len(ArrayRecordDataSource([str(file)])) for file in split.filepaths]
+        self.info.set_splits(tfds.core.splits.SplitDict([split.replace(shard_lengths=lengths)]))
+
+
+# ---- Writing -----------------------------------------------------------------------------------
+
+
+def prepare(
+    source: sources.Source,
+    split: str,
+    out: str | os.PathLike,
+    *,
+    workers: int = 1,
+    on_error: str = "raise",
+    overwrite: bool = False,
+    shard_hours: float = 4.0,
+    beam_runner: Any = None,
+    beam_options: Sequence[str] = (),
+) -> dict[str, str]:
+    """Writes `source` as the prepared `split` below `out`; returns what was skipped and why.
+
+    Args:
+      workers: processes that decode and encode.
+      on_error: 'raise' for audio that cannot be decoded, or 'skip' to leave it out.
+      overwrite: whether to replace the split where it exists; otherwise it is left as it is.
+      shard_hours: hours of speech in a file; one file of encoded audio is held in memory.
+      beam_runner: the name of an Apache Beam runner that writes the shards, in place of `workers`.
+      beam_options: Beam's pipeline options as NAME=VALUE.
+
+    Raises:
+      SourceError: for audio that cannot be decoded, and for a source that is prepared already.
+    """
+    folder = _folder(out, split)
+    if folder.exists() and not overwrite:
+        logging.info("%s is there already and is left as it is", folder)
+        return {}
+    files = [source.open(index) for index in range(len(source.utterances))]
+    if not all(isinstance(file, str) for file in files):
+        raise sources.SourceError(f"split {split!r} is prepared already; copy its folder instead")
+    shards = [
+        Shard(source.utterances[start:stop], files[start:stop], on_error)
+        for start, stop in _shard_bounds(source.utterances, shard_hours * 3600)
+    ]
+    skipped: dict[str, str] = {}
+    config = tfds.download.DownloadConfig()
+    pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if beam_runner:
+            from apache_beam.options import pipeline_options
+
+            arguments = [f"--{option}" for option in beam_options]
+            config.beam_runner = beam_runner
+            config.beam_options = pipeline_options.PipelineOptions(arguments)
+        else:
+            encode = stack.enter_context(_encoder(workers))
+            progress = stack.enter_context(_progress())
+            task = progress.add_task(f"Preparing {split}", total=len(files))
+            local = _Local(encode, skipped, lambda: progress.advance(task))
+            shards = [dataclasses.replace(shard, local=local) for shard in shards]
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{split}-", dir=out))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # TFDS's own progress
+        builder = Utterances(
+            shards=shards, data_dir=temporary, config=tfds.core.BuilderConfig(name=split)
+        )
+        builder.download_and_prepare(download_dir=f"{temporary}/downloads", download_config=config)
+        written = _folder(temporary, split)
+        if not _load_index(written, _data(written), sources.default_cache()):
+            raise sources.SourceError(f"every utterance of split {split!r} was skipped")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(written, folder)
+    return skipped
+
+
+@dataclasses.dataclass(frozen=True)
+class _Local:
+    """What the shards share when one process writes them: encoder, skips, progress."""
+
+    encode: Callable[[Iterable[str]], Iterator[Encoded]]
+    skipped: dict[str, str]
+    advance: Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Generates the examples of one file. Without `local` it can be sent to another machine."""
+
+    utterances: Sequence[sources.Utterance]
+    files: Sequence[str]
+    on_error: str
+    local: _Local | None = None
+
+    def __call__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields (id, example) in order."""
+        encode = self.local.encode if self.local else _encode_serially
+        for utterance, encoded in zip(self.utterances, encode(self.files), strict=True):
+            if self.local:
+                self.local.advance()
+            if isinstance(encoded, str):
+                if self.on_error == "raise":
+                    raise sources.SourceError(
+                        f"utterance {utterance.id!r}: {encoded}; restore or delete it, or leave "
+                        "such files out with --on_error=skip"
+                    )
+                logging.warning("skipped utterance %s: %s", utterance.id, encoded)
+                if self.local:
+                    self.local.skipped[utterance.id] = encoded
+                continue
+            flac, samples, rate = encoded
+            yield (
+                utterance.id,
+                {
+                    "id": utterance.id,
+                    "flac": flac,
+                    "text": utterance.text,
+                    "speaker": utterance.speaker,
+                    "label": utterance.label,
+                    "duration": samples / rate,
+                    "samples": samples,
+                    "rate": rate,
+                },
+            )
+
+
+def _shard_bounds(utterances: Sequence[sources.Utterance], seconds: float) -> list[tuple[int, int]]:
+    """Cuts the utterances into runs of about `seconds` each: [(start, stop)]."""
+    ends = np.cumsum([utterance.duration for utterance in utterances])
+    count = max(1, round(ends[-1] / seconds))
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count, side="right")
+    cuts = sorted({0, *cuts.tolist(), len(utterances)})
+    return list(itertools.pairwise(cuts))
+
+
+@contextlib.contextmanager
+def _encoder(workers: int) -> Iterator[Callable[[Iterable[str]], Iterator[Encoded]]]:
+    """Yields a function that encodes files in order, in `workers` processes."""
+    if workers <= 1:
+        yield _encode_serially
+        return
+    # Spawned: the parent has threads by now (progress, TFDS), which a fork does not survive.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn")
+    )
+
+    def encode(files: Iterable[str]) -> Iterator[Encoded]:
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        for file in files:
+            waiting.append(pool.submit(_encode, file))
+            if len(waiting) >= 4 * workers:  # bounds what is encoded and not yet written
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    try:
+        yield encode
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _encode_serially(files: Iterable[str]) -> Iterator[Encoded]:
+    return map(_encode, files)
+
+
+def _encode(file: str) -> Encoded:
+    try:
+        return audio.to_flac(file)
+    except audio.AudioError as error:
+        return str(error)
+
+
+# ---- Reading -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSource:
+    """Utterances in ArrayRecord; `data` reads one record at a time, from any thread."""
+
+    utterances: Sequence[sources.Utterance]
+    skipped: dict[str, str]
+    folder: pathlib.Path
+    data: Any
+
+    def open(self, index: int) -> io.BytesIO:
+        """Returns the FLAC file of `utterances[index]`."""
+        if not 0 <= index < len(self.utterances):
+            raise IndexError(f"utterance {index} of {len(self.utterances)}")
+        try:
+            return io.BytesIO(self.data[index]["flac"])
+        except (RuntimeError, ValueError, OSError) as error:
+            raise audio.AudioError(
+                f"utterance {self.utterances[index].id!r} cannot be read from {self.folder} "
+                f"({error}); copy or prepare the split again"
+            ) from error
+
+
+def open_prepared(
+    root: pathlib.Path, split: str, on_error: str, cache: pathlib.Path
+) -> PreparedSource:
+    """Opens what `prepare` wrote. Raises SourceError where it is absent or incomplete."""
+    del on_error  # every record was decoded when it was written
+    folder = _folder(root, split)
+    if not folder.is_dir():
+        known = sorted(path.parent.name for path in root.glob(f"utterances/*/{folder.name}"))
+        raise sources.SourceError(
+            f"there is no prepared split {split!r} in {root}; it has {', '.join(known) or 'none'}; "
+            "write it with python -m speech_jax.data.prepare"
+        )
+    data = _data(folder)
+    return PreparedSource(tuple(_load_index(folder, data, cache)), {}, folder, data)
+
+
+def _folder(root: str | os.PathLike, split: str) -> pathlib.Path:
+    return pathlib.Path(root) / "utterances" / split / str(Utterances.VERSION)
+
+
+def _data(folder: pathlib.Path) -> Any:
+    """Returns the records of a split as a sequence of dicts."""
+    try:
+        builder = tfds.builder_from_directory(folder)
+        files = builder.info.splits[_SPLIT].filepaths
+    except (OSError, KeyError, ValueError, AttributeError) as error:
+        raise sources.SourceError(
+            f"{folder} is damaged ({error}); copy or prepare the split again"
+        ) from error
+    for file in files:
+        if not (os.path.isfile(file) and os.path.getsize(file)):
+            raise sources.SourceError(
+                f"{file} is missing or empty; copy or prepare the split again"
+            )
+    return builder.as_data_source(_SPLIT)
+
+
+def _load_index(folder: pathlib.Path, data: Any, cache: pathlib.Path) -> list[sources.Utterance]:
+    """Returns the utterances of a split without their audio.
+
+    They are read once from the records and kept beside the data or, where that is read-only, in
+    the cache.
+    """
+    stamp = (folder / "dataset_info.json").stat().st_mtime_ns
+    places = (
+        folder / "index.jsonl",
+        cache / "prepared" / f"{sources.digest(folder)}-{stamp}.jsonl",
+    )
+    for file in places:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or damaged
+            rows = [sources.Utterance(*json.loads(line)) for line in file.open(encoding="utf-8")]
+            if len(rows) == len(data):
+                return rows
+    with _progress() as progress:
+        task = progress.add_task(f"Indexing {folder.parent.name}", total=len(data))
+        rows = []
+        for record in data:
+            rows.append(_utterance(record))
+            progress.advance(task)
+    text = "".join(json.dumps(dataclasses.astuple(row)) + "\n" for row in rows)
+    for file in places:
+        try:
+            sources.write_atomically(file, text)
+            break
+        except OSError as error:
+            logging.info("the index cannot be kept in %s (%s)", file, error.strerror)
+    return rows
+
+
+def _utterance(record: dict[str, Any]) -> sources.Utterance:
+    texts = {key: record[key].decode() for key in ("id", "text", "speaker", "label")}
+    return sources.Utterance(duration=int(record["samples"]) / int(record["rate"]), **texts)
+
+
+def _progress() -> rich.progress.Progress:
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    return rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
+
+
+# ---- Command -----------------------------------------------------------------------------------
+
+
+def define_flags() -> None:
+    """Defines the command's flags; not at import, since training imports this module too."""
+    kinds = ["librispeech", "manifest", "synthetic"]
+    flags.DEFINE_enum("source", "librispeech", kinds, "Kind of the corpus.")
+    flags.DEFINE_string("root", "", "Folder of the corpus.")
+    flags.DEFINE_list("splits", [], "Splits to prepare, separated by commas.")
+    flags.DEFINE_string("out", None, "Folder to write to.", required=True)
+    flags.DEFINE_integer("workers", os.cpu_count(), "Processes that encode.", lower_bound=1)
+    flags.DEFINE_enum(
+        "on_error", "raise", ["raise", "skip"], "Whether a bad utterance ends it or is left out."
+    )
+    flags.DEFINE_bool("overwrite", False, "Replace splits that are there already.")
+    flags.DEFINE_float("shard_hours", 4.0, "Hours of speech in a file.", lower_bound=0.001)
+    flags.DEFINE_string("cache", None, "Folder for derived data [~/.cache/speech_jax].")
+    flags.DEFINE_string("beam_runner", None, "Apache Beam runner, for example DirectRunner.")
+    flags.DEFINE_list("beam_options", [], "Beam's pipeline options: NAME=VALUE,...")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prepares every split that the flags name."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    args = flags.FLAGS
+    if not args.splits:
+        raise app.UsageError("--splits names no split; for example --splits=train-clean-100")
+    try:
+        for split in args.splits:
+            source = sources.open_source(
+                args.source, root=args.root, split=split, on_error=args.on_error, cache=args.cache
+            )
+            skipped = source.skipped | prepare(
+                source,
+                split,
+                args.out,
+                workers=args.workers,
+                on_error=args.on_error,
+                overwrite=args.overwrite,
+                shard_hours=args.shard_hours,
+                beam_runner=args.beam_runner,
+                beam_options=args.beam_options,
+            )
+            print(f"{split}: {_folder(args.out, split)}, {len(skipped)} utterances skipped")
+            for name, why in skipped.items():
+                print(f"  skipped {name}: {why}")
+    except sources.SourceError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    # Under its own name, so that what is sent to other processes can be found there.
+    from speech_jax.data import prepare as module
+
+    module.define_flags()
+    flags.adopt_module_key_flags(module)
+    app.run(module.main)

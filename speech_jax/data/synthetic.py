@@ -1,0 +1,344 @@
+"""A corpus spoken by espeak-ng: numbers, dates, times and commands in many English voices.
+
+Made offline in seconds and kept on disk as 16 kHz FLAC with a manifest. It is a pure function of
+(seed, split, number of utterances), and a longer corpus begins with the utterances of a shorter
+one. No sentence and no voice is in two splits: a hash of the sentence names its split, and each
+voice variant (espeak's imitation of a speaker) belongs to one. All splits share the accents.
+
+espeak-ng (GPL-3.0) comes through the package espeakng-loader, which the extra `quickstart` names.
+It is run in processes of its own: `python -m speech_jax.data.synthetic` is what they run.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+
+import numpy as np
+import rich.console
+import rich.progress
+import soundfile
+
+import speech_jax
+from speech_jax.data import audio, sources
+
+SPLITS = ("train", "dev", "test")
+SAMPLE_RATE = 16000
+# Part of the folder's name: raise it when the same arguments give other audio or sentences.
+VERSION = 1
+# Utterances to a process of their own: it makes a difference to the audio, so it is a constant.
+_CHUNK = 10
+_SIZES = {"train": 3000, "dev": 200, "test": 300}
+
+# ---- Sentences ---------------------------------------------------------------------------------
+
+_DIGITS, _TEENS, _TENS, _ORDINALS, _MONTHS, _DAYS = map(
+    str.split,
+    (
+        "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE",
+        "TEN ELEVEN TWELVE THIRTEEN FOURTEEN FIFTEEN SIXTEEN SEVENTEEN EIGHTEEN NINETEEN",
+        "TWENTY THIRTY FORTY FIFTY",
+        "FIRST SECOND THIRD FOURTH FIFTH SIXTH SEVENTH EIGHTH NINTH TENTH ELEVENTH TWELFTH "
+        "THIRTEENTH FOURTEENTH FIFTEENTH SIXTEENTH SEVENTEENTH EIGHTEENTH NINETEENTH TWENTIETH",
+        "JANUARY FEBRUARY MARCH APRIL MAY JUNE JULY AUGUST SEPTEMBER OCTOBER NOVEMBER DECEMBER",
+        "MONDAY TUESDAY WEDNESDAY THURSDAY FRIDAY SATURDAY SUNDAY",
+    ),
+)
+
+
+def _number(n: int) -> str:
+    """Spells 0 to 59."""
+    if n < 20:
+        return (_DIGITS + _TEENS)[n]
+    tens, units = divmod(n, 10)
+    return _TENS[tens - 2] + (f" {_DIGITS[units]}" if units else "")
+
+
+def _ordinal(n: int) -> str:
+    """Spells 1st to 31st."""
+    if n <= 20:
+        return _ORDINALS[n - 1]
+    return "THIRTIETH" if n == 30 else f"{_TENS[n // 10 - 2]} {_ORDINALS[n % 10 - 1]}"
+
+
+def _time(rng: random.Random) -> str:
+    hour, minute = _number(rng.randint(1, 12)), rng.randint(1, 59)
+    clock = f"{hour} OH {_DIGITS[minute]}" if minute < 10 else f"{hour} {_number(minute)}"
+    spoken = rng.choice([clock, clock, f"HALF PAST {hour}", f"QUARTER TO {hour}"])
+    return spoken + rng.choice(["", " IN THE MORNING", " IN THE EVENING"])
+
+
+def _date(rng: random.Random) -> str:
+    return f"THE {_ordinal(rng.randint(1, 31))} OF {rng.choice(_MONTHS)}"
+
+
+def _sentence(rng: random.Random) -> str:
+    kinds = (
+        lambda: "CALL " + " ".join(rng.choices(_DIGITS, k=rng.randint(3, 6))),
+        lambda: f"SET AN ALARM FOR {_time(rng)}",
+        lambda: f"WAKE ME UP ON {rng.choice(_DAYS)} AT {_time(rng)}",
+        lambda: f"SET A TIMER FOR {_number(rng.randint(2, 59))} {rng.choice(['MINUTES', 'HOURS'])}",
+        lambda: f"THE MEETING IS ON {_date(rng)}",
+        lambda: f"MOVE THE MEETING FROM {_date(rng)} TO {rng.choice(_DAYS)}",
+        lambda: (
+            f"TURN {rng.choice(['ON', 'OFF'])} THE {rng.choice(['LIGHT', 'RADIO'])} AT {_time(rng)}"
+        ),
+        lambda: f"PLAY TRACK {_number(rng.randint(1, 59))} AT VOLUME {_number(rng.randint(1, 20))}",
+    )
+    return rng.choice(kinds)()
+
+
+def split_of(sentence: str) -> str:
+    """Returns the split that a sentence belongs to, by its hash: 8 in 10 are for training."""
+    tenth = hashlib.sha256(sentence.encode()).digest()[0] % 10
+    return "dev" if tenth == 8 else "test" if tenth == 9 else "train"
+
+
+# ---- Voices ------------------------------------------------------------------------------------
+
+# espeak's English accents. (The Shavian one reads another alphabet.)
+ACCENTS = (
+    "en",
+    "en-029",
+    "en-GB-scotland",
+    "en-GB-x-gbclan",
+    "en-GB-x-gbcwmd",
+    "en-GB-x-rp",
+    "en-US",
+    "en-US-nyc",
+)
+# Its variants, less robots, whispers and those that rush; what was made from one another is in
+# the same split.
+VARIANTS = {
+    split: tuple(names.split())
+    for split, names in {
+        "train": "m1 m2 m3 m5 m6 m8 f1 f2 f5 Alex Alicia Andy Denis Diogo Gene Gene2 Henrique Jacky "
+        "Lee Mario Michael Mike Nguyen RicishayMax adam announcer aunty belinda benjamin boris "
+        "edward edward2 fast gustave ian iven2 iven3 iven4 john kaukovalta klatt klatt3 marcelo "
+        "max mike2 miguel norbert pablo paul rob shelby steph steph2 travis",
+        "dev": "m4 f4 Hugo Reed ed linda robert",
+        "test": "m7 f3 Annie david grandma grandpa quincy sandro victor michel",
+    }.items()
+}
+
+
+def utterances(split: str, count: int, seed: int) -> Iterator[dict]:
+    """Yields what is said, and how: id, text, speaker, words a minute, pitch, intonation, peak.
+
+    Sentences are distinct in dev and test; in training one may come again in another voice.
+    """
+    rng = random.Random(f"speech_jax {VERSION} {seed} {split}")
+    said: set[str] = set()
+    while len(said) < count:
+        sentence = _sentence(rng)
+        if split_of(sentence) != split or (split != "train" and sentence in said):
+            continue
+        number = len(said)
+        said.add(sentence if split != "train" else str(number))
+        yield {
+            "id": f"{split}-{number:06d}",
+            "text": sentence,
+            "speaker": f"{rng.choice(ACCENTS)}+{rng.choice(VARIANTS[split])}",
+            "rate": rng.randint(110, 160),
+            "pitch": rng.randint(30, 70),
+            "range": rng.randint(30, 70),
+            "peak": round(10 ** rng.uniform(-1, -0.05), 3),
+        }
+
+
+# ---- The corpus on disk ------------------------------------------------------------------------
+
+
+def open_split(
+    root: str | os.PathLike,
+    split: str,
+    *,
+    utterances: int | None = None,
+    seed: int = 0,
+    processes: int | None = None,
+) -> sources.Source:
+    """Opens a split, spoken first if it is not on disk.
+
+    Args:
+      root: the folder to keep it in.
+      split: one of `SPLITS`.
+      utterances: how many; by default 3000 (2.2 hours) to train, 200 for dev, 300 for test.
+      seed: other sentences and voices.
+      processes: how many speak; by default one for each core.
+
+    Raises:
+      SourceError: an unknown split or size, a folder that cannot be written, or no espeak-ng.
+    """
+    if split not in SPLITS:
+        raise sources.SourceError(
+            f"the synthetic corpus has no split {split!r}; it has {', '.join(SPLITS)}"
+        )
+    count = _SIZES[split] if utterances is None else utterances
+    if not 1 <= count <= 1_000_000:
+        raise sources.SourceError(f"utterances is {count}; it must be 1 to 1,000,000")
+    folder = pathlib.Path(root) / "synthetic" / f"v{VERSION}-seed{seed}-{split}-{count}"
+    if not folder.is_dir():
+        _make(folder, split, count, seed, processes or os.cpu_count() or 1)
+    return sources.open_source("manifest", root=folder, split=split, cache=root)
+
+
+def _make(folder: pathlib.Path, split: str, count: int, seed: int, processes: int) -> None:
+    """Speaks a split into a folder that appears whole or not at all."""
+    if importlib.util.find_spec("espeakng_loader") is None:
+        raise sources.SourceError(
+            "the synthetic corpus is spoken by espeak-ng, which is not installed: "
+            "pip install 'speech_jax[quickstart]'"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise sources.SourceError(
+            f"the synthetic corpus cannot be written to {folder.parent} ({error.strerror}); name "
+            "another folder in SPEECH_JAX_CACHE"
+        ) from error
+    try:
+        lines = list(utterances(split, count, seed))
+        _speak_all(part, lines, min(processes, count), f"Speaking {split}")
+        with open(part / f"{split}.jsonl", "w", encoding="utf-8") as manifest:
+            for line in lines:
+                file = f"{line['id']}.flac"
+                row = {"audio_filepath": file, "duration": audio.duration(str(part / file))}
+                row |= {key: line[key] for key in ("id", "text", "speaker")}
+                manifest.write(json.dumps(row) + "\n")
+        part.chmod(0o755)
+        with contextlib.suppress(FileExistsError):
+            part.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another process made the same meanwhile
+            raise sources.SourceError(
+                f"the synthetic corpus cannot be written to {folder} ({error.strerror})"
+            ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _speak_all(folder: pathlib.Path, lines: list[dict], processes: int, title: str) -> None:
+    """Divides the lines among processes and waits for them."""
+    package = pathlib.Path(speech_jax.__file__).parent.parent
+    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    chunks = [lines[start : start + _CHUNK] for start in range(0, len(lines), _CHUNK)]
+    workers, logs = [], []
+    with (
+        contextlib.ExitStack() as stack,
+        rich.progress.Progress(console=rich.console.Console(stderr=True)) as progress,
+    ):
+        task = progress.add_task(title, total=len(lines))
+        for i in range(processes):
+            todo = stack.enter_context(tempfile.TemporaryFile("w+"))
+            todo.writelines(json.dumps(chunk) + "\n" for chunk in chunks[i::processes])
+            todo.seek(0)
+            logs.append(stack.enter_context(tempfile.TemporaryFile("w+")))
+            workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", __spec__.name, str(folder)],
+                    stdin=todo,
+                    stdout=subprocess.PIPE,
+                    stderr=logs[-1],
+                    # The workers fork, which wants a process with a single thread.
+                    env=os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+                )
+            )
+            stack.callback(workers[-1].stdout.close)
+            stack.callback(workers[-1].wait)
+            stack.callback(workers[-1].kill)
+        for worker, log in zip(workers, logs, strict=True):
+            for _ in worker.stdout:
+                progress.advance(task, processes * _CHUNK)  # the others are about as far
+            if worker.wait():
+                log.seek(0)
+                last = (log.read().strip().splitlines() or ["no message"])[-1]
+                raise sources.SourceError(f"espeak-ng failed: {last}")
+        progress.update(task, completed=len(lines))
+
+
+# ---- The speaking process ----------------------------------------------------------------------
+
+# Constants of espeak-ng/speak_lib.h.
+_SYNCHRONOUS, _CHARACTERS, _UTF8 = 2, 1, 1
+_PARAMETERS = {"rate": 1, "pitch": 3, "range": 4}
+_SAMPLES_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
+
+
+def _work(folder: str) -> None:
+    """Speaks the lines of standard input into `folder`, printing a line for each line.
+
+    What espeak-ng says depends on what it said before, so each line (a JSON list of utterances) is
+    spoken by a fork of this process, in which it has said nothing yet.
+    """
+    import espeakng_loader
+
+    espeak = ctypes.CDLL(espeakng_loader.get_library_path())
+    data = espeakng_loader.get_data_path().encode()
+    rate = espeak.espeak_Initialize(_SYNCHRONOUS, 0, data, 0)
+    if rate <= 0:
+        raise OSError(f"espeak-ng cannot start with its data in {data.decode()}")
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                for utterance in json.loads(line):
+                    samples = audio.resample(
+                        _trim(_say(espeak, utterance), rate), rate, SAMPLE_RATE
+                    )
+                    gain = utterance["peak"] * 32767 / np.abs(samples.astype(int)).max()
+                    samples = np.rint(samples * gain).astype(np.int16)
+                    file = os.path.join(folder, f"{utterance['id']}.flac")
+                    soundfile.write(file, samples, SAMPLE_RATE)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(1)
+        print(flush=True)
+
+
+def _say(espeak: ctypes.CDLL, utterance: dict) -> np.ndarray:
+    """Returns int16 samples at espeak's own rate."""
+    spoken: list[bytes] = []
+
+    @_SAMPLES_CALLBACK
+    def keep(samples, count, events):
+        if samples and count > 0:
+            spoken.append(ctypes.string_at(samples, 2 * count))
+        return 0
+
+    espeak.espeak_SetSynthCallback(keep)
+    espeak.espeak_ng_SetRandSeed(1)  # the breath in some voices; seeded with the time otherwise
+    if espeak.espeak_SetVoiceByName(f"gmw/{utterance['speaker']}".encode()):
+        raise OSError(f"espeak-ng has no voice {utterance['speaker']}")
+    for name, number in _PARAMETERS.items():
+        espeak.espeak_SetParameter(number, utterance[name], 0)
+    text = utterance["text"].lower().encode()  # it would spell capitals
+    espeak.espeak_Synth(text, len(text) + 1, 0, _CHARACTERS, 0, _UTF8, None, None)
+    return np.frombuffer(b"".join(spoken), np.int16)
+
+
+def _trim(samples: np.ndarray, rate: int, margin: float = 0.1) -> np.ndarray:
+    """Cuts silence at both ends to at most `margin` seconds."""
+    loud = np.flatnonzero(np.abs(samples.astype(int)) > 300)
+    return samples[max(0, loud[0] - int(margin * rate)) : loud[-1] + int(margin * rate)]
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1])

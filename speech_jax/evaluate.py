@@ -1,0 +1,155 @@
+"""Word and character error rates of a split; padding and filler rows never count."""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from speech_jax import checkpoint, experiment, sharding
+from speech_jax.config import split_names
+from speech_jax.data import text
+from speech_jax.metrics import ErrorCounts, count_errors
+
+_PREDICTIONS = "predictions"
+
+
+class Evaluator:
+    """Recognizes splits with a task; shapes that were compiled once stay compiled."""
+
+    def __init__(self, config: ConfigDict, task, tokenizer, mesh, param_shardings):
+        self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
+        self._predict = jax.jit(
+            task.predict,
+            in_shardings=(param_shardings, None, NamedSharding(mesh, sharding.BATCH)),
+        )
+        self._corpora = {}
+
+    def corpus(self, split: str):
+        """The split's utterances, opened once."""
+        if split not in self._corpora:
+            self._corpora[split] = experiment.evaluation_corpus(self._config, split)
+        return self._corpora[split]
+
+    def recognize(self, params, state, split: str) -> Iterator[tuple[int, str]]:
+        """(place in the source, hypothesis) of every utterance; the same on every process."""
+        batches = experiment.evaluation_batches(self._config, self.corpus(split), self._mesh)
+        for batch in batches:
+            index = _everywhere(sharding.put_batch({"index": batch["index"]}, self._mesh))["index"]
+            found = self._predict(params, state, sharding.put_batch(batch, self._mesh))
+            found = _everywhere(found)
+            for row, place in enumerate(index):
+                if place >= 0:
+                    labels = found["labels"][row, : found["label_length"][row]]
+                    yield int(place), self._tokenizer.decode(labels)
+
+    def score(
+        self, params, state, split: str, *, predictions: pathlib.Path | None = None
+    ) -> ErrorCounts:
+        """Errors of a split; `predictions` is a file for what was recognized, a line an utterance."""
+        utterances = self.corpus(split).source.utterances
+        total, lines = ErrorCounts(), []
+        for place, hypothesis in self.recognize(params, state, split):
+            utterance = utterances[place]
+            reference = text.normalize(utterance.text, self._tokenizer.normalizer)
+            errors = count_errors(reference, hypothesis)
+            total += errors
+            line = {"id": utterance.id, "reference": reference, "hypothesis": hypothesis}
+            lines.append(json.dumps(line | {"wer": round(errors.wer, 4)}, ensure_ascii=False))
+        skipped = self.corpus(split).skipped
+        if skipped:
+            logging.warning("%s: %d utterances could not be read: %s", split, len(skipped), skipped)
+        if predictions and jax.process_index() == 0:
+            predictions.parent.mkdir(exist_ok=True)
+            predictions.write_text("\n".join(lines) + "\n")
+        return total
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None] = print) -> dict:
+    """Evaluates the best checkpoint of a workdir on `config.data.eval_splits`.
+
+    Adds the splits to the workdir's results.json and returns all of it.
+    """
+    experiment.claim_workdir(workdir, config, sections=("model", "features", "text"))
+    mesh = sharding.make_mesh(**config.mesh)
+    tokenizer = experiment.make_tokenizer(config, workdir)
+    statistics = experiment.feature_statistics(config, workdir)
+    task = experiment.make_task(config, tokenizer.vocabulary_size, statistics)
+    shapes = jax.eval_shape(task.init, jax.random.key(0), probe(config, mesh))
+    params, state = restore(config, workdir, mesh, *shapes)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    evaluator = Evaluator(config, task, tokenizer, mesh, shardings)
+    splits = score_splits(
+        evaluator, params, state, split_names(config.data.eval_splits), workdir, report
+    )
+    return write_results(workdir, splits)
+
+
+def probe(config: ConfigDict, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a small batch, to initialize from."""
+    rows, samples = sharding.batch_shards(mesh), config.data.sample_rate
+    shapes = {
+        "audio": ((rows, samples), "int16"),
+        "audio_length": ((rows,), "int32"),
+        "labels": ((rows, 8), "int32"),
+        "label_length": ((rows,), "int32"),
+        "weight": ((rows,), "float32"),
+        "index": ((rows,), "int32"),
+    }
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def restore(config: ConfigDict, workdir: pathlib.Path, mesh, params, state):
+    """The (averaged, if so trained) parameters and the model state of the best checkpoint."""
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        params,
+        sharding.shard_params(params, mesh),
+    )
+    whole = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), state
+    )
+    folder = str(workdir / "checkpoints")
+    prefix = "ema" if config.train.ema_decay else "params"
+    params = checkpoint.restore_params(folder, abstract, prefix=prefix)
+    state = checkpoint.restore_params(folder, whole, prefix="model_state") if state else state
+    return params, state
+
+
+def score_splits(evaluator, params, state, splits, workdir, report) -> dict[str, dict]:
+    """results.json's entry of each split; hypotheses go to workdir/predictions/SPLIT.jsonl."""
+    results = {}
+    for split in splits:
+        path = workdir / _PREDICTIONS / f"{split}.jsonl"
+        errors = evaluator.score(params, state, split, predictions=path)
+        results[split] = errors.results()
+        report(
+            f"{split}: WER {100 * errors.wer:.2f}%, CER {100 * errors.cer:.2f}% "
+            f"({errors.utterances} utterances, {errors.words} words)"
+        )
+    return results
+
+
+def write_results(workdir: pathlib.Path, splits: dict, **others) -> dict:
+    """Merges into workdir/results.json; splits are added, other entries replaced."""
+    path = workdir / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {"splits": {}}
+    results["splits"].update(splits)
+    results.update(others)
+    if jax.process_index() == 0:
+        scratch = path.with_suffix(".partial")
+        scratch.write_text(json.dumps(results, indent=2) + "\n")
+        scratch.replace(path)
+    return results
+
+
+def _everywhere(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Global arrays as numpy on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(arrays)
+    return multihost_utils.process_allgather(arrays, tiled=True)

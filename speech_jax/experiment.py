@@ -1,0 +1,276 @@
+"""From a configuration to the parts of a run: sources, tokenizer, corpora, batches, task.
+
+Training, evaluation and deployment build the same parts here, so that they cannot disagree.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from speech_jax import models, sharding
+from speech_jax.config import split_names
+from speech_jax.data import audio, pipeline, sources, text
+from speech_jax.errors import UserError
+from speech_jax.ops import augment, features
+from speech_jax.registry import lookup
+from speech_jax.tasks.asr import ASR
+from speech_jax.tasks.frontend import FrontEnd
+
+# What may change between the runs that share a workdir: where things are and how fast they go,
+# never what is computed.
+_FREE = (
+    "data.root", "data.cache", "data.threads", "data.eval_splits", "data.test_splits",
+    "data.eval_buckets", "data.noise_root", "train.log_every", "checkpoint", "mesh",
+)  # fmt: skip
+
+
+class WorkdirError(UserError):
+    """A workdir that this run cannot use; the message says which one would do."""
+
+
+def claim_workdir(workdir: pathlib.Path, config: ConfigDict, *, sections=None) -> None:
+    """Records the configuration in a fresh workdir, or checks that it is the one recorded there.
+
+    `sections` limits the check (evaluation needs the same model, not the same schedule) and asks
+    for a workdir that was trained in.
+
+    Raises:
+      WorkdirError: it cannot be written, or holds another configuration.
+    """
+    path = workdir / "config.json"
+    resolved = json.loads(config.to_json())
+    try:
+        recorded = json.loads(path.read_text())
+    except FileNotFoundError:
+        if sections:
+            raise WorkdirError(f"{workdir} holds no config.json: train there first") from None
+        recorded = None
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"{path} cannot be read ({error}): use another --workdir") from error
+    if recorded is not None:
+        compared = {name: (recorded.get(name), resolved[name]) for name in sections or resolved}
+        for key, old, new in _differences(compared):
+            raise WorkdirError(
+                f"{workdir} was trained with config.{key}={old!r}, not {new!r}: use another "
+                f"--workdir, or the same value"
+            )
+        return
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_suffix(".partial")
+            scratch.write_text(json.dumps(resolved, indent=2) + "\n")
+            scratch.replace(path)
+        except OSError as error:
+            raise WorkdirError(f"cannot write to --workdir={workdir}: {error}") from error
+    _barrier("config")
+
+
+def _differences(pairs, prefix=""):
+    for name, (old, new) in pairs.items():
+        key = f"{prefix}{name}"
+        if key in _FREE:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys())}
+            yield from _differences(inner, f"{key}.")
+        elif old != new:
+            yield key, old, new
+
+
+# ---- Data --------------------------------------------------------------------------------------
+
+
+def open_splits(config: ConfigDict, names: str) -> sources.Source:
+    """One source of the splits in `names`, which are joined by commas."""
+    data = config.data
+    opened = [
+        sources.open_source(
+            data.source,
+            root=data.root,
+            split=name,
+            on_error=data.on_error,
+            cache=data.cache or None,
+            **data.arguments,
+        )
+        for name in split_names(names)
+    ]
+    return opened[0] if len(opened) == 1 else sources.concatenate(opened)
+
+
+def make_tokenizer(config: ConfigDict, workdir: pathlib.Path, source=None) -> text.Tokenizer:
+    """The tokenizer stored in the workdir; where there is none yet, made of a source's transcripts."""
+    path = workdir / "tokenizer.json"
+    if not path.exists():
+        if source is None:
+            raise WorkdirError(f"{workdir} holds no tokenizer.json: train there first")
+        if jax.process_index() == 0:
+            made = text.make_tokenizer(
+                config.text.tokenizer,
+                [utterance.text for utterance in source.utterances],
+                normalizer=config.text.normalizer,
+                vocabulary_size=config.text.vocabulary_size,
+            )
+            made.save(path)
+        _barrier("tokenizer")
+    return text.load_tokenizer(path)
+
+
+def training_corpus(config: ConfigDict, source, tokenizer, task: ASR) -> pipeline.Corpus:
+    """The utterances of `source` that can be trained on; the others are counted in the log."""
+    data = config.data
+    corpus = pipeline.encode_corpus(
+        source,
+        tokenizer,
+        sample_rate=data.sample_rate,
+        min_seconds=data.min_seconds,
+        max_seconds=data.max_seconds,
+        output_lengths=lambda samples: task.encoder.output_lengths(task.frontend.lengths(samples)),
+        max_speed=max(data.speeds),
+        on_error=data.on_error,
+    )
+    for name, reason in list(corpus.left_out.items())[:5]:
+        logging.warning("left out: %s: %s", name, reason)
+    if len(corpus.left_out) > 5:
+        logging.warning("left out: %d utterances in all", len(corpus.left_out))
+    return corpus
+
+
+def evaluation_corpus(config: ConfigDict, split: str) -> pipeline.Corpus:
+    """All utterances of a split: none is left out for its length or its transcript."""
+    source = open_splits(config, split)
+    return pipeline.encode_corpus(source, None, sample_rate=config.data.sample_rate)
+
+
+def training_buckets(config: ConfigDict, corpus: pipeline.Corpus, mesh):
+    """The batch shapes of training."""
+    return pipeline.corpus_buckets(
+        corpus,
+        count=config.data.buckets,
+        batch_seconds=config.data.batch_seconds,
+        rows_multiple=sharding.batch_shards(mesh) * config.train.accumulate,
+        speeds=config.data.speeds,
+    )
+
+
+def training_batches(config: ConfigDict, corpus: pipeline.Corpus, buckets, start: int):
+    """Endless batches of this process's rows, from the batch number `start` on."""
+    data = config.data
+    noise = None
+    if data.noise_root:
+        noise = pipeline.open_noise(
+            data.noise_root, probability=data.noise_probability, snr_db=data.noise_snr_db
+        )
+    return pipeline.batches(
+        corpus,
+        buckets,
+        seed=config.seed,
+        start=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        speeds=data.speeds,
+        noise=noise,
+        on_error=data.on_error,
+        threads=data.threads,
+    )
+
+
+def evaluation_batches(config: ConfigDict, corpus: pipeline.Corpus, mesh) -> Iterator[dict]:
+    """One pass over a corpus, this process's rows; the last batch may hold filler rows."""
+    longest = float(corpus.samples.max()) / config.data.sample_rate
+    buckets = pipeline.corpus_buckets(
+        corpus,
+        count=config.data.eval_buckets,
+        batch_seconds=max(config.data.batch_seconds, longest),
+        rows_multiple=sharding.batch_shards(mesh),
+    )
+    return pipeline.batches(
+        corpus,
+        buckets,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        shuffle=False,
+        repeat=False,
+        on_error=config.data.on_error,
+        threads=config.data.threads,
+    )
+
+
+# ---- Task --------------------------------------------------------------------------------------
+
+
+def make_task(config: ConfigDict, vocabulary_size: int, statistics=None) -> ASR:
+    """The task that the configuration names, around its encoder and front end."""
+    encoder = models.make_encoder(**config.model)
+    settings = dict(config.features)
+    normalize = settings.pop("normalize")
+    policy = dict(config.spec_augment)
+    start, name = policy.pop("start_step"), policy.pop("policy")
+    frontend = FrontEnd(
+        kind=encoder.frontend,
+        log_mel={"sample_rate": config.data.sample_rate, **settings},
+        normalize=normalize,
+        spec_augment=lookup("SpecAugment policy", augment.POLICIES, name) if name else None,
+        spec_augment_start=start,
+        **(statistics or {}),
+    )
+    return ASR(encoder, frontend, vocabulary_size)
+
+
+def feature_statistics(config: ConfigDict, workdir: pathlib.Path, source=None):
+    """{'mean', 'std'} [mels] for global normalization, stored in the workdir; else None.
+
+    They are of a thousand utterances drawn from `source`, which is enough for two moments.
+    """
+    if config.features.normalize != "global":
+        return None
+    path = workdir / "features.json"
+    if not path.exists():
+        if source is None:
+            raise WorkdirError(f"{workdir} holds no features.json: train there first")
+        if jax.process_index() == 0:
+            path.write_text(json.dumps(_measure(config, source)))
+        _barrier("features")
+    return {
+        name: np.asarray(value, np.float32) for name, value in json.loads(path.read_text()).items()
+    }
+
+
+def _measure(config: ConfigDict, source) -> dict[str, list[float]]:
+    settings = {k: v for k, v in config.features.items() if k != "normalize"}
+    rate = config.data.sample_rate
+    size = round(rate * config.data.max_seconds)
+
+    @jax.jit
+    def moments(samples, length):
+        mels, frames = features.log_mel(
+            features.to_waveform(samples), length, sample_rate=rate, **settings
+        )
+        return frames.sum(), mels.sum((0, 1)), jnp.square(mels).sum((0, 1))
+
+    rng = np.random.default_rng(config.seed)
+    total = np.zeros((), np.float64)
+    for place in rng.permutation(len(source.utterances))[:1000]:
+        try:
+            samples = audio.decode(source.open(int(place)), rate)[:size]
+        except audio.AudioError:
+            continue
+        padded = np.zeros((1, size), np.int16)
+        padded[0, : len(samples)] = samples
+        count, first, second = moments(padded, np.asarray([len(samples)], np.int32))
+        total = total + np.stack([np.full(first.shape, count), first, second]).astype(np.float64)
+    count, first, second = total
+    mean = first / count
+    return {"mean": mean.tolist(), "std": np.sqrt(second / count - mean**2 + 1e-5).tolist()}
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

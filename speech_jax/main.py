@@ -1,0 +1,74 @@
+"""Trains and evaluates speech recognizers.
+
+  python -m speech_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+  python -m speech_jax.main --config=configs/librispeech.py:conformer_m --workdir=runs/m \\
+      --config.data.root=/data/LibriSpeech --config.train.steps=200000
+  python -m speech_jax.main --mode=evaluate --config=configs/librispeech.py --workdir=runs/s \\
+      --config.data.eval_splits=test-other
+
+Train and run the same command again after an interruption: it goes on where it was. A workdir
+holds config.json, tokenizer.json, checkpoints/, metrics.jsonl, tensorboard/, predictions/ and
+results.json. Every setting and its meaning: speech_jax/config.py; override any with
+--config.SECTION.KEY=VALUE.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe, such as configs/quickstart.py.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes.")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "evaluate"],
+    "train: train, or go on training. evaluate: score the best checkpoint of the workdir on "
+    "config.data.eval_splits.",
+)
+
+
+def main(argv: list[str]) -> None:
+    """Checks the flags, joins the other processes, runs the mode."""
+    if len(argv) > 1:
+        raise app.UsageError(f"not a flag: {argv[1]} (did you mean --{argv[1].lstrip('-')}?)")
+    # Only now, so that --help and a wrong flag answer at once.
+    import jax
+
+    from speech_jax import config, evaluate, train
+    from speech_jax.errors import UserError
+
+    try:
+        config.check(_CONFIG.value)
+        _join_processes(jax)
+        workdir = pathlib.Path(_WORKDIR.value).absolute()
+        if _MODE.value == "evaluate":
+            evaluate.run(_CONFIG.value, workdir)
+        else:
+            train.run(_CONFIG.value, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _join_processes(jax) -> None:
+    """Connects the processes of a pod: told by launch/local.sh, or found by JAX."""
+    coordinator = os.environ.get("SPEECH_JAX_COORDINATOR")
+    if coordinator:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            coordinator,
+            int(os.environ["SPEECH_JAX_NUM_PROCESSES"]),
+            int(os.environ["SPEECH_JAX_PROCESS_ID"]),
+        )
+    elif os.environ.get("SPEECH_JAX_DISTRIBUTED"):
+        jax.distributed.initialize()
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,104 @@
+"""Scores as sums that can be merged, and the writers that metrics go to."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+
+from rapidfuzz.distance import Levenshtein
+from tensorboardX import SummaryWriter
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorCounts:
+    """Word and character errors of any number of utterances; adding two merges their corpora.
+
+    Rates are of the sums over the corpus, so they depend neither on batches nor on their order.
+    """
+
+    utterances: int = 0
+    words: int = 0
+    insertions: int = 0
+    deletions: int = 0
+    substitutions: int = 0
+    characters: int = 0
+    character_errors: int = 0
+
+    def __add__(self, other: "ErrorCounts") -> "ErrorCounts":
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return ErrorCounts(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    @property
+    def wer(self) -> float:
+        """Word error rate; without a reference word, 0 or (if there are insertions) infinity."""
+        return _rate(self.insertions + self.deletions + self.substitutions, self.words)
+
+    @property
+    def cer(self) -> float:
+        """Character error rate, spaces counted."""
+        return _rate(self.character_errors, self.characters)
+
+    def results(self) -> dict[str, float | int]:
+        """What results.json holds of a split."""
+        names = ("insertions", "deletions", "substitutions", "words", "utterances")
+        return {"wer": self.wer, "cer": self.cer} | {name: getattr(self, name) for name in names}
+
+
+def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
+    """Edits of a minimal alignment of two texts; words are what whitespace separates."""
+    words, spoken = reference.split(), hypothesis.split()
+    edits = [tag for tag, _, _ in Levenshtein.editops(words, spoken).as_list()]
+    characters, heard = " ".join(words), " ".join(spoken)
+    return ErrorCounts(
+        utterances=1,
+        words=len(words),
+        insertions=edits.count("insert"),
+        deletions=edits.count("delete"),
+        substitutions=edits.count("replace"),
+        characters=len(characters),
+        character_errors=Levenshtein.distance(characters, heard),
+    )
+
+
+def _rate(errors: int, total: int) -> float:
+    if total:
+        return errors / total
+    return float("inf") if errors else 0.0
+
+
+class Writer:
+    """Appends scalar metrics to metrics.jsonl and TensorBoard event files in `directory`.
+
+    Only lines of steps that a resumed run will not write again are kept: call `truncate` with the
+    step that was restored.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._path = directory / "metrics.jsonl"
+        self._board = SummaryWriter(str(directory / "tensorboard"))
+
+    def truncate(self, step: int) -> None:
+        """Drops the lines after `step`, and a line that a kill left unfinished."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:
+                continue
+        scratch = self._path.with_suffix(".partial")
+        scratch.write_text("".join(line + "\n" for line in kept))
+        scratch.replace(self._path)
+
+    def write(self, step: int, values: Mapping[str, float | int]) -> None:
+        """One line of JSON, and one point in each TensorBoard plot."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes what TensorBoard holds back."""
+        self._board.close()

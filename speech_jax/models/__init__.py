@@ -1,0 +1,51 @@
+"""Encoders by name. Adding one is a file and a line here; nothing is imported until asked for.
+
+An encoder is a linen module called as `encoder(inputs, lengths, deterministic)` that returns
+`(hidden [B, T', D], lengths' [B])`. `frontend` says what it listens to ('waveform' [B, T] or
+'log_mel' [B, F, M]), `output_lengths(lengths)` how many frames come out, and its output for an
+utterance does not depend on padding or on its neighbours (tests/test_encoders.py).
+"""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import flax.linen as nn
+
+from speech_jax import registry
+
+ENCODERS = {
+    "conformer": "speech_jax.models.conformer:Conformer",
+}
+
+
+def make_encoder(name: str, **kwargs) -> nn.Module:
+    """The encoder `name` with its constructor's keyword arguments.
+
+    Raises:
+      ValueError: for an unknown name or argument, naming the nearest known one.
+    """
+    return registry.call(_constructor(name), kwargs, what=f"model ({name})")
+
+
+def settings(name: str, variant: str, **changes) -> dict[str, Any]:
+    """All settings of an encoder's published size, `name` included: a configuration section.
+
+    Raises:
+      ValueError: for an unknown name, variant or setting, naming the nearest known one.
+    """
+    constructor = _constructor(name)
+    chosen = registry.lookup(f"{name} variant", constructor.VARIANTS, variant)
+    fields = {
+        field.name: field.default
+        for field in dataclasses.fields(constructor)
+        if field.name not in ("parent", "name")
+    }
+    for key in changes:
+        registry.lookup(f"{name} setting", fields, key)
+    return {"name": name, **fields, **chosen, **changes}
+
+
+def _constructor(name: str):
+    module, _, attribute = registry.lookup("encoder", ENCODERS, name).partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,219 @@
+"""The parts that encoders share: attention, feed-forward, convolution, masked norms.
+
+Parameters are float32; `dtype` is what the arithmetic runs in. Normalizations and softmax are
+float32. The last projection of every residual branch starts at zero, so that a fresh network is
+the identity on its residual stream and trains with a short warm-up (Fixup, Zhang et al. 2019).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speech_jax.ops import masking
+
+Dtype = Any
+
+
+class FeedForward(nn.Module):
+    """[B, T, D] to [B, T, D] through `width` hidden units and swish."""
+
+    width: int
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, deterministic: bool):
+        features = x.shape[-1]
+        x = LayerNorm(self.dtype, name="norm")(x)
+        x = nn.Dense(self.width, dtype=self.dtype, name="expand")(x)
+        x = nn.Dropout(self.dropout)(nn.swish(x), deterministic=deterministic)
+        x = nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="project")(x)
+        return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalization with float32 statistics, returning `dtype`."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="layer")(
+            x.astype(jnp.float32)
+        ).astype(self.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over valid positions, aware of relative position.
+
+    `position` is 'rotary' (RoPE, Su et al. 2021) or 'relative' (Transformer-XL, Dai et al. 2019,
+    as in the Conformer paper). mask: bool [B, T], True where a key may be attended to.
+    """
+
+    heads: int
+    position: str = "rotary"
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, mask, deterministic: bool):
+        features = x.shape[-1]
+        if features % self.heads or (features // self.heads) % 2:
+            raise ValueError(
+                f"{features} features cannot be split into {self.heads} heads of even width"
+            )
+        width = features // self.heads
+        x = LayerNorm(self.dtype, name="norm")(x)
+        projected = nn.DenseGeneral((3, self.heads, width), dtype=self.dtype, name="qkv")(x)
+        query, key, value = (projected[:, :, i] for i in range(3))
+        if self.position == "rotary":
+            scores = _dot(rotate(query), rotate(key))
+        elif self.position == "relative":
+            scores = self._relative_scores(query, key)
+        else:
+            raise ValueError(f"position must be 'rotary' or 'relative', got {self.position!r}")
+        scores = scores.astype(jnp.float32) / np.sqrt(width).astype(np.float32)
+        # Finite, so that a row without a single valid frame stays free of NaN.
+        scores = jnp.where(mask[:, None, None, :], scores, -1e30)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        weights = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
+        context = jnp.einsum("bhts,bshd->bthd", weights, value)
+        output = nn.DenseGeneral(
+            features,
+            axis=(-2, -1),
+            dtype=self.dtype,
+            kernel_init=nn.initializers.zeros,
+            name="project",
+        )(context)
+        return nn.Dropout(self.dropout)(output, deterministic=deterministic)
+
+    def _relative_scores(self, query, key):
+        frames, heads, width = query.shape[1:]
+        content_bias = self.param("content_bias", nn.initializers.zeros, (heads, width))
+        position_bias = self.param("position_bias", nn.initializers.zeros, (heads, width))
+        distances = np.arange(frames - 1, -frames, -1)
+        table = jnp.asarray(sinusoids(distances, heads * width), self.dtype)
+        position = nn.DenseGeneral((heads, width), use_bias=False, dtype=self.dtype, name="position")(
+            table
+        )
+        query_content = query + content_bias.astype(self.dtype)[None, None]
+        query_position = query + position_bias.astype(self.dtype)[None, None]
+        by_distance = jnp.einsum("bthd,rhd->bhtr", query_position, position)
+        return _dot(query_content, key) + _distance_to_key(by_distance)
+
+
+def _dot(query, key):
+    return jnp.einsum("bthd,bshd->bhts", query, key)
+
+
+def _distance_to_key(scores):
+    """[B, H, T, 2T-1] indexed by distance T-1..-(T-1) to [B, H, T, T] indexed by key."""
+    batch, heads, frames, distances = scores.shape
+    padded = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (1, 0)))
+    skewed = padded.reshape(batch, heads, distances + 1, frames)[:, :, 1:]
+    return skewed.reshape(batch, heads, frames, distances)[..., :frames]
+
+
+def sinusoids(positions: np.ndarray, features: int) -> np.ndarray:
+    """Sinusoidal embeddings [len(positions), features] (Vaswani et al. 2017)."""
+    rates = np.exp(-np.log(10_000.0) * np.arange(0, features, 2) / features)
+    angles = positions[:, None] * rates[None, :]
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
+
+
+def rotate(x):
+    """Rotary position embedding of [B, T, H, D]."""
+    frames, width = x.shape[1], x.shape[3]
+    table = sinusoids(np.arange(frames), width).reshape(1, frames, 1, width)
+    sin, cos = (jnp.asarray(half, x.dtype) for half in np.split(table, 2, axis=-1))
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class ConvolutionModule(nn.Module):
+    """The Conformer's convolution: gate, depthwise over time, norm, swish (Gulati et al. 2020).
+
+    `norm` is 'layer', or 'batch' with statistics over the valid frames of the global batch.
+    """
+
+    kernel: int
+    norm: str = "layer"
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, mask, deterministic: bool):
+        features = x.shape[-1]
+        x = LayerNorm(self.dtype, name="norm")(x)
+        gated = nn.DenseGeneral((2, features), dtype=self.dtype, name="gate")(x)
+        x = gated[:, :, 0] * nn.sigmoid(gated[:, :, 1])
+        x = jnp.where(mask[:, :, None], x, jnp.zeros((), self.dtype))
+        x = DepthwiseConvolution(self.kernel, dtype=self.dtype, name="depthwise")(x)
+        if self.norm == "batch":
+            x = MaskedBatchNorm(self.dtype, name="middle_norm")(x, mask, deterministic)
+        elif self.norm == "layer":
+            x = LayerNorm(self.dtype, name="middle_norm")(x)
+        else:
+            raise ValueError(f"conv_norm must be 'layer' or 'batch', got {self.norm!r}")
+        x = nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="project")(
+            nn.swish(x)
+        )
+        return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+
+
+class DepthwiseConvolution(nn.Module):
+    """Each of D channels of [B, T, D] convolved over time on its own, 'same' padding.
+
+    Written as a sum of shifted products, which XLA fuses into one pass over the data; its grouped
+    convolution is slower on CPU, and far slower inside a scan over layers.
+    """
+
+    kernel: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        frames, features = x.shape[1:]
+        weight = self.param(
+            "kernel", nn.initializers.normal(self.kernel**-0.5), (self.kernel, features)
+        ).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (features,)).astype(self.dtype)
+        left = (self.kernel - 1) // 2
+        padded = jnp.pad(x, ((0, 0), (left, self.kernel - 1 - left), (0, 0)))
+        total = bias[None, None]
+        for tap in range(self.kernel):
+            total = total + padded[:, tap : tap + frames] * weight[tap][None, None]
+        return total
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch normalization over the valid frames of the global batch (Ioffe & Szegedy 2015).
+
+    Under a mesh the sums are global: the mean is of all devices' frames, not of one's. The running
+    statistics are in the 'batch_stats' collection.
+    """
+
+    dtype: Dtype = jnp.float32
+    momentum: float = 0.99
+
+    @nn.compact
+    def __call__(self, x, mask, deterministic: bool):
+        features = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (features,))
+        bias = self.param("bias", nn.initializers.zeros, (features,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
+        running_variance = self.variable("batch_stats", "variance", jnp.ones, (features,), jnp.float32)
+        if deterministic:
+            mean, variance = running_mean.value, running_variance.value
+        else:
+            mean, variance = masking.masked_mean_and_variance(x, mask[:, :, None], axes=(0, 1))
+            mean, variance = mean.reshape(features), variance.reshape(features)
+            if not self.is_initializing():
+                for running, new in ((running_mean, mean), (running_variance, variance)):
+                    running.value = self.momentum * running.value + (1 - self.momentum) * new
+        factor = scale * jax.lax.rsqrt(variance + 1e-5)
+        offset = bias - mean * factor
+        return (x.astype(jnp.float32) * factor[None, None] + offset[None, None]).astype(self.dtype)

@@ -1,0 +1,133 @@
+"""The acoustic front end: waveform to normalized log-mel, inside the jitted step.
+
+The filterbank follows Kaldi's conventions (frames that fit entirely in the signal, offset removal
+and pre-emphasis per frame, HTK mel scale), so that it can be checked against an independent
+implementation; samples are floats in [-1, 1).
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speech_jax.ops import masking
+
+LOG_FLOOR = float(np.finfo(np.float32).eps)
+
+
+def to_waveform(audio: jax.Array) -> jax.Array:
+    """PCM int16 [B, T] to float32 in [-1, 1); floats (a perturbed waveform) pass unchanged."""
+    if jnp.issubdtype(audio.dtype, jnp.integer):
+        return audio.astype(jnp.float32) / 32768.0
+    return audio
+
+
+def frame_geometry(sample_rate: int, window_ms: float, hop_ms: float) -> tuple[int, int]:
+    """Window and hop in samples."""
+    return round(sample_rate * window_ms / 1000), round(sample_rate * hop_ms / 1000)
+
+
+def frame_count(samples, window: int, hop: int):
+    """How many whole windows fit in `samples` (an int or an integer array)."""
+    maximum = max if isinstance(samples, int) else jnp.maximum
+    return maximum((samples - window) // hop + 1, 0)
+
+
+def log_mel(
+    audio: jax.Array,
+    lengths: jax.Array,
+    *,
+    sample_rate: int = 16_000,
+    mels: int = 80,
+    low_hz: float = 20.0,
+    high_hz: float | None = None,
+    window_ms: float = 25.0,
+    hop_ms: float = 10.0,
+    preemphasis: float = 0.97,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-mel energies of ragged waveforms.
+
+    Args:
+      audio: float32 [B, T] in [-1, 1), zero-padded right.
+      lengths: int32 [B], samples.
+      high_hz: upper edge of the last filter; None is the Nyquist frequency.
+
+    Returns:
+      ([B, F, mels] float32, frames int32 [B]). Frames hold valid samples only, so padding never
+      reaches them; rows are zero past their frame count.
+    """
+    window, hop = frame_geometry(sample_rate, window_ms, hop_ms)
+    if audio.shape[1] < window:
+        raise ValueError(f"audio has {audio.shape[1]} samples, shorter than a window of {window}")
+    frames = _frame(audio, window, hop)
+    frames = frames - frames.mean(axis=-1, keepdims=True)
+    previous = jnp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
+    taper = np.hanning(window).astype(np.float32) ** 0.85  # Kaldi's "povey" window
+    frames = (frames - preemphasis * previous) * taper.reshape(1, 1, window)
+    fft_size = 1 << (window - 1).bit_length()
+    spectrum = jnp.fft.rfft(frames, n=fft_size)
+    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    filters = mel_filters(mels, fft_size, sample_rate, low_hz, high_hz or sample_rate / 2)
+    energies = jnp.einsum("bfk,km->bfm", power, filters, precision=jax.lax.Precision.HIGHEST)
+    features = jnp.log(jnp.maximum(energies, LOG_FLOOR))
+    frame_lengths = frame_count(lengths, window, hop)
+    valid = masking.length_mask(frame_lengths, features.shape[1])[:, :, None]
+    return jnp.where(valid, features, 0.0), frame_lengths
+
+
+def _frame(audio: jax.Array, window: int, hop: int) -> jax.Array:
+    """[B, T] to overlapping windows [B, F, window], by slices and reshapes (no gather)."""
+    batch, samples = audio.shape
+    frames = frame_count(samples, window, hop)
+    pieces = math.ceil(window / hop)
+    needed = (frames + pieces - 1) * hop
+    audio = jnp.pad(audio[:, :needed], ((0, 0), (0, max(0, needed - samples))))
+    hops = audio.reshape(batch, frames + pieces - 1, hop)
+    overlapping = [hops[:, piece : piece + frames] for piece in range(pieces)]
+    return jnp.concatenate(overlapping, axis=-1)[..., :window]
+
+
+@functools.cache
+def mel_filters(
+    mels: int, fft_size: int, sample_rate: int, low_hz: float, high_hz: float
+) -> np.ndarray:
+    """Triangular filters [fft_size // 2 + 1, mels], equally spaced on the HTK mel scale."""
+    if not 0 <= low_hz < high_hz <= sample_rate / 2:
+        raise ValueError(
+            f"mel filters need 0 <= low_hz < high_hz <= {sample_rate / 2:g} (half the sample "
+            f"rate), got low_hz={low_hz:g}, high_hz={high_hz:g}"
+        )
+
+    def mel(hz):
+        return 1127.0 * np.log1p(np.asarray(hz, np.float64) / 700.0)
+
+    edges = np.linspace(mel(low_hz), mel(high_hz), mels + 2)
+    bins = mel(np.arange(fft_size // 2 + 1) * sample_rate / fft_size)[:, None]
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    filters = np.maximum(0.0, np.minimum(rising, falling))
+    filters[-1] = 0.0  # Kaldi leaves the Nyquist bin out
+    return filters.astype(np.float32)
+
+
+def normalize(
+    features: jax.Array,
+    lengths: jax.Array,
+    mean: jax.Array | None = None,
+    std: jax.Array | None = None,
+) -> jax.Array:
+    """Zero mean and unit variance for every feature dimension, over valid frames.
+
+    Args:
+      features: float32 [B, F, M]; lengths: int32 [B], frames.
+      mean, std: float32 [M] of a corpus ("global" normalization); None takes each utterance's own.
+    """
+    valid = masking.length_mask(lengths, features.shape[1])[:, :, None]
+    if mean is None:
+        mean, variance = masking.masked_mean_and_variance(features, valid, axes=(1,))
+        scale = jax.lax.rsqrt(variance + 1e-5)
+    else:
+        mean, scale = mean.reshape(1, 1, -1), 1.0 / std.reshape(1, 1, -1)
+    return jnp.where(valid, (features - mean) * scale, 0.0)

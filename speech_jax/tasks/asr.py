@@ -1,0 +1,77 @@
+"""Speech recognition with an encoder and CTC (Graves et al. 2006)."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from speech_jax import decoding
+from speech_jax.ops import ctc
+from speech_jax.tasks.frontend import FrontEnd
+
+
+class CTCModel(nn.Module):
+    """An encoder and a linear layer to [B, T', vocabulary_size] float32 logits."""
+
+    encoder: nn.Module
+    vocabulary_size: int
+
+    @nn.compact
+    def __call__(self, inputs, lengths, deterministic: bool):
+        hidden, lengths = self.encoder(inputs, lengths, deterministic)
+        head = nn.Dense(self.vocabulary_size, dtype=hidden.dtype, name="head")
+        return head(hidden).astype(jnp.float32), lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class ASR:
+    """Audio to text. Label 0 is the blank; the loss is in nats, its weight is label tokens."""
+
+    encoder: nn.Module
+    frontend: FrontEnd
+    vocabulary_size: int
+
+    @property
+    def model(self) -> CTCModel:
+        """Encoder and head; its parameters are {"encoder": ..., "head": ...}."""
+        return CTCModel(self.encoder, self.vocabulary_size)
+
+    def init(self, rng, batch):
+        """Parameters (float32) and model state (empty without batch norm)."""
+        inputs, lengths = self.frontend(batch)
+        variables = self.model.init(rng, inputs, lengths, True)
+        params = variables.pop("params")
+        return params, variables
+
+    def logits(self, params, state, batch, rng=None, step=0):
+        """(logits [B, T', K], frames [B], new state); trains where there is a key."""
+        train = rng is not None
+        keys = jax.random.split(rng) if train else (None, None)
+        inputs, lengths = self.frontend(batch, keys[0], step)
+        (logits, lengths), state = self.model.apply(
+            {"params": params, **state},
+            inputs,
+            lengths,
+            not train,
+            rngs={"dropout": keys[1]} if train else None,
+            mutable=list(state),
+        )
+        return logits, lengths, state
+
+    def loss(self, params, state, batch, rng=None, step=0):
+        """The CTC loss of rows with weight whose alignment fits; the others are counted."""
+        logits, lengths, state = self.logits(params, state, batch, rng, step)
+        labels, label_length = batch["labels"], batch["label_length"]
+        feasible = ctc.ctc_feasible(lengths, labels, label_length)
+        nats = ctc.ctc_loss(logits, lengths, labels, label_length, zero_infinity=True)
+        weight = jnp.where(feasible, batch["weight"], 0.0)
+        sums = {"infeasible": (batch["weight"] - weight).sum()}
+        tokens = (weight * label_length.astype(jnp.float32)).sum()
+        return (nats * weight).sum(), tokens, {"state": state, "sums": sums}
+
+    def predict(self, params, state, batch):
+        """Greedy hypotheses: {"labels": int32 [B, T'], "label_length": int32 [B]}."""
+        logits, lengths, _ = self.logits(params, state, batch)
+        labels, count = decoding.greedy(logits, lengths)
+        return {"labels": labels, "label_length": count}

@@ -1,0 +1,66 @@
+"""From a batch's PCM to what an encoder listens to; training, evaluation and export share it."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speech_jax.ops import augment, features, masking
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontEnd:
+    """Waveform or normalized log-mel, with SpecAugment in training.
+
+    Attributes:
+      kind: 'log_mel' or 'waveform', as the encoder says.
+      log_mel: keyword arguments of ops.features.log_mel.
+      normalize: 'utterance' (its own mean and variance), 'global' (`mean` and `std` [mels] of the
+        training set) or 'none'.
+      spec_augment: keyword arguments of ops.augment.spec_augment; None turns it off.
+      spec_augment_start: the first step that is augmented.
+    """
+
+    kind: str
+    log_mel: Mapping[str, float]
+    normalize: str = "utterance"
+    mean: np.ndarray | None = None
+    std: np.ndarray | None = None
+    spec_augment: Mapping[str, float] | None = None
+    spec_augment_start: int = 0
+
+    def __post_init__(self):
+        if self.normalize not in ("utterance", "global", "none"):
+            raise ValueError(
+                f"features.normalize must be 'utterance', 'global' or 'none', got {self.normalize!r}"
+            )
+
+    def lengths(self, samples):
+        """Frames (or samples, for a waveform encoder) that come out for `samples`."""
+        if self.kind == "waveform":
+            return samples
+        rate = self.log_mel["sample_rate"]
+        window_ms, hop_ms = self.log_mel["window_ms"], self.log_mel["hop_ms"]
+        return features.frame_count(samples, *features.frame_geometry(rate, window_ms, hop_ms))
+
+    def __call__(self, batch, rng=None, step=0) -> tuple[jax.Array, jax.Array]:
+        """Inputs ([B, T] or [B, F, mels], float32) and their lengths, augmented if there is a key."""
+        waveform, lengths = features.to_waveform(batch["audio"]), batch["audio_length"]
+        if self.kind == "waveform":
+            return self._normalize_waveform(waveform, lengths), lengths
+        inputs, lengths = features.log_mel(waveform, lengths, **self.log_mel)
+        if self.normalize != "none":
+            inputs = features.normalize(inputs, lengths, self.mean, self.std)
+        if rng is not None and self.spec_augment:
+            augmented = augment.spec_augment(rng, inputs, lengths, **self.spec_augment)
+            inputs = jnp.where(step >= self.spec_augment_start, augmented, inputs)
+        return inputs, lengths
+
+    def _normalize_waveform(self, waveform, lengths):
+        if self.normalize == "none":
+            return waveform
+        valid = masking.length_mask(lengths, waveform.shape[1])
+        mean, variance = masking.masked_mean_and_variance(waveform, valid, axes=(1,))
+        return jnp.where(valid, (waveform - mean) * jax.lax.rsqrt(variance + 1e-7), 0.0)

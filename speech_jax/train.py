@@ -1,0 +1,317 @@
+"""Training: the state, the jitted step, and the loop, in the order in which they run."""
+
+import concurrent.futures
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from speech_jax import evaluate, experiment, flops, optim, sharding, tasks
+from speech_jax.checkpoint import Checkpoints, EarlyStopping, catch_preemption
+from speech_jax.config import split_names
+from speech_jax.report import Report
+from speech_jax.watchdog import Watchdog
+
+
+# What every step adds to TrainState.sums; a task adds its own.
+SUMS = ("loss", "weight", "grad_norm", "steps", "skipped", "samples", "padded_samples")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes. `step` is also the position in the data.
+
+    `sums` adds up what is logged and starts anew after each logged step; it is part of the state so
+    that a resumed run logs what an uninterrupted one does.
+    """
+
+    step: jax.Array
+    rng: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+    ema: Any
+    sums: dict[str, jax.Array]
+
+
+# ---- The step ----------------------------------------------------------------------------------
+
+
+def make_step(gradients, tx, *, ema_decay: float = 0.0, log_every: int = 1):
+    """The update of a TrainState by a global batch: (state, batch) -> (state, sums, finite).
+
+    `gradients` is what tasks.gradients or a wrapper of it returns. An update that is not finite is
+    skipped: everything but the step and the count of skipped updates stays as it was.
+    """
+
+    def step(state: TrainState, batch):
+        rng = jax.random.fold_in(state.rng, state.step)
+        gradient, loss = gradients(state.params, state.model_state, batch, rng, state.step)
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1.0), gradient)
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(loss.sum) & jnp.isfinite(norm)
+
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1 - ema_decay) if ema_decay else {}
+        new = (params, loss.aux["state"], opt_state, ema)
+        old = (state.params, state.model_state, state.opt_state, state.ema)
+        params, model_state, opt_state, ema = jax.tree.map(
+            lambda n, o: jnp.where(finite, n, o), new, old
+        )
+
+        now = {
+            "loss": loss.sum,
+            "weight": loss.weight,
+            "grad_norm": norm,
+            "steps": jnp.ones(()),
+            "samples": batch["audio_length"].astype(jnp.float32).sum(),
+            "padded_samples": jnp.asarray(batch["audio"].size, jnp.float32),
+            **loss.aux["sums"],
+        }
+        now = {name: jnp.where(finite, value, 0.0) for name, value in now.items()}
+        now["skipped"] = 1.0 - finite.astype(jnp.float32)
+        sums = jax.tree.map(jnp.add, state.sums, now)
+        logged = (state.step + 1) % log_every == 0
+        state = TrainState(
+            step=state.step + 1,
+            rng=state.rng,
+            params=params,
+            model_state=model_state,
+            opt_state=opt_state,
+            ema=ema,
+            sums=jax.tree.map(lambda x: jnp.where(logged, 0.0, x), sums),
+        )
+        return state, sums, finite
+
+    return step
+
+
+def abstract_state(config: ConfigDict, task, schedule, mesh, probe):
+    """The TrainState as shapes with shardings, the function that makes it, and the optimizer.
+
+    `probe` is a batch, as shapes.
+    """
+    rng = jax.random.key(config.seed)
+    params, model_state = jax.eval_shape(task.init, rng, probe)
+    tx = optim.make_optimizer(schedule=schedule, params=params, **config.optimizer)
+    aux = jax.eval_shape(task.loss, params, model_state, probe)[2]
+
+    def init() -> TrainState:
+        blank = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in probe.items()}
+        params, model_state = task.init(jax.random.key(config.seed), blank)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            rng=jax.random.key(config.seed + 1),
+            params=params,
+            model_state=model_state,
+            opt_state=tx.init(params),
+            ema=params if config.train.ema_decay else {},
+            sums={name: jnp.zeros(()) for name in (*SUMS, *aux["sums"])},
+        )
+
+    shapes = jax.eval_shape(init)
+    split = sharding.shard_params(params, mesh)
+    shardings = jax.tree.map(lambda _: sharding.replicated(mesh), shapes).replace(
+        params=split,
+        opt_state=sharding.shard_optimizer(tx, params, split, mesh),
+        ema=split if config.train.ema_decay else {},
+    )
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    return abstract, init, tx
+
+
+def batch_shapes(bucket, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of a bucket, as shapes with shardings."""
+    placed = NamedSharding(mesh, sharding.BATCH)
+    rows, samples, labels = bucket.rows, bucket.samples, bucket.labels
+    shapes = {
+        "audio": ((rows, samples), jnp.int16),
+        "audio_length": ((rows,), jnp.int32),
+        "labels": ((rows, labels), jnp.int32),
+        "label_length": ((rows,), jnp.int32),
+        "weight": ((rows,), jnp.float32),
+        "index": ((rows,), jnp.int32),
+    }
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+# ---- The run -----------------------------------------------------------------------------------
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
+    """Trains as `config` says in `workdir`, from its newest checkpoint if there is one.
+
+    Returns what results.json then holds, or None if it was told to leave before the end (SIGTERM):
+    the same call goes on from there.
+
+    Raises:
+      TrainingError: too many updates were not finite.
+    """
+    started = time.monotonic()
+    experiment.claim_workdir(workdir, config)
+    reached_preemption = catch_preemption()
+    steps = config.train.steps
+
+    # ---- Data ----------------------------------------------------------------------------------
+    mesh = sharding.make_mesh(**config.mesh)
+    source = experiment.open_splits(config, config.data.train_splits)
+    tokenizer = experiment.make_tokenizer(config, workdir, source)
+    statistics = experiment.feature_statistics(config, workdir, source)
+    task = experiment.make_task(config, tokenizer.vocabulary_size, statistics)
+    corpus = experiment.training_corpus(config, source, tokenizer, task)
+    buckets = experiment.training_buckets(config, corpus, mesh)
+    eval_splits = split_names(config.data.eval_splits)
+
+    # ---- State and step ------------------------------------------------------------------------
+    schedule = optim.make_schedule(steps=steps, **config.schedule)
+    abstract, init, tx = abstract_state(
+        config, task, schedule, mesh, batch_shapes(buckets[0], mesh)
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    programs = compile_steps(config, task, tx, abstract, buckets, mesh)
+    evaluator = evaluate.Evaluator(config, task, tokenizer, mesh, shardings.params)
+
+    # ---- Restore -------------------------------------------------------------------------------
+    checkpoints = Checkpoints(
+        str(workdir / "checkpoints"),
+        keep=config.checkpoint.keep,
+        best_metric="wer" if eval_splits else None,
+    )
+    stopper = EarlyStopping(config.checkpoint.patience)
+    restored = checkpoints.restore(abstract)
+    if restored is None:
+        state, first, seconds = jax.jit(init, out_shardings=shardings)(), 0, 0.0
+    else:
+        state, first = restored.state, restored.data["next_batch"]
+        seconds = restored.data["seconds"]
+        stopper.from_dict(restored.stopper)
+    batches = experiment.training_batches(config, corpus, buckets, first)
+    report = Report(
+        workdir,
+        steps=steps,
+        first=first,
+        log_every=config.train.log_every,
+        max_skipped=config.train.max_skipped,
+        schedule=schedule,
+        corpus=corpus,
+    )
+    parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
+    report.say(
+        f"{corpus.seconds / 3600:.2f} h of speech in {len(corpus)} utterances, "
+        f"{tokenizer.vocabulary_size} labels, {parameters / 1e6:.2f} M parameters, "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, from update {first}"
+    )
+
+    # ---- Loop ----------------------------------------------------------------------------------
+    with report, Watchdog(config.checkpoint.watchdog_seconds) as watchdog:
+        for step in range(first + 1, steps + 1):
+            if stopper.should_stop:
+                break
+            batch = next(batches)
+            program = programs[batch["audio"].shape[1]]
+            state, sums, finite = program.run(state, sharding.put_batch(batch, mesh))
+            report.step(step, sums, finite, batch, program.flops)
+            watchdog.beat()
+
+            scores = {}
+            if eval_splits and (step % config.train.eval_every == 0 or step == steps):
+                with report.pause():
+                    counts = score(evaluator, state, eval_splits)
+                    scores = report.scores(step, counts)
+                    stopper.update(scores["wer"])
+            leave = reached_preemption(step)
+            if scores or leave or step % config.checkpoint.every == 0 or step == steps:
+                with report.pause():
+                    checkpoints.save(
+                        step,
+                        state,
+                        data={"next_batch": step, "seconds": seconds + time.monotonic() - started},
+                        stopper=stopper.to_dict(),
+                        config=config.to_dict(),
+                        metrics=scores,
+                    )
+            if leave:
+                checkpoints.close()
+                report.say(f"saved update {step}; the same command goes on from there")
+                return None
+        figures = report.finish()
+    checkpoints.close()
+    batches.close()
+
+    # ---- Results -------------------------------------------------------------------------------
+    best = evaluate.restore(config, workdir, mesh, abstract.params, abstract.model_state)
+    splits = dict.fromkeys(eval_splits + split_names(config.data.test_splits))
+    scores = evaluate.score_splits(evaluator, *best, splits, workdir, report.say)
+    seconds += time.monotonic() - started
+    return evaluate.write_results(
+        workdir,
+        scores,
+        training={"seconds": seconds, "steps": step, "parameters": parameters, **figures},
+        config=json.loads(config.to_json()),
+        versions=versions(),
+    )
+
+
+class Program(NamedTuple):
+    """A compiled step and its arithmetic."""
+
+    run: Callable
+    flops: float
+
+
+def compile_steps(config: ConfigDict, task, tx, abstract, buckets, mesh) -> dict[int, Program]:
+    """Compiles the step for every batch shape, keyed by samples: nothing is compiled later.
+
+    A shape that does not fit in memory fails here, before the first update.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    everywhere = sharding.replicated(mesh)
+    step = jax.jit(
+        make_step(
+            tasks.accumulate(tasks.gradients(task), config.train.accumulate),
+            tx,
+            ema_decay=config.train.ema_decay,
+            log_every=config.train.log_every,
+        ),
+        out_shardings=(shardings, everywhere, everywhere),
+        donate_argnums=0,
+    )
+    traced = [step.trace(abstract, batch_shapes(bucket, mesh)) for bucket in buckets]
+    lowered = [program.lower() for program in traced]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(lambda program: program.compile(), lowered))
+    return {
+        bucket.samples: Program(run, flops.matmul_flops(program.jaxpr))
+        for bucket, program, run in zip(buckets, traced, compiled, strict=True)
+    }
+
+
+def score(evaluator, state: TrainState, splits) -> dict:
+    """Error counts of each split with the averaged parameters, if there are any."""
+    params = state.ema or state.params
+    return {split: evaluator.score(params, state.model_state, split) for split in splits}
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with."""
+    packages = ("speech_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    return {name: importlib.metadata.version(name) for name in packages} | {
+        "python": platform.python_version(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
