@@ -1,6 +1,6 @@
 """The main job in miniature: synthetic speech to text on two CPU cores.
 
-  python -m speech_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+python -m speech_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 from speech_jax import config as defaults

@@ -2,10 +2,9 @@
 
 Orbax writes each checkpoint in the background and renames it into place when it is whole, so a run
 that is killed at any moment finds its previous checkpoint intact. What orbax does not do is notice
-that bytes have changed. Two checks do, and a checkpoint that fails one is reported and the one
-before it is used, so that weights are never silently wrong: checksums of the files, verified before
-anything parses them, and digests of the arrays, computed on the devices at saving and again after
-restoring.
+that bytes have changed since: the digest of every file is stored with the checkpoint and verified
+before anything is parsed. A checkpoint that is damaged is reported and the one before it is used:
+weights are never silently wrong.
 
 This module sees pytrees of jax.Array and plain dicts, never models, tasks or data. All processes of
 a run call its functions together, on a directory that all of them see; one run writes to it.
@@ -13,12 +12,11 @@ a run call its functions together, on a directory that all of them see; one run 
 
 import concurrent.futures
 import dataclasses
-import functools
+import hashlib
 import json
 import logging as std_logging
 import math
 import signal
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
@@ -30,10 +28,12 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-_CHECKSUMS = "checksums.json"  # in each checkpoint's directory
+from speech_jax.errors import UserError
+
+_DIGESTS = "digests.json"  # in each checkpoint's directory
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint cannot be written or read; the message names it and the cure."""
 
 
@@ -76,12 +76,16 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Policy(self._kept),
             cleanup_tmp_directories=True,
-            lightweight_initialize=True,  # no parsing of metadata that may be damaged
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            lightweight_initialize=True,  # no parsing of bookkeeping that may be damaged
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
         )
         logging.get_absl_logger().addFilter(_not_an_orbax_error)
         try:
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = _Manager(
+                self.directory,
+                options=options,
+                item_handlers={"state": _state_handler(), "record": ocp.JsonCheckpointHandler()},
+            )
         except Exception as error:
             raise CheckpointError(
                 f"Cannot keep checkpoints in {self.directory}: {_brief(error)}. "
@@ -120,14 +124,13 @@ class Checkpoints:
             "metrics": metrics or {},
             "best": self._best,
             "leaves": {name: _signature(leaf) for name, leaf in leaves.items()},
-            "digests": _digests(leaves),
         }
         score = _score(record, self._best["metric"])
         if score is not None:
             self._scores[step] = score
         self._writing = step
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(leaves), record=ocp.args.JsonSave(record)
+            state=ocp.args.PyTreeSave(_numbers(leaves)), record=ocp.args.JsonSave(record)
         )
         self._run(self._manager.save, step, args=args, force=True)
 
@@ -179,11 +182,11 @@ class Checkpoints:
                 "earlier checkpoints are intact."
             ) from error
 
-    def _write_checksums(self) -> None:
+    def _write_digests(self) -> None:
         """Called by orbax in its thread, when all files are written and not yet in their place."""
         names = [f"{self._writing}{ocp.utils.TMP_DIR_SUFFIX}", f"{self._writing}"]  # no rename: gs
         path = next(path for path in map(self.directory.joinpath, names) if path.exists())
-        (path / _CHECKSUMS).write_text(json.dumps(_checksums(path)))
+        (path / _DIGESTS).write_text(json.dumps(_digests(path)))
 
     def _kept(self, steps: Sequence[int]) -> list[bool]:
         good = [step for step in steps if step not in self._damaged]
@@ -270,6 +273,12 @@ def catch_preemption() -> Callable[[int], bool]:
     received = []
     signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     return lambda step: bool(received)
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # Asked by orbax for a statistic alone, which fails for lack of times: see catch_preemption.
+        return False
 
 
 class _Policy:
@@ -372,17 +381,12 @@ def _read(path: epath.Path, abstract: Any, *, prefix: str, whole: bool) -> tuple
     asks for other leaves than were saved (or, if `whole`, for fewer).
     """
     wanted = {
-        f"{prefix}/{name}" if prefix else name: _with_sharding(leaf)
-        for name, leaf in _named(abstract).items()
+        f"{prefix}/{name}" if prefix else name: leaf for name, leaf in _named(abstract).items()
     }
     _together(lambda: _check_files(path) if jax.process_index() == 0 else None)
     record = _together(lambda: _read_record(path))
     _check_leaves(path, wanted, record["leaves"], whole)
     leaves = _together(lambda: _read_leaves(path, wanted))
-    digests = _digests(leaves)
-    for name in wanted:
-        if digests[name] != record["digests"][name]:
-            raise _Damaged(f"{name} is not what was saved (its digest differs)")
     return record, jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
 
 
@@ -402,35 +406,34 @@ def _together(read: Callable[[], Any]) -> Any:
     return result
 
 
-def _checksums(path: epath.Path) -> dict[str, list[int]]:
-    """Returns {file: [bytes, CRC-32]} for all files of a checkpoint's two items."""
+def _digests(path: epath.Path) -> dict[str, str]:
+    """Returns {file: SHA-256} for all files of a checkpoint's two items."""
     files = [
         folder / name
         for item in ("record", "state")
         for folder, _, names in (path / item).walk()
         for name in names
     ]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # zlib releases the GIL
-        sums = list(pool.map(_checksum, files))
-    return {str(file.relative_to(path)): pair for file, pair in zip(files, sums, strict=True)}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
+        digests = list(pool.map(_digest, files))
+    return {
+        str(file.relative_to(path)): digest for file, digest in zip(files, digests, strict=True)
+    }
 
 
-def _checksum(file: epath.Path) -> list[int]:
-    size, crc = 0, 0
+def _digest(file: epath.Path) -> str:
     with file.open("rb") as stream:
-        while block := stream.read(2**22):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_files(path: epath.Path) -> None:
     try:
-        saved, found = json.loads((path / _CHECKSUMS).read_text()), _checksums(path)
-        damaged = [name for name, pair in saved.items() if found.get(name) != pair]
+        saved, found = json.loads((path / _DIGESTS).read_text()), _digests(path)
+        damaged = [name for name, digest in saved.items() if found.get(name) != digest]
     except Exception as error:  # damaged bytes make JSON of any type, or none
-        raise _Damaged(f"its checksums cannot be verified ({_brief(error)})") from error
+        raise _Damaged(f"its digests cannot be verified ({_brief(error)})") from error
     if damaged:
-        raise _Damaged(f"{damaged[0]} is not what was saved")
+        raise _Damaged(f"{damaged[0]} has changed since it was saved")
 
 
 def _read_record(path: epath.Path) -> dict:
@@ -441,18 +444,29 @@ def _read_record(path: epath.Path) -> dict:
 
 
 def _read_leaves(path: epath.Path, wanted: dict) -> dict[str, jax.Array]:
-    # The handler alone, without a Checkpointer: it has no barriers, so that a process which fails
-    # does not leave the others waiting.
+    numbers = {name: _abstract_number(leaf) for name, leaf in wanted.items()}
     args = ocp.args.PyTreeRestore(
-        wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        numbers,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(numbers),
         partial_restore=True,
     )
     try:
-        leaves = ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
-        return {name: jax.block_until_ready(leaves[name]) for name in wanted}
+        # The handler alone, without a Checkpointer: it has no barriers, so that a process which
+        # fails does not leave the others waiting.
+        leaves = jax.block_until_ready(_state_handler().restore(path / "state", args=args))
     except Exception as error:  # tensorstore and orbax raise many types
         raise _Damaged(f"its arrays cannot be read ({_brief(error)})") from error
+    return {name: _from_numbers(leaves[name], leaf) for name, leaf in wanted.items()}
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+    # Orbax would have each replica of an array write a slice of it, at the price of compiling those
+    # slices, shape by shape, within the first save; and compression hardly shrinks weights.
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+    )
 
 
 def _check_leaves(path: epath.Path, wanted: dict, saved: dict, whole: bool) -> None:
@@ -477,11 +491,11 @@ def _brief(error: Exception) -> str:
 
 
 def _not_an_orbax_error(record: std_logging.LogRecord) -> bool:
-    """A log filter: orbax logs an error with pages of traceback before it is raised, and handled."""
+    """A log filter: orbax logs pages of traceback for an error that it then raises."""
     return record.levelno < std_logging.ERROR or "orbax" not in record.pathname
 
 
-# Leaves: names, shapes, digests.
+# Leaves: names, shapes, shardings.
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -508,50 +522,27 @@ def _signature(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns `leaf`, placed on this process's first device where it does not say where it goes."""
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _numbers(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the leaves as arrays of numbers: random keys as their data."""
+    return {
+        name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves.items()
+    }
+
+
+def _from_numbers(numbers: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    if not _is_key(like):
+        return numbers
+    kind = jax.random.key_impl(jnp.empty((), like.dtype))
+    return jax.random.wrap_key_data(numbers, impl=kind)
+
+
+def _abstract_number(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns `leaf` as `_numbers` saves it, on this process's first device if it does not say."""
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if _is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _digests(leaves: dict[str, jax.Array]) -> dict[str, list[int]]:
-    """Returns two 32-bit sums for each array, of its bits and their places, for any sharding."""
-    first = next(iter(leaves.values())).sharding
-    replicated = None
-    if isinstance(first, jax.sharding.NamedSharding):
-        replicated = jax.sharding.NamedSharding(first.mesh, jax.sharding.PartitionSpec())
-    sums = np.asarray(_digest_program(replicated)(list(leaves.values())))
-    return {name: pair.tolist() for name, pair in zip(leaves, sums, strict=True)}
-
-
-@functools.lru_cache
-def _digest_program(out_sharding: jax.sharding.Sharding | None):
-    return jax.jit(lambda leaves: jnp.stack(list(map(_digest, leaves))), out_shardings=out_sharding)
-
-
-def _digest(leaf: jax.Array) -> jax.Array:
-    """Returns uint32 [2]: sums modulo 2^32 of a hash of each word and its place in the array.
-
-    Sums commute, so that any sharding gives the same; computed where the data is, at memory speed.
-    """
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    if leaf.dtype == jnp.bool_:
-        leaf = leaf.astype(jnp.uint8)
-    words = jax.lax.bitcast_convert_type(leaf, f"uint{8 * min(leaf.dtype.itemsize, 4)}")
-    words = words.astype(jnp.uint32)  # 8-byte types have become two words each, in a new last axis
-    place = jnp.zeros(words.shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(words.ndim)):
-        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        place += index * jnp.uint32(stride % 2**32)
-        stride *= words.shape[axis]
-    hashed = _mix(words ^ _mix(place))
-    return jnp.stack([hashed.sum(dtype=jnp.uint32), _mix(hashed ^ place).sum(dtype=jnp.uint32)])
-
-
-def _mix(word: jax.Array) -> jax.Array:
-    """Returns MurmurHash3's 32-bit finalizer: one bit in changes half of the bits out."""
-    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
-    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
-    return word ^ (word >> 16)

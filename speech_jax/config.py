@@ -8,16 +8,19 @@ any work is done.
 
 import difflib
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from speech_jax import models
 from speech_jax.errors import UserError
+from speech_jax.tasks.adversarial import NORMS, SPACES, Adversary
 
 MODES = {
     "data.source": ("librispeech", "manifest", "prepared", "synthetic"),
     "data.on_error": ("raise", "skip"),
     "text.tokenizer": ("characters", "sentencepiece"),
     "features.normalize": ("utterance", "global", "none"),
+    "robustness.space": SPACES,
+    "robustness.norm": NORMS,
 }
 
 
@@ -80,6 +83,29 @@ def default() -> ConfigDict:
     config.schedule.peak = 1e-3
     config.schedule.warmup = 10_000
 
+    config.adversarial = adversarial = ConfigDict()  # see tasks/adversarial.py: Adversary
+    adversarial.method = "none"  # none, fgsm, pgd, free or vat
+    adversarial.space = "waveform"  # or features: log-mel in nats, before normalization
+    adversarial.norm = "linf"  # or l2: root mean square over an utterance
+    adversarial.epsilon = 0.001  # the bound, in the waveform as a fraction of full scale
+    adversarial.snr_db = config_dict.placeholder(float)  # the bound in decibels, not epsilon
+    adversarial.alpha = 0.5  # (1 - alpha) clean + alpha adversarial loss
+    adversarial.steps = 3  # ascents of pgd and vat; updates of free for each batch
+    adversarial.step_size = 0.0  # of an ascent, as a fraction of epsilon; 0: the method's usual
+    adversarial.random_start = False
+    adversarial.warmup = 0  # steps over which epsilon rises from 0
+    adversarial.every = 1  # only every so many steps are adversarial
+    adversarial.same_masks = True  # dropout and SpecAugment as in the clean pass
+    adversarial.statistics = "clean"  # batch norm learns from: clean, adversarial or both
+    adversarial.int16 = False  # perturbations are whole steps of int16
+
+    config.robustness = robustness = ConfigDict()  # what --mode=robustness measures
+    robustness.space = "waveform"
+    robustness.norm = "linf"
+    robustness.epsilons = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01)
+    robustness.noise_root = ""  # a folder of noise; empty: white noise
+    robustness.noise_snr_db = (20.0, 10.0, 5.0, 0.0)
+
     config.train = train = ConfigDict()
     train.steps = 100_000
     train.accumulate = 1  # micro-batches that a batch is worked through in
@@ -130,6 +156,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.data.batch_seconds={config.data.batch_seconds:g} is less than "
             f"config.data.max_seconds={config.data.max_seconds:g}: a batch must hold an utterance"
+        )
+    if Adversary(**config.adversarial).updates > 1 and config.train.accumulate > 1:
+        raise UserError(
+            "config.adversarial.method='free' cannot be used with config.train.accumulate > 1: its "
+            "perturbation belongs to a whole batch"
         )
     if any(speed <= 0 for speed in config.data.speeds) or 1.0 not in config.data.speeds:
         raise UserError(f"config.data.speeds={config.data.speeds} must be positive and hold 1.0")

@@ -20,6 +20,7 @@ from speech_jax.data import audio, pipeline, sources, text
 from speech_jax.errors import UserError
 from speech_jax.ops import augment, features
 from speech_jax.registry import lookup
+from speech_jax.tasks.adversarial import Adversary
 from speech_jax.tasks.asr import ASR
 from speech_jax.tasks.frontend import FrontEnd
 
@@ -27,7 +28,7 @@ from speech_jax.tasks.frontend import FrontEnd
 # never what is computed.
 _FREE = (
     "data.root", "data.cache", "data.threads", "data.eval_splits", "data.test_splits",
-    "data.eval_buckets", "data.noise_root", "train.log_every", "checkpoint", "mesh",
+    "data.eval_buckets", "data.noise_root", "robustness", "train.log_every", "checkpoint", "mesh",
 )  # fmt: skip
 
 
@@ -222,6 +223,11 @@ def make_task(config: ConfigDict, vocabulary_size: int, statistics=None) -> ASR:
         **(statistics or {}),
     )
     return ASR(encoder, frontend, vocabulary_size)
+
+
+def make_adversary(config: ConfigDict) -> Adversary:
+    """What is done to the inputs in training."""
+    return Adversary(**config.adversarial)
 
 
 def feature_statistics(config: ConfigDict, workdir: pathlib.Path, source=None):

@@ -16,7 +16,7 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     from speech_jax import config, evaluate, train
     from speech_jax.errors import UserError
 
+    logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not the user's
     try:
         config.check(_CONFIG.value)
         _join_processes(jax)

@@ -20,6 +20,7 @@ from speech_jax import evaluate, experiment, flops, optim, sharding, tasks
 from speech_jax.checkpoint import Checkpoints, EarlyStopping, catch_preemption
 from speech_jax.config import split_names
 from speech_jax.report import Report
+from speech_jax.tasks import adversarial
 from speech_jax.watchdog import Watchdog
 
 
@@ -58,7 +59,7 @@ def make_step(gradients, tx, *, ema_decay: float = 0.0, log_every: int = 1):
         rng = jax.random.fold_in(state.rng, state.step)
         gradient, loss = gradients(state.params, state.model_state, batch, rng, state.step)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1.0), gradient)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss.sum) & jnp.isfinite(norm)
 
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
@@ -104,7 +105,10 @@ def abstract_state(config: ConfigDict, task, schedule, mesh, probe):
     """
     rng = jax.random.key(config.seed)
     params, model_state = jax.eval_shape(task.init, rng, probe)
-    tx = optim.make_optimizer(schedule=schedule, params=params, **config.optimizer)
+    updates = experiment.make_adversary(config).updates  # the optimizer counts these, not steps
+    tx = optim.make_optimizer(
+        schedule=lambda count: schedule(count // updates), params=params, **config.optimizer
+    )
     aux = jax.eval_shape(task.loss, params, model_state, probe)[2]
 
     def init() -> TrainState:
@@ -282,13 +286,16 @@ def compile_steps(config: ConfigDict, task, tx, abstract, buckets, mesh) -> dict
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     everywhere = sharding.replicated(mesh)
+    adversary = experiment.make_adversary(config)
+    gradients = adversarial.gradients(task, adversary)
+    step = make_step(
+        tasks.accumulate(gradients, config.train.accumulate),
+        tx,
+        ema_decay=config.train.ema_decay,
+        log_every=config.train.log_every * adversary.updates,
+    )
     step = jax.jit(
-        make_step(
-            tasks.accumulate(tasks.gradients(task), config.train.accumulate),
-            tx,
-            ema_decay=config.train.ema_decay,
-            log_every=config.train.log_every,
-        ),
+        adversarial.replay(step, task, adversary),
         out_shardings=(shardings, everywhere, everywhere),
         donate_argnums=0,
     )

@@ -53,7 +53,7 @@ def read(file: str | BinaryIO) -> tuple[np.ndarray, int]:
         integer = sound.subtype in _INTEGER
         try:
             samples = sound.read(dtype="int16" if integer else "float32", always_2d=True)
-        except (soundfile.LibsndfileError, RuntimeError) as error:
+        except soundfile.LibsndfileError as error:
             raise AudioError(
                 f"{name_of(file)}: cannot be decoded ({_reason(error)}); it is truncated or damaged"
             ) from error
@@ -92,12 +92,9 @@ def resample(samples: np.ndarray, rate: float, new_rate: float) -> np.ndarray:
     if rate == new_rate:
         return samples
     length = math.ceil(len(samples) * new_rate / rate)
-    resampled = soxr.resample(samples.astype(np.float32), rate, new_rate, quality="HQ")
-    # soxr rounds the length to nearest; one edge sample more makes it a promise.
-    resampled = np.pad(
-        resampled, (0, max(0, length - len(resampled))), "edge" if len(resampled) else "constant"
-    )
-    return _to_int16(resampled[:length])
+    # soxr rounds the length to nearest: some silence behind the end leaves enough to cut from.
+    padded = np.pad(samples.astype(np.float32), (0, math.ceil(rate / new_rate)))
+    return _to_int16(soxr.resample(padded, rate, new_rate, quality="HQ")[:length])
 
 
 def change_speed(samples: np.ndarray, factor: float) -> np.ndarray:
@@ -155,7 +152,7 @@ def _open(file: str | BinaryIO) -> soundfile.SoundFile:
         raise AudioError(f"{name_of(file)}: the file is empty (0 bytes)")
     try:
         sound = soundfile.SoundFile(file)
-    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
+    except (soundfile.LibsndfileError, TypeError) as error:
         # TypeError: soundfile takes an extension like .raw for headerless PCM and asks for a rate.
         raise AudioError(
             f"{name_of(file)}: not audio that soundfile can read ({_reason(error)})"

@@ -29,13 +29,14 @@ import numpy as np
 
 from speech_jax.data import audio, plan, text
 from speech_jax.data.sources import Source
+from speech_jax.errors import UserError
 
 # Largest difference between the length a source states and that of the decoded audio: codecs,
 # resampling and rounded manifests differ by milliseconds, a truncated file by more.
 LENGTH_TOLERANCE_SECONDS = 0.1
 
 
-class CorpusError(ValueError):
+class CorpusError(UserError):
     """An utterance that cannot be trained on, or a corpus with nothing left in it."""
 
 
@@ -50,7 +51,8 @@ class Corpus:
       samples: int64 [n], length of each utterance in samples at `sample_rate`.
       labels: int32 [sum], all label sequences end to end.
       label_ends: int64 [n + 1], where each label sequence starts and the last one ends.
-      left_out: utterance id -> why it is not in the corpus; what the source skipped included.
+      left_out: utterance id -> why it is not in the corpus, starting with the kind of reason and a
+        colon; what the source skipped included, in its own words.
     """
 
     source: Source
@@ -129,44 +131,30 @@ def encode_corpus(
     if output_lengths is not None and len(samples):
         frames = np.asarray(output_lengths(plan.perturbed_samples(samples, max_speed)))
 
-    left_out = dict(source.skipped)
-    reasons = Counter({"skipped by the source": len(left_out)} if left_out else {})
+    left_out: dict[str, str] = {}
     index, labels = [], []
     for place, utterance in enumerate(utterances):
-        encoded, fault = np.zeros(0, np.int32), None
-        if seconds[place] <= 0 or seconds[place] < min_seconds:
-            kind, reason = "too short", f"too short: {seconds[place]:.2f} s"
+        if samples[place] < 1 or seconds[place] < min_seconds:
+            left_out[utterance.id] = f"too short: {seconds[place]:.2f} s"
         elif seconds[place] > max_seconds:
-            kind, reason = "too long", f"too long: {seconds[place]:.2f} s"
+            left_out[utterance.id] = f"too long: {seconds[place]:.2f} s"
         else:
-            kind = reason = ""
-            if tokenizer is not None:
-                try:
-                    encoded = np.asarray(tokenizer.encode(utterance.text), np.int32)
-                except text.UnknownCharacterError as error:
-                    kind, reason, fault = "unknown character", str(error), error
-            needed = len(encoded) + int((encoded[1:] == encoded[:-1]).sum())
-            if frames[place] < needed:
-                kind = "not alignable"
-                reason = (
-                    f"not alignable: {len(encoded)} labels need {needed} frames, "
-                    f"{seconds[place]:.2f} s of audio has {frames[place]}"
-                )
-                fault = CorpusError(reason)
-        if fault is not None and on_error == "raise":
-            raise CorpusError(
-                f"utterance {utterance.id}: {reason}; correct it, or leave such utterances out "
-                "with on_error='skip'"
-            ) from fault
-        if reason:
-            left_out[utterance.id] = reason
-            reasons[kind] += 1
-        else:
-            index.append(place)
-            labels.append(encoded)
+            try:
+                labels.append(_encode(tokenizer, utterance, frames[place]))
+                index.append(place)
+            except CorpusError as error:
+                if on_error == "raise":
+                    raise CorpusError(
+                        f"utterance {utterance.id}: {error}; correct it, or leave such utterances "
+                        "out with on_error='skip'"
+                    ) from error
+                left_out[utterance.id] = str(error)
     if not index:
-        counts = ", ".join(f"{count} {kind}" for kind, count in reasons.items())
-        raise CorpusError(f"no utterances left to use ({counts or 'the source is empty'})")
+        counts = Counter(reason.partition(":")[0] for reason in left_out.values())
+        if source.skipped:
+            counts["skipped by the source"] = len(source.skipped)
+        why = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        raise CorpusError(f"no utterances left to use ({why or 'the source is empty'})")
     return Corpus(
         source=source,
         sample_rate=sample_rate,
@@ -174,8 +162,25 @@ def encode_corpus(
         samples=samples[index],
         labels=np.concatenate(labels),
         label_ends=np.cumsum([0] + [len(encoded) for encoded in labels]),
-        left_out=left_out,
+        left_out=dict(source.skipped) | left_out,
     )
+
+
+def _encode(tokenizer, utterance, frames) -> np.ndarray:
+    """Returns the labels of an utterance that has `frames` frames, or raises CorpusError."""
+    if tokenizer is None:
+        return np.zeros(0, np.int32)
+    try:
+        labels = np.asarray(tokenizer.encode(utterance.text), np.int32)
+    except text.UnknownCharacterError as error:
+        raise CorpusError(f"unknown character: {error}") from error
+    needed = len(labels) + int((labels[1:] == labels[:-1]).sum())
+    if frames < needed:
+        raise CorpusError(
+            f"not alignable: {len(labels)} labels need {needed} frames, "
+            f"{utterance.duration:.2f} s of audio has {frames}"
+        )
+    return labels
 
 
 def corpus_buckets(
@@ -225,10 +230,10 @@ def open_noise(folder: str, *, probability: float, snr_db: tuple[float, float]) 
         os.path.join(parent, name)
         for parent, _, names in os.walk(folder)
         for name in names
-        if os.path.splitext(name)[1].lower() in (".wav", ".flac", ".ogg", ".opus", ".mp3")
+        if os.path.splitext(name)[1].lower().removeprefix(".") in audio.EXTENSIONS
     )
     if not files:
-        raise CorpusError(f"noise folder {folder} holds no wav, flac, ogg, opus or mp3 file")
+        raise CorpusError(f"noise folder {folder} holds no audio files")
     return Noise(tuple(files), probability, (low, high))
 
 

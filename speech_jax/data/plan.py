@@ -210,6 +210,8 @@ def padding_fraction(plan: Iterable[PlannedBatch], samples: np.ndarray) -> float
 def _assign(samples, labels, buckets, seed, epoch, speeds):
     """Draws speeds; returns them (float32 [n]), the lengths and the home bucket of each."""
     samples, labels = np.asarray(samples, np.int64), np.asarray(labels, np.int64)
+    if not len(speeds) or min(speeds) <= 0:
+        raise ValueError(f"speeds must be one or more factors above 0, got {tuple(speeds)}")
     draw = np.random.default_rng([seed, epoch, 0]).integers(len(speeds), size=len(samples))
     speed = np.asarray(speeds, np.float32)[draw]
     length = perturbed_samples(samples, speed)

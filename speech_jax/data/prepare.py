@@ -15,7 +15,8 @@ damaged files are found here. A split appears only when it is complete; one that
 is left alone unless --overwrite is given.
 
 Encoding runs in --workers processes. For a corpus beyond one machine, --beam_runner writes the
-shards in parallel on Apache Beam (pip install "speech_jax[beam]"). TensorFlow is not needed.
+shards in parallel on Apache Beam (pip install "speech_jax[beam]"). The rest needs only
+pip install "speech_jax[tfds]", and no TensorFlow.
 """
 
 import collections
@@ -28,6 +29,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -40,6 +42,7 @@ import rich.progress
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from google.protobuf import json_format
 
 from speech_jax.data import audio, sources
 
@@ -89,6 +92,9 @@ class Utterances(tfds.core.ShardBasedBuilder, skip_registration=True):
         # text ("10" before "2"), so that records are not found: count them anew, in order.
         split = self.info.splits[_SPLIT]
         lengths = [len(ArrayRecordDataSource([str(file)])) for file in split.filepaths]
+        if not any(lengths):
+            name = self.builder_config.name
+            raise sources.SourceError(f"every utterance of split {name!r} was skipped")
         self.info.set_splits(tfds.core.splits.SplitDict([split.replace(shard_lengths=lengths)]))
 
 
@@ -118,8 +124,11 @@ def prepare(
       beam_options: Beam's pipeline options as NAME=VALUE.
 
     Raises:
-      SourceError: for audio that cannot be decoded, and for a source that is prepared already.
+      SourceError: for audio that cannot be decoded, a split whose name TFDS cannot have, and a
+        source that is prepared already.
     """
+    if not re.fullmatch(r"[\w.+-]+", split):
+        raise sources.SourceError(f"split {split!r} must be of letters, digits and any of _ . + -")
     folder = _folder(out, split)
     if folder.exists() and not overwrite:
         logging.info("%s is there already and is left as it is", folder)
@@ -136,8 +145,7 @@ def prepare(
     pathlib.Path(out).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if beam_runner:
-            from apache_beam.options import pipeline_options
-
+            pipeline_options = _import_beam()
             arguments = [f"--{option}" for option in beam_options]
             config.beam_runner = beam_runner
             config.beam_options = pipeline_options.PipelineOptions(arguments)
@@ -154,13 +162,22 @@ def prepare(
         )
         builder.download_and_prepare(download_dir=f"{temporary}/downloads", download_config=config)
         written = _folder(temporary, split)
-        if not _load_index(written, _data(written), sources.default_cache()):
-            raise sources.SourceError(f"every utterance of split {split!r} was skipped")
+        _load_index(written, _data(written), sources.default_cache())
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(written, folder)
     return skipped
+
+
+def _import_beam() -> Any:
+    try:
+        from apache_beam.options import pipeline_options
+    except ModuleNotFoundError as error:
+        raise sources.SourceError(
+            "--beam_runner needs Apache Beam; install it with pip install 'speech_jax[beam]'"
+        ) from error
+    return pipeline_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +326,7 @@ def _data(folder: pathlib.Path) -> Any:
     try:
         builder = tfds.builder_from_directory(folder)
         files = builder.info.splits[_SPLIT].filepaths
-    except (OSError, KeyError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, ValueError, json_format.ParseError) as error:
         raise sources.SourceError(
             f"{folder} is damaged ({error}); copy or prepare the split again"
         ) from error
@@ -334,7 +351,8 @@ def _load_index(folder: pathlib.Path, data: Any, cache: pathlib.Path) -> list[so
     )
     for file in places:
         with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or damaged
-            rows = [sources.Utterance(*json.loads(line)) for line in file.open(encoding="utf-8")]
+            lines = file.read_text("utf-8").split("\n")
+            rows = [sources.Utterance(*json.loads(line)) for line in lines if line]
             if len(rows) == len(data):
                 return rows
     with _progress() as progress:
@@ -383,7 +401,7 @@ def define_flags() -> None:
         "on_error", "raise", ["raise", "skip"], "Whether a bad utterance ends it or is left out."
     )
     flags.DEFINE_bool("overwrite", False, "Replace splits that are there already.")
-    flags.DEFINE_float("shard_hours", 4.0, "Hours of speech in a file.", lower_bound=0.001)
+    flags.DEFINE_float("shard_hours", 4.0, "Hours of speech in a file.", lower_bound=1e-6)
     flags.DEFINE_string("cache", None, "Folder for derived data [~/.cache/speech_jax].")
     flags.DEFINE_string("beam_runner", None, "Apache Beam runner, for example DirectRunner.")
     flags.DEFINE_list("beam_options", [], "Beam's pipeline options: NAME=VALUE,...")
@@ -397,10 +415,11 @@ def main(argv: Sequence[str]) -> None:
     if not args.splits:
         raise app.UsageError("--splits names no split; for example --splits=train-clean-100")
     try:
-        for split in args.splits:
+        for named in args.splits:
             source = sources.open_source(
-                args.source, root=args.root, split=split, on_error=args.on_error, cache=args.cache
+                args.source, root=args.root, split=named, on_error=args.on_error, cache=args.cache
             )
+            split = pathlib.PurePath(named).name.removesuffix(".jsonl")  # a manifest by its path
             skipped = source.skipped | prepare(
                 source,
                 split,
@@ -415,7 +434,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{split}: {_folder(args.out, split)}, {len(skipped)} utterances skipped")
             for name, why in skipped.items():
                 print(f"  skipped {name}: {why}")
-    except sources.SourceError as error:
+    except (sources.SourceError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -160,17 +160,17 @@ def _open_librispeech(
             f"split {split!r} is empty: {folder} has no SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt; "
             f"splits with data in {root}: {_names(_librispeech_splits(root))}"
         )
-    for name in transcripts.keys() - files.keys():
+    for name in sorted(transcripts.keys() - files.keys()):
         problems[name] = f"transcript without audio; add the file {name}.flac or delete the line"
-    for name in files.keys() - transcripts.keys():
+    for name in sorted(files.keys() - transcripts.keys()):
         problems[files[name]] = "audio without transcript; add its line to the .trans.txt beside it"
     usable = {files[name]: name for name in files if transcripts.get(name)}
-    for name in files.keys() & transcripts.keys():
+    for name in sorted(files.keys() & transcripts.keys()):
         if not transcripts[name]:
             problems[files[name]] = "empty transcript; complete its line in the .trans.txt"
-    durations = _durations(usable, folder, cache, problems)
+    durations = _durations(usable, folder, _durations_file(cache, folder), problems)
     found = (
-        (Utterance(name, durations[path], transcripts[name], name.split("-")[0]), path)
+        (Utterance(name, durations[path], transcripts[name], _speaker(path)), path)
         for path, name in usable.items()
         if path in durations
     )
@@ -201,7 +201,9 @@ def _librispeech_folder(
     )
 
 
-def _unpack(file: pathlib.Path, root: pathlib.Path, unpacked: pathlib.Path, split: str):
+def _unpack(
+    file: pathlib.Path, root: pathlib.Path, unpacked: pathlib.Path, split: str
+) -> pathlib.Path:
     """Unpacks an archive into the root or, where that cannot be written, into the cache."""
     folder = (root if _is_writable(root) else unpacked) / split
     try:
@@ -252,10 +254,14 @@ def _scan(folder: pathlib.Path) -> tuple[dict[str, str], dict[str, str], dict[st
     return files, transcripts, problems
 
 
+def _speaker(path: str) -> str:
+    return os.path.basename(os.path.dirname(os.path.dirname(path)))
+
+
 def _read_transcripts(path: str, transcripts: dict[str, str], problems: dict[str, str]) -> None:
     """Adds the lines 'ID TEXT' of a transcript file to `transcripts`."""
     try:
-        lines = pathlib.Path(path).read_text("utf-8-sig").splitlines()
+        lines = pathlib.Path(path).read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         problems[path] = f"not UTF-8 text ({error.reason} at byte {error.start}); convert it"
         return
@@ -281,34 +287,38 @@ def _has_transcripts(folder: str) -> bool:
 
 
 def _open_manifest(
-    root: pathlib.Path, split: str, on_error: str, cache: pathlib.Path
+    root: pathlib.Path,
+    split: str,
+    on_error: str,
+    cache: pathlib.Path,
+    *,
+    trust_durations: bool = False,
 ) -> FileSource:
     """Opens a NeMo-style manifest: root/split.jsonl, or a path in place of the split.
 
     A line is a JSON object with audio_filepath (relative to the manifest) and, optionally, id,
-    duration (seconds), text, speaker and label. What has no id is named by its path.
+    duration (seconds), text, speaker and label. What has no id is named by its path. Durations are
+    those of the headers, exact and the same as in a folder; `trust_durations` takes the stated
+    ones where there are any, so that a corpus too large for it is not opened file by file.
     """
     manifest = _manifest_path(root, split)
     problems: dict[str, str] = {}
     rows = list(_manifest_rows(manifest, problems))
     if not rows and not problems:
         raise SourceError(f"the manifest {manifest} is empty; write one JSON object a line")
-    # A stated duration is trusted (that is what it is for), so only the file's being there is
-    # checked; the others come from the headers, which checks more.
-    unmeasured = {row["path"]: None for row in rows if row["duration"] is None}
-    durations = _durations(unmeasured, manifest, cache, problems)
-    stated = [row["path"] for row in rows if row["duration"] is not None]
-    for path, why in zip(stated, _in_threads(_missing, stated, "files"), strict=True):
-        if why:
-            problems[path] = why
-    found = []
-    for row in rows:
-        path, seconds = row["path"], row["duration"]
-        if path not in problems:
-            seconds = durations[path] if seconds is None else seconds
-            found.append(
-                (Utterance(row["id"], seconds, row["text"], row["speaker"], row["label"]), path)
-            )
+    stated = {row["path"]: row["duration"] for row in rows if trust_durations and row["duration"]}
+    measured = [row["path"] for row in rows if row["path"] not in stated]
+    durations = stated | _durations(
+        measured, manifest.parent, _durations_file(cache, manifest), problems
+    )
+    found = (
+        (
+            Utterance(row["id"], durations[row["path"]], row["text"], row["speaker"], row["label"]),
+            row["path"],
+        )
+        for row in rows
+        if row["path"] in durations
+    )
     return _file_source(f"manifest {manifest}", found, problems, on_error)
 
 
@@ -368,25 +378,15 @@ def _manifest_row(line: bytes, manifest: pathlib.Path) -> dict:
         if not (number and math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"duration is {seconds!r}; it must be seconds above 0, or left out")
         seconds = float(seconds)
-    fields = {key: row.get(key, "") for key in ("text", "speaker", "label")}
+    fields = {key: row.get(key) for key in ("text", "speaker", "label")}
     for key, value in fields.items():
-        if not isinstance(value, str):
-            # Speaker numbers are common; a text that is not a string is a mistake.
-            if key == "text" or not isinstance(value, int):
-                raise ValueError(f"{key} is {value!r}; it must be a string")
-            fields[key] = str(value)
+        # Speaker numbers are common; a text that is not a string is a mistake.
+        if not isinstance(value, str | None if key == "text" else str | int | None):
+            raise ValueError(f"{key} is {value!r}; it must be a string")
+        fields[key] = "" if value is None else str(value).strip()
     path = os.path.join(manifest.parent, os.path.expanduser(name))
     name = str(row.get("id") or pathlib.PurePath(name).with_suffix("").as_posix())
     return {"id": name, "path": path, "duration": seconds} | fields
-
-
-def _missing(path: str) -> str:
-    """Returns what is wrong with an audio file that a manifest names, '' for nothing."""
-    try:
-        size = os.stat(path).st_size
-    except OSError:
-        return "the manifest names it and it does not exist; correct audio_filepath"
-    return "" if size else "the file is empty (0 bytes); restore it or delete its line"
 
 
 # ---- Prepared ----------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ def _file_source(
 
 def _settle(what: str, usable: int, problems: dict[str, str], on_error: str) -> None:
     if problems and (on_error == "raise" or not usable):
-        name, why = min(problems.items())
+        name, why = next(iter(problems.items()))
         more = f" ({len(problems) - 1} more like this)" if len(problems) > 1 else ""
         cure = "on_error='skip' leaves such utterances out" if usable else "nothing else is left"
         raise SourceError(f"{what}: {name}: {why}{more}; {cure}")
@@ -430,41 +430,48 @@ def _settle(what: str, usable: int, problems: dict[str, str], on_error: str) -> 
 
 
 def _durations(
-    paths: Iterable[str], folder: pathlib.Path, cache: pathlib.Path, problems: dict[str, str]
+    paths: Iterable[str], base: pathlib.Path, kept: pathlib.Path, problems: dict[str, str]
 ) -> dict[str, float]:
-    """Returns path -> seconds from the files' headers, those that cannot be read in `problems`.
+    """Returns path -> seconds from the files' headers; those that cannot be read go to `problems`.
 
-    What was read is kept in the cache by (path, size, time of change), so that a large corpus is
-    read once; the data itself may be read-only.
+    What was read is kept in the file `kept` by (path below base, size, time of change), so that the
+    headers of a large corpus are read once; the data itself may be read-only.
     """
     paths = list(paths)
-    file = cache / "durations" / f"{folder.name}-{digest(folder)}.jsonl"
-    known = _load_durations(file) if paths else {}
+    known = _load_durations(kept)
+    prefix = f"{base}{os.sep}"
 
-    def measure(path: str):
+    def measure(path: str) -> tuple[tuple[str, int, int] | None, float | str]:
         try:
             stat = os.stat(path)
-            key = (path, stat.st_size, stat.st_mtime_ns)
+            key = (path.removeprefix(prefix), stat.st_size, stat.st_mtime_ns)
             return key, known[key] if key in known else audio.duration(path)
         except audio.AudioError as error:
-            return None, str(error).removeprefix(f"{path}: ") + "; restore or delete it"
-        except OSError as error:
-            return None, f"cannot be read ({error.strerror}); restore it or correct its path"
+            return None, str(error).removeprefix(f"{path}: ") + "; restore it or delete it"
+        except FileNotFoundError:
+            return None, "no such file; restore it or correct its path"
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+            why = getattr(error, "strerror", error)
+            return None, f"cannot be read ({why}); correct its rights or its path"
 
-    durations, keys = {}, {}
-    title = "Reading headers" if len(known) < len(paths) else "Checking files"
+    durations, fresh = {}, {}
+    title = f"Reading headers of {base.name}" if len(known) < len(paths) else "Checking files"
     for path, (key, result) in zip(paths, _in_threads(measure, paths, title), strict=True):
         if key is None:
             problems[path] = result
         else:
-            durations[path], keys[key] = result, result
-    if keys.keys() - known.keys():
+            durations[path] = fresh[key] = result
+    if fresh.keys() - known.keys():
         try:
-            text = "".join(json.dumps([*key, seconds]) + "\n" for key, seconds in keys.items())
-            write_atomically(file, text)
+            rows = (json.dumps([*key, seconds]) + "\n" for key, seconds in fresh.items())
+            write_atomically(kept, "".join(rows))
         except OSError as error:
-            logging.warning("the durations cannot be kept in %s (%s)", file, error.strerror)
+            logging.warning("the durations cannot be kept in %s (%s)", kept, error.strerror)
     return durations
+
+
+def _durations_file(cache: pathlib.Path, data: pathlib.Path) -> pathlib.Path:
+    return cache / "durations" / f"{data.name}-{digest(data)}.jsonl"
 
 
 def _load_durations(file: pathlib.Path) -> dict[tuple[str, int, int], float]:
@@ -475,7 +482,7 @@ def _load_durations(file: pathlib.Path) -> dict[tuple[str, int, int], float]:
         return {}
 
 
-def _in_threads(function: Callable, items: Sequence, title: str) -> Iterator:
+def _in_threads(function: Callable, items: Sequence[str], title: str) -> Iterator:
     """Yields function(item) in order, from threads, with a progress bar when there are many."""
     chunks = [items[start : start + 100] for start in range(0, len(items), 100)]
     console = rich.console.Console(stderr=True)

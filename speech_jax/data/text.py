@@ -18,14 +18,16 @@ from typing import ClassVar, Protocol
 
 import sentencepiece
 
+from speech_jax.errors import UserError
+
 BLANK = 0
 
 
-class TextError(ValueError):
+class TextError(UserError):
     """A vocabulary that cannot be made, saved or loaded; the message says how to mend it."""
 
 
-class UnknownCharacterError(ValueError):
+class UnknownCharacterError(UserError):
     """A text with a character that the vocabulary has not."""
 
     def __init__(self, character: str, alphabet: str):

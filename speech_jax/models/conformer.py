@@ -70,7 +70,9 @@ class Conformer(nn.Module):
         lengths = self.output_lengths(lengths)
         mask = masking.length_mask(lengths, x.shape[1])
         x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
-        block = nn.remat(Block, prevent_cse=not self.scan, static_argnums=(3,)) if self.remat else Block
+        block = (
+            nn.remat(Block, prevent_cse=not self.scan, static_argnums=(3,)) if self.remat else Block
+        )
         if self.scan:
             stack = nn.scan(
                 block,
@@ -82,7 +84,9 @@ class Conformer(nn.Module):
             x, _ = stack(**self._block_settings(), name="layers")(x, mask, deterministic)
         else:
             for layer in range(self.num_layers):
-                x, _ = block(**self._block_settings(), name=f"layer_{layer}")(x, mask, deterministic)
+                x, _ = block(**self._block_settings(), name=f"layer_{layer}")(
+                    x, mask, deterministic
+                )
         return jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype)), lengths
 
     def _block_settings(self):
@@ -144,7 +148,9 @@ class Subsampling(nn.Module):
             x = nn.relu(x)
             lengths = (lengths + 1) // 2
         batch, frames = x.shape[:2]
-        return nn.Dense(self.features, dtype=self.dtype, name="project")(x.reshape(batch, frames, -1))
+        return nn.Dense(self.features, dtype=self.dtype, name="project")(
+            x.reshape(batch, frames, -1)
+        )
 
 
 def _zero_past(x, lengths):

@@ -30,7 +30,9 @@ class FeedForward(nn.Module):
         x = LayerNorm(self.dtype, name="norm")(x)
         x = nn.Dense(self.width, dtype=self.dtype, name="expand")(x)
         x = nn.Dropout(self.dropout)(nn.swish(x), deterministic=deterministic)
-        x = nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="project")(x)
+        x = nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="project")(
+            x
+        )
         return nn.Dropout(self.dropout)(x, deterministic=deterministic)
 
 
@@ -96,9 +98,9 @@ class SelfAttention(nn.Module):
         position_bias = self.param("position_bias", nn.initializers.zeros, (heads, width))
         distances = np.arange(frames - 1, -frames, -1)
         table = jnp.asarray(sinusoids(distances, heads * width), self.dtype)
-        position = nn.DenseGeneral((heads, width), use_bias=False, dtype=self.dtype, name="position")(
-            table
-        )
+        position = nn.DenseGeneral(
+            (heads, width), use_bias=False, dtype=self.dtype, name="position"
+        )(table)
         query_content = query + content_bias.astype(self.dtype)[None, None]
         query_position = query + position_bias.astype(self.dtype)[None, None]
         by_distance = jnp.einsum("bthd,rhd->bhtr", query_position, position)
@@ -205,7 +207,9 @@ class MaskedBatchNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (features,))
         bias = self.param("bias", nn.initializers.zeros, (features,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
-        running_variance = self.variable("batch_stats", "variance", jnp.ones, (features,), jnp.float32)
+        running_variance = self.variable(
+            "batch_stats", "variance", jnp.ones, (features,), jnp.float32
+        )
         if deterministic:
             mean, variance = running_mean.value, running_variance.value
         else:

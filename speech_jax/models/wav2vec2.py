@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from speech_jax.models import layers
@@ -72,7 +71,7 @@ class Wav2Vec2(nn.Module):
 
     frontend = "waveform"
     # Base and Large: table 7 of fairseq's release. Tiny is for two CPU cores.
-    VARIANTS = {  # noqa: RUF012: linen modules are dataclasses, and this is not one of the fields
+    VARIANTS = {  # noqa: RUF012 linen modules are dataclasses, and this is not one of the fields
         "tiny": {
             "features": 128, "num_layers": 4, "heads": 4, "feed_forward": 512,
             "conv_channels": (64, 96, 96, 128, 128, 128, 128), "position_kernel": 32,
@@ -105,14 +104,17 @@ class Wav2Vec2(nn.Module):
         )
         self.norm = layers.LayerNorm(self.dtype)
         self.drop = nn.Dropout(self.dropout)
-        block, settings = Block, {
-            "heads": self.heads,
-            "width": self.feed_forward,
-            "pre_norm": self.pre_norm,
-            "dropout": self.dropout,
-            "layer_drop": self.layer_drop,
-            "dtype": self.dtype,
-        }
+        block, settings = (
+            Block,
+            {
+                "heads": self.heads,
+                "width": self.feed_forward,
+                "pre_norm": self.pre_norm,
+                "dropout": self.dropout,
+                "layer_drop": self.layer_drop,
+                "dtype": self.dtype,
+            },
+        )
         if self.remat:
             block = nn.remat(Block, prevent_cse=not self.scan, static_argnums=(3,))
         if self.scan:
@@ -231,7 +233,7 @@ class FeatureExtractor(nn.Module):
             raise ValueError(f"conv_norm must be 'group' or 'layer', got {self.norm!r}")
         shortest = receptive_field(self.kernels, self.strides)
         if inputs.shape[1] < shortest:
-            raise ValueError(f"audio has {inputs.shape[1]} samples, fewer than the {shortest} of a frame")
+            raise ValueError(f"audio has {inputs.shape[1]} samples, a frame needs {shortest}")
         x = inputs[:, :, None]
         geometry = zip(self.channels, self.kernels, self.strides, strict=True)
         for index, (channels, kernel, stride) in enumerate(geometry):
@@ -249,11 +251,10 @@ class FeatureExtractor(nn.Module):
                 if self.norm_padding:
                     frames = jnp.full_like(frames, windows.shape[1])
                 weight, bias = _normalize_over_time(windows, frames, weight, scale, shift)
-                x = jnp.einsum("btk,bkc->btc", windows.astype(self.dtype), weight.astype(self.dtype))
-                x = x + bias.astype(self.dtype)[:, None]
             else:
-                x = windows.astype(self.dtype) @ weight.astype(self.dtype)
-                x = x + bias.astype(self.dtype)[None, None]
+                weight, bias = weight[None], bias[None]
+            x = jnp.matmul(windows.astype(self.dtype), weight.astype(self.dtype))
+            x = x + bias.astype(self.dtype)[:, None]
             if self.norm == "layer":
                 x = layers.LayerNorm(self.dtype, name=f"norm_{index}")(x)
             x = nn.gelu(x, approximate=False)
@@ -369,7 +370,7 @@ grouped_convolution.defvjp(_grouped_convolution_forward, _grouped_convolution_ba
 def _weight_gradient(x, gradient, shape, groups):
     # Tap k = a + block * b of the gradient is sum over s of x[s + a] * gradient[s - block * b]:
     # one product of `block` shifted copies of x and kernel / block shifted copies of gradient.
-    kernel, width, features = shape
+    kernel, width, _ = shape
     batch, frames, _ = x.shape
     block = math.gcd(kernel, 16)
     rest = kernel - block
@@ -433,7 +434,7 @@ class Attention(nn.Module):
         dense = functools.partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=_normal)
         projected = dense((3, self.heads, width), name="qkv")(x)
         query, key, value = (projected[:, :, i] for i in range(3))
-        query = query * np.asarray(width**-0.5, self.dtype)
+        query = query * jnp.asarray(width**-0.5, self.dtype)
         scores = jnp.einsum("bthd,bshd->bhts", query, key).astype(jnp.float32)
         # Finite, so that a row without a single valid frame stays free of NaN.
         scores = jnp.where(mask[:, None, None, :], scores, -1e30)
@@ -465,5 +466,5 @@ def _scale_gradient(x, factor: float):
 
 
 _scale_gradient.defvjp(
-    lambda x, factor: (x, None), lambda factor, _, g: (g * np.asarray(factor, g.dtype),)
+    lambda x, factor: (x, None), lambda factor, _, g: (g * jnp.asarray(factor, g.dtype),)
 )

@@ -47,16 +47,23 @@ class FrontEnd:
 
     def __call__(self, batch, rng=None, step=0) -> tuple[jax.Array, jax.Array]:
         """Inputs ([B, T] or [B, F, mels], float32) and their lengths, augmented if there is a key."""
-        waveform, lengths = features.to_waveform(batch["audio"]), batch["audio_length"]
         if self.kind == "waveform":
+            waveform, lengths = features.to_waveform(batch["audio"]), batch["audio_length"]
             return self._normalize_waveform(waveform, lengths), lengths
-        inputs, lengths = features.log_mel(waveform, lengths, **self.log_mel)
+        inputs, lengths = self.features(batch)
         if self.normalize != "none":
             inputs = features.normalize(inputs, lengths, self.mean, self.std)
         if rng is not None and self.spec_augment:
             augmented = augment.spec_augment(rng, inputs, lengths, **self.spec_augment)
             inputs = jnp.where(step >= self.spec_augment_start, augmented, inputs)
         return inputs, lengths
+
+    def features(self, batch) -> tuple[jax.Array, jax.Array]:
+        """Log-mel [B, F, mels] before normalization, and frames; a batch may bring `features`."""
+        if "features" in batch:
+            return batch["features"], self.lengths(batch["audio_length"])
+        waveform = features.to_waveform(batch["audio"])
+        return features.log_mel(waveform, batch["audio_length"], **self.log_mel)
 
     def _normalize_waveform(self, waveform, lengths):
         if self.normalize == "none":

@@ -1,0 +1,738 @@
+"""wav2vec 2.0 checkpoints of Hugging Face transformers, read and written without PyTorch.
+
+  python -m speech_jax.deploy.hf import SRC DST    # a Hugging Face folder to a model folder
+  python -m speech_jax.deploy.hf export SRC DST    # and back
+
+A model folder is what fine-tuning starts from:
+
+  model.json          {"encoder": keyword arguments of models.make_encoder (architecture only),
+                      "head": a name of HEADS, "normalize": of the waveform, as in
+                      config.features.normalize, "vocabulary": symbols by id, the CTC blank
+                      first, or null, "labels": names by id, or null, "source": the config.json
+                      that the model was imported with, or null}
+  params.safetensors  float32 parameters by their path ("encoder/layer_0/attention/qkv/kernel"),
+                      the encoder's layers unrolled
+  tokenizer.json      where the vocabulary is one of characters (data/text.py)
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import pickle
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from speech_jax import models
+from speech_jax.data import text
+from speech_jax.errors import UserError
+
+
+class ModelFolderError(UserError):
+    """A folder that cannot be converted; the message names the file or key at fault."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as plain data: see the module's docstring for the fields.
+
+    `params` is a nested dict of float32 numpy arrays: {"encoder": ..., and the head's own}.
+    """
+
+    encoder: dict[str, Any]
+    params: dict[str, Any]
+    head: str
+    normalize: str = "utterance"
+    vocabulary: list[str] | None = None
+    labels: list[str] | None = None
+    source: dict[str, Any] | None = None
+
+
+# The transformers class of each head.
+HEADS = {
+    "none": "Wav2Vec2Model",
+    "ctc": "Wav2Vec2ForCTC",
+    "pretraining": "Wav2Vec2ForPreTraining",
+    "classification": "Wav2Vec2ForSequenceClassification",
+}
+
+# ---- Names and layouts -------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """One parameter of ours and the tensors of theirs that it is made of."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    load: Callable[..., np.ndarray]  # their tensors to ours
+    dump: Callable[[np.ndarray], tuple[np.ndarray, ...]]  # the inverse
+
+
+def _same(ours, theirs):
+    return Entry(ours, (theirs,), lambda x: x, lambda x: (x,))
+
+
+def _transposed(ours, theirs, order):
+    inverse = tuple(np.argsort(order))
+    return Entry(ours, (theirs,), lambda x: x.transpose(order), lambda x: (x.transpose(inverse),))
+
+
+def _dense(ours, theirs):
+    yield _transposed(f"{ours}/kernel", f"{theirs}.weight", (1, 0))
+    yield _same(f"{ours}/bias", f"{theirs}.bias")
+
+
+def _norm(ours, theirs):
+    yield _same(f"{ours}/layer/scale", f"{theirs}.weight")
+    yield _same(f"{ours}/layer/bias", f"{theirs}.bias")
+
+
+def _attention(ours, theirs, heads):
+    projections = [f"{theirs}.{name}_proj" for name in "qkv"]
+
+    def load_kernels(*tensors):  # each [heads * width, D]; to [D, 3, heads, width]
+        return np.stack([x.T.reshape(x.shape[1], heads, -1) for x in tensors], axis=1)
+
+    yield Entry(
+        f"{ours}/qkv/kernel",
+        tuple(f"{name}.weight" for name in projections),
+        load_kernels,
+        lambda x: tuple(x[:, i].reshape(x.shape[0], -1).T for i in range(3)),
+    )
+    yield Entry(
+        f"{ours}/qkv/bias",
+        tuple(f"{name}.bias" for name in projections),
+        lambda *tensors: np.stack([x.reshape(heads, -1) for x in tensors]),
+        lambda x: tuple(x[i].reshape(-1) for i in range(3)),
+    )
+    yield Entry(
+        f"{ours}/project/kernel",
+        (f"{theirs}.out_proj.weight",),
+        lambda x: x.T.reshape(heads, -1, x.shape[0]),
+        lambda x: (x.reshape(-1, x.shape[2]).T,),
+    )
+    yield _same(f"{ours}/project/bias", f"{theirs}.out_proj.bias")
+
+
+def _encoder_entries(settings) -> Iterator[Entry]:
+    for index in range(len(settings["conv_channels"])):
+        theirs = f"feature_extractor.conv_layers.{index}"
+        yield _transposed(f"extractor/kernel_{index}", f"{theirs}.conv.weight", (2, 1, 0))
+        if settings["conv_bias"]:
+            yield _same(f"extractor/bias_{index}", f"{theirs}.conv.bias")
+        if settings["conv_norm"] == "layer":
+            yield from _norm(f"extractor/norm_{index}", f"{theirs}.layer_norm")
+        elif index == 0:
+            yield _same("extractor/scale_0", f"{theirs}.layer_norm.weight")
+            yield _same("extractor/shift_0", f"{theirs}.layer_norm.bias")
+    yield from _norm("feature_norm", "feature_projection.layer_norm")
+    yield from _dense("projection", "feature_projection.projection")
+    yield _same("mask_embedding", "masked_spec_embed")
+    position = "encoder.pos_conv_embed.conv"
+    yield Entry(
+        "position/magnitude",
+        (f"{position}.weight_g",),
+        lambda x: x.reshape(-1),
+        lambda x: (x.reshape(1, 1, -1),),
+    )
+    yield _transposed("position/direction", f"{position}.weight_v", (2, 1, 0))
+    yield _same("position/bias", f"{position}.bias")
+    yield from _norm("norm", "encoder.layer_norm")
+    for index in range(settings["num_layers"]):
+        ours, theirs = f"layer_{index}", f"encoder.layers.{index}"
+        yield from _attention(f"{ours}/attention", f"{theirs}.attention", settings["heads"])
+        yield from _norm(f"{ours}/attention_norm", f"{theirs}.layer_norm")
+        yield from _dense(
+            f"{ours}/feed_forward/expand", f"{theirs}.feed_forward.intermediate_dense"
+        )
+        yield from _dense(f"{ours}/feed_forward/project", f"{theirs}.feed_forward.output_dense")
+        yield from _norm(f"{ours}/feed_forward_norm", f"{theirs}.final_layer_norm")
+
+
+def _entries(settings, head, groups=None, weighted=False) -> Iterator[Entry]:
+    """All entries of a model, under full names."""
+    prefix = "" if head == "none" else "wav2vec2."
+    for entry in _encoder_entries(settings):
+        yield entry._replace(
+            ours=f"encoder/{entry.ours}", theirs=tuple(prefix + name for name in entry.theirs)
+        )
+    if head == "ctc":
+        yield from _dense("head", "lm_head")
+    elif head == "classification":
+        yield from _dense("projector", "projector")
+        yield from _dense("classifier", "classifier")
+        if weighted:
+            yield _same("layer_weights", "layer_weights")
+    elif head == "pretraining":
+        yield Entry(
+            "quantizer/codebook",
+            ("quantizer.codevectors",),
+            lambda x: x.reshape(groups, -1, x.shape[-1]),
+            lambda x: (x.reshape(1, -1, x.shape[-1]),),
+        )
+        yield from _dense("quantizer/project", "quantizer.weight_proj")
+        yield from _dense("project_hidden", "project_hid")
+        yield from _dense("project_target", "project_q")
+
+
+# ---- From Hugging Face -------------------------------------------------------------------------
+
+_DEFAULTS = {
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "do_stable_layer_norm": False, "conv_dim": [512] * 7,
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "feat_extract_norm": "group", "conv_bias": False, "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16, "vocab_size": 32, "pad_token_id": 0,
+    "num_codevector_groups": 2, "num_codevectors_per_group": 320, "codevector_dim": 256,
+    "proj_codevector_dim": 256, "classifier_proj_size": 256, "use_weighted_layer_sum": False,
+}  # fmt: skip
+
+# Settings that ours has one value of.
+_REQUIRED = {
+    "model_type": ("wav2vec2",),
+    "hidden_act": ("gelu",),
+    "feat_extract_activation": ("gelu",),
+    "feat_extract_norm": ("group", "layer"),
+    "layer_norm_eps": (1e-5,),
+    "add_adapter": (False,),
+    "adapter_attn_dim": (None,),
+}
+
+
+def read(folder) -> Model:
+    """The model in a Hugging Face folder.
+
+    Raises:
+      ModelFolderError: for a missing or damaged file, an architecture that is not ours, a missing
+        or left-over tensor, a shape that does not fit the configuration.
+    """
+    folder = pathlib.Path(folder)
+    source = _read_json(folder / "config.json")
+    for key, allowed in _REQUIRED.items():
+        if key in source and source[key] not in allowed:
+            raise ModelFolderError(
+                f"{folder / 'config.json'}: {key}={source[key]!r} is not supported, "
+                f"only {' or '.join(map(repr, allowed))}"
+            )
+    config = _DEFAULTS | source
+    tensors = _read_tensors(folder)
+    head = _head(folder, source, tensors)
+    params = convert(tensors, config, head, folder)
+    vocabulary = _read_vocabulary(folder, config) if head == "ctc" else None
+    if head == "ctc":
+        order = _blank_first(config["pad_token_id"], config["vocab_size"], folder)
+        params["head"] = {name: value[..., order] for name, value in params["head"].items()}
+        vocabulary = vocabulary and [vocabulary[i] for i in order]
+    preprocessor = folder / "preprocessor_config.json"
+    preprocessing = _read_json(preprocessor) if preprocessor.exists() else {}
+    labels = source.get("id2label") if head == "classification" else None
+    return Model(
+        encoder=_encoder_settings(config),
+        params=params,
+        head=head,
+        normalize="utterance" if preprocessing.get("do_normalize", True) else "none",
+        vocabulary=vocabulary,
+        labels=labels and [labels[str(i)] for i in range(len(labels))],
+        source=source,
+    )
+
+
+def _encoder_settings(config) -> dict[str, Any]:
+    return {
+        "name": "wav2vec2",
+        "features": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"],
+        "heads": config["num_attention_heads"],
+        "feed_forward": config["intermediate_size"],
+        "pre_norm": config["do_stable_layer_norm"],
+        "conv_channels": tuple(config["conv_dim"]),
+        "conv_kernels": tuple(config["conv_kernel"]),
+        "conv_strides": tuple(config["conv_stride"]),
+        "conv_norm": config["feat_extract_norm"],
+        "conv_bias": config["conv_bias"],
+        "position_kernel": config["num_conv_pos_embeddings"],
+        "position_groups": config["num_conv_pos_embedding_groups"],
+    }
+
+
+def _head(folder, source, tensors) -> str:
+    named = {architecture: head for head, architecture in HEADS.items()}
+    architectures = source.get("architectures") or []
+    if architectures:
+        if architectures[0] not in named:
+            raise ModelFolderError(
+                f"{folder / 'config.json'}: architecture {architectures[0]!r} is not supported, "
+                f"only {', '.join(named)}"
+            )
+        return named[architectures[0]]
+    marks = {"lm_head.weight": "ctc", "project_q.weight": "pretraining"}
+    marks["classifier.weight"] = "classification"
+    return next((head for key, head in marks.items() if key in tensors), "none")
+
+
+def convert(tensors, config, head: str, folder="") -> dict[str, Any]:
+    """Their tensors (numpy, by name) as our tree of parameters; each has its place and its shape.
+
+    `config` is a config.json with all settings, `folder` a name for errors.
+    """
+    settings = _encoder_settings(config)
+    tensors = {_old_weight_norm(name): value for name, value in tensors.items()}
+    # Written by some versions; a buffer, not a parameter.
+    tensors.pop("wav2vec2.encoder.pos_conv_embed.conv.weight", None)
+    embedding = "masked_spec_embed" if head == "none" else "wav2vec2.masked_spec_embed"
+    # Absent where the model was never masked; then nothing depends on its value.
+    tensors.setdefault(embedding, np.zeros(settings["features"], np.float32))
+    shapes = flax.traverse_util.flatten_dict(_shapes(config, settings, head), sep="/")
+    params = {}
+    entries = _entries(
+        settings, head, config["num_codevector_groups"], config["use_weighted_layer_sum"]
+    )
+    for entry in entries:
+        zero = np.broadcast_to(np.zeros((), np.float32), shapes[entry.ours])
+        for name, expected in zip(entry.theirs, entry.dump(zero), strict=True):
+            if name not in tensors:
+                raise ModelFolderError(f"{folder}: tensor {name!r} is missing")
+            if tensors[name].shape != expected.shape:
+                raise ModelFolderError(
+                    f"{folder}: tensor {name!r} has the shape {tensors[name].shape}, but "
+                    f"config.json asks for {expected.shape}"
+                )
+        loaded = entry.load(*(tensors.pop(name) for name in entry.theirs))
+        params[entry.ours] = np.ascontiguousarray(loaded, np.float32)
+    if tensors:
+        raise ModelFolderError(
+            f"{folder}: tensor {min(tensors)!r} (of {len(tensors)} such) has no place in "
+            f"a {HEADS[head]} of this configuration"
+        )
+    return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def _old_weight_norm(name: str) -> str:
+    name = name.replace("parametrizations.weight.original0", "weight_g")
+    return name.replace("parametrizations.weight.original1", "weight_v")
+
+
+def _shapes(config, settings, head) -> dict[str, Any]:
+    """The shapes that our parameters have."""
+    encoder = models.make_encoder(**settings, scan=False)
+    inputs = jax.ShapeDtypeStruct((1, 16_000), jnp.float32)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    try:
+        tree = jax.eval_shape(
+            lambda x, n: encoder.init(jax.random.key(0), x, n, True), inputs, lengths
+        )
+    except (ValueError, TypeError) as error:
+        raise ModelFolderError(f"config.json describes no encoder: {error}") from error
+    dense = lambda rows, columns: {"kernel": (rows, columns), "bias": (columns,)}
+    width, features = config["hidden_size"], config["conv_dim"][-1]
+    groups, codes = config["num_codevector_groups"], config["num_codevectors_per_group"]
+    dimension, final = config["codevector_dim"], config["proj_codevector_dim"]
+    shapes = {"encoder": jax.tree.map(lambda leaf: leaf.shape, tree["params"])}
+    if head == "ctc":
+        shapes["head"] = dense(width, config["vocab_size"])
+    elif head == "classification":
+        labels = len(config.get("id2label") or range(2))
+        shapes["projector"] = dense(width, config["classifier_proj_size"])
+        shapes["classifier"] = dense(config["classifier_proj_size"], labels)
+        shapes["layer_weights"] = (config["num_hidden_layers"] + 1,)
+    elif head == "pretraining":
+        codebook = (groups, codes, dimension // groups)
+        shapes["quantizer"] = {"codebook": codebook, "project": dense(features, groups * codes)}
+        shapes["project_hidden"] = dense(width, final)
+        shapes["project_target"] = dense(dimension, final)
+    return shapes
+
+
+def _blank_first(blank, size, folder) -> list[int]:
+    if blank is None or not 0 <= blank < size:
+        raise ModelFolderError(
+            f"{folder / 'config.json'}: pad_token_id={blank!r} must be the CTC blank, one of the "
+            f"{size} ids of the vocabulary"
+        )
+    return [blank, *(i for i in range(size) if i != blank)]
+
+
+def _read_vocabulary(folder, config) -> list[str] | None:
+    path = folder / "vocab.json"
+    if not path.exists():
+        return None
+    ids = {int(i): symbol for symbol, i in _read_json(path).items()}
+    size = config["vocab_size"]
+    if any(not 0 <= i < size for i in ids):
+        raise ModelFolderError(f"{path}: the largest id is {max(ids)}, but vocab_size is {size}")
+    return [ids.get(i, f"<unused{i}>") for i in range(size)]
+
+
+# ---- Files of tensors --------------------------------------------------------------------------
+
+
+def _read_json(path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelFolderError(f"{path} is missing: is this the folder of a model?") from None
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{path} cannot be read: {error}") from error
+
+
+def _read_tensors(folder) -> dict[str, np.ndarray]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return _read_safetensors(folder / "model.safetensors")
+    if index.exists():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        if any(pathlib.Path(name).name != name for name in names):
+            raise ModelFolderError(f"{index} names a file outside its folder")
+        parts = [_read_safetensors(folder / name) for name in names]
+        return {name: value for part in parts for name, value in part.items()}
+    if (folder / "pytorch_model.bin").exists():
+        return _read_torch(folder / "pytorch_model.bin")
+    raise ModelFolderError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+
+
+_SAFETENSORS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def _read_safetensors(path) -> dict[str, np.ndarray]:
+    try:
+        found = safetensors.deserialize(path.read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelFolderError(f"{path} cannot be read: {error}") from error
+    tensors = {}
+    for name, tensor in found:
+        if tensor["dtype"] not in _SAFETENSORS:
+            raise ModelFolderError(
+                f"{path}: tensor {name!r} is of type {tensor['dtype']}, not a float"
+            )
+        flat = np.frombuffer(tensor["data"], _SAFETENSORS[tensor["dtype"]])
+        tensors[name] = flat.reshape(tensor["shape"])
+    return tensors
+
+
+_STORAGES = {
+    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
+}  # fmt: skip
+
+
+def _read_torch(path) -> dict[str, np.ndarray]:
+    """The tensors of a torch.save archive. Nothing that the pickle names is imported or called."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            (main,) = (n for n in names if n.count("/") == 1 and n.endswith("/data.pkl"))
+            root = main.rpartition("/")[0]
+            order = f"{root}/byteorder"
+            if order in names and archive.read(order) != b"little":
+                raise ModelFolderError(f"{path} was saved on a big-endian machine: save it again")
+            with archive.open(main) as stream:
+                tensors = _Unpickler(stream, archive, root).load()
+    except ModelFolderError as error:
+        raise ModelFolderError(f"{path}: {error}") from None
+    except zipfile.BadZipFile:
+        raise ModelFolderError(
+            f"{path} is not an archive of torch.save (version 1.6 or newer), or is cut short: "
+            f"save the model again, with safe_serialization=True"
+        ) from None
+    # A damaged pickle can raise nearly anything.
+    except Exception as error:
+        raise ModelFolderError(f"{path} is damaged: {error}") from error
+    is_array = lambda tensor: isinstance(tensor, np.ndarray)
+    if not isinstance(tensors, dict) or not all(map(is_array, tensors.values())):
+        raise ModelFolderError(f"{path} does not hold a dict of tensors")
+    return dict(tensors)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds dicts of arrays and refuses everything else a pickle can ask for."""
+
+    def __init__(self, stream, archive, root):
+        super().__init__(stream)
+        self._archive, self._root = archive, root
+
+    def find_class(self, module, name):
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, shape, strides, *_: _strided(
+                storage, offset, shape, strides
+            )
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, *_: data
+        if module == "torch" and name in _STORAGES:
+            return name
+        raise ModelFolderError(f"the pickle asks for {module}.{name}, which is not run")
+
+    def persistent_load(self, pid):
+        kind, storage, key, _, count = pid
+        if kind != "storage" or storage not in _STORAGES:
+            raise ModelFolderError(f"the pickle asks for {pid!r}, which is not a tensor's storage")
+        values = np.frombuffer(self._archive.read(f"{self._root}/data/{key}"), _STORAGES[storage])
+        if len(values) < count:
+            raise ModelFolderError(f"storage {key} is cut short")
+        return values
+
+
+def _strided(storage, offset, shape, strides):
+    span = offset + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) + 1
+    if min((offset, *shape, *strides)) < 0 or (math.prod(shape) and span > len(storage)):
+        raise ModelFolderError("a tensor reaches past its storage")
+    steps = tuple(step * storage.itemsize for step in strides)
+    return np.ndarray(shape, storage.dtype, storage, offset * storage.itemsize, steps).copy()
+
+
+# ---- To Hugging Face ---------------------------------------------------------------------------
+
+
+def write(model: Model, folder) -> None:
+    """Writes a model as a Hugging Face folder, which appears whole or not at all."""
+    config = _config(model)
+    groups = config.get("num_codevector_groups")
+    params = flax.traverse_util.flatten_dict(model.params, sep="/")
+    tensors = {}
+    for entry in _entries(model.encoder, model.head, groups, "layer_weights" in params):
+        if entry.ours not in params:
+            raise ModelFolderError(f"the model lacks the parameter {entry.ours!r}")
+        parts = entry.dump(np.asarray(params.pop(entry.ours), np.float32))
+        tensors |= {
+            name: np.ascontiguousarray(part) for name, part in zip(entry.theirs, parts, strict=True)
+        }
+    if params:
+        raise ModelFolderError(f"parameter {min(params)!r} has no place in a {HEADS[model.head]}")
+    with _appearing(folder) as partial:
+        safetensors.numpy.save_file(tensors, partial / "model.safetensors", {"format": "pt"})
+        _write_json(partial / "config.json", config)
+        _write_json(partial / "preprocessor_config.json", _preprocessor(model))
+        if model.vocabulary:
+            for name, content in _tokenizer_files(model.vocabulary).items():
+                _write_json(partial / name, content)
+
+
+def _config(model: Model) -> dict[str, Any]:
+    settings, params = model.encoder, model.params
+    config = dict(model.source or {})
+    # Their model has a mask embedding only where masking is on.
+    if not (config.get("mask_time_prob", 0.05) or config.get("mask_feature_prob", 0.0)):
+        config["mask_time_prob"] = 0.05
+    config |= {
+        "model_type": "wav2vec2",
+        "architectures": [HEADS[model.head]],
+        "hidden_size": settings["features"],
+        "num_hidden_layers": settings["num_layers"],
+        "num_attention_heads": settings["heads"],
+        "intermediate_size": settings["feed_forward"],
+        "do_stable_layer_norm": settings["pre_norm"],
+        "conv_dim": list(settings["conv_channels"]),
+        "conv_kernel": list(settings["conv_kernels"]),
+        "conv_stride": list(settings["conv_strides"]),
+        "num_feat_extract_layers": len(settings["conv_channels"]),
+        "feat_extract_norm": settings["conv_norm"],
+        "conv_bias": settings["conv_bias"],
+        "num_conv_pos_embeddings": settings["position_kernel"],
+        "num_conv_pos_embedding_groups": settings["position_groups"],
+    }
+    if model.head == "ctc":
+        config |= {"vocab_size": params["head"]["bias"].shape[0], "pad_token_id": 0}
+    elif model.head == "classification":
+        config["classifier_proj_size"] = params["projector"]["bias"].shape[0]
+        config["use_weighted_layer_sum"] = "layer_weights" in params
+        names = model.labels or [f"LABEL_{i}" for i in range(len(params["classifier"]["bias"]))]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    elif model.head == "pretraining":
+        groups, codes, width = params["quantizer"]["codebook"].shape
+        config |= {
+            "num_codevector_groups": groups,
+            "num_codevectors_per_group": codes,
+            "codevector_dim": groups * width,
+            "proj_codevector_dim": params["project_target"]["bias"].shape[0],
+        }
+    return config
+
+
+def _preprocessor(model: Model) -> dict[str, Any]:
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "do_normalize": model.normalize == "utterance",
+        "feature_size": 1,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": True,
+        "sampling_rate": 16_000,
+    }
+
+
+def _tokenizer_files(vocabulary: list[str]) -> dict[str, Any]:
+    special = {"pad_token": vocabulary[0], "unk_token": "<unk>"}
+    special |= {"bos_token": None, "eos_token": None}
+    config = special | {"tokenizer_class": "Wav2Vec2CTCTokenizer", "word_delimiter_token": "|"}
+    return {
+        "vocab.json": {symbol: i for i, symbol in enumerate(vocabulary)},
+        "tokenizer_config.json": config | {"do_lower_case": False},
+        "special_tokens_map.json": {k: v for k, v in special.items() if v},
+    }
+
+
+# ---- Model folders -----------------------------------------------------------------------------
+
+
+def save(model: Model, folder) -> None:
+    """Writes a model folder, which appears whole or not at all."""
+    flat = flax.traverse_util.flatten_dict(model.params, sep="/")
+    flat = {name: np.ascontiguousarray(value, np.float32) for name, value in flat.items()}
+    described = {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.name != "params"
+    }
+    with _appearing(folder) as partial:
+        _write_json(partial / "model.json", described)
+        safetensors.numpy.save_file(flat, partial / "params.safetensors")
+        tokenizer = _tokenizer(model.vocabulary)
+        if tokenizer is not None:
+            tokenizer.save(partial / "tokenizer.json")
+
+
+def load(folder) -> Model:
+    """Reads a model folder, or a Hugging Face folder.
+
+    Raises:
+      ModelFolderError: naming the file or key that is missing, damaged or unsupported.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / "model.json").exists() and (folder / "config.json").exists():
+        return read(folder)
+    described = _read_json(folder / "model.json")
+    tensors = _read_safetensors(folder / "params.safetensors")
+    params = flax.traverse_util.unflatten_dict(tensors, sep="/")
+    try:
+        model = Model(params=params, **described)
+        if model.head not in HEADS:
+            raise KeyError(model.head)
+    except (TypeError, KeyError) as error:
+        raise ModelFolderError(f"{folder / 'model.json'} describes no model: {error}") from error
+    sequences = {k: tuple(v) for k, v in model.encoder.items() if isinstance(v, list)}
+    return dataclasses.replace(model, encoder=model.encoder | sequences)
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """An encoder's parameters for scan=True: layer_0, layer_1, ... become one tree, layers."""
+    count = sum(name.startswith("layer_") for name in params)
+    each = [params[f"layer_{i}"] for i in range(count)]
+    rest = {name: value for name, value in params.items() if not name.startswith("layer_")}
+    return rest | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *each)}
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `stack_layers`; parameters that are not stacked come back as they are."""
+    rest = dict(params)
+    stacked = rest.pop("layers", None)
+    if stacked is None:
+        return rest
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    layers = {
+        f"layer_{i}": jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), stacked)
+        for i in range(count)
+    }
+    return rest | layers
+
+
+# The symbols that stand for no text; in our alphabet, characters that no transcript holds.
+_SPECIAL = ("<s>", "</s>", "<unk>", "<pad>")
+
+
+def _tokenizer(vocabulary) -> text.Tokenizer | None:
+    """The character tokenizer with these ids, or None where symbols are longer than one character.
+
+    Special symbols have ids of their own, which no text encodes to: they stand in the alphabet as
+    characters of Unicode's private use area.
+    """
+    if not vocabulary:
+        return None
+    alphabet = ""
+    for index, symbol in enumerate(vocabulary[1:]):
+        if symbol in _SPECIAL or symbol.startswith("<unused"):
+            symbol = chr(0xE000 + index)
+        alphabet += " " if symbol == "|" else symbol
+    if len(alphabet) != len(vocabulary) - 1 or len(set(alphabet)) != len(alphabet):
+        return None
+    letters = "".join(c for c in alphabet if c.isalpha())
+    normalizer = "upper" if letters.isupper() else "lower" if letters.islower() else "none"
+    if normalizer == "upper" and set(letters) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZ"):
+        normalizer = "librispeech"
+    return text.CharacterTokenizer(alphabet, normalizer)
+
+
+def _write_json(path, content) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+@contextlib.contextmanager
+def _appearing(folder):
+    """A scratch folder that becomes `folder` at the end; nothing is left where that fails."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelFolderError(f"{folder} exists and is not empty: name a new folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ModelFolderError(f"cannot write {folder}: {error}") from error
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        os.replace(partial, folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ModelFolderError(f"cannot write {folder}: {error}") from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def main(arguments=None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m speech_jax.deploy.hf", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("command", choices=("import", "export"))
+    parser.add_argument("source", type=pathlib.Path)
+    parser.add_argument("destination", type=pathlib.Path)
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.command == "import":
+            model = read(chosen.source)
+            save(model, chosen.destination)
+        else:
+            model = load(chosen.source)
+            write(model, chosen.destination)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    print(f"{chosen.destination}: {HEADS[model.head]}, {count:,} parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

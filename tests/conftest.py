@@ -1,0 +1,62 @@
+"""A strict session: eight CPU devices; implicit promotion and warnings are errors."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """Implicit promotion of dtype or rank raises, except in tests of optax, which relies on it."""
+    if request.node.get_closest_marker("optax"):
+        yield
+    else:
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            yield
+
+
+@pytest.fixture(scope="session")
+def speech() -> pathlib.Path:
+    """The folder of recorded speech; tests that need it are skipped where it is not."""
+    root = os.environ.get("SPEECH_JAX_TEST_DATA", "")
+    if not root or not pathlib.Path(root).is_dir():
+        pytest.skip("NO RECORDED SPEECH: set SPEECH_JAX_TEST_DATA to the folder that holds it")
+    return pathlib.Path(root)
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory) -> pathlib.Path:
+    """A LibriSpeech-style folder with splits 'train' and 'dev': each word is a tone of its own."""
+    root = tmp_path_factory.mktemp("tones")
+    for split, count, seed in (("train", 24, 0), ("dev", 6, 1)):
+        write_tones(root / split, count, seed)
+    return root
+
+
+WORDS = {"LOW": 300.0, "MID": 900.0, "HIGH": 2700.0}
+
+
+def write_tones(folder: pathlib.Path, count: int, seed: int, rate: int = 16_000) -> None:
+    """Writes `count` utterances of one speaker and chapter, in the official layout."""
+    rng = np.random.default_rng(seed)
+    chapter = folder / "1" / "1"
+    chapter.mkdir(parents=True)
+    lines = []
+    for number in range(count):
+        words = rng.choice(list(WORDS), size=rng.integers(1, 5))
+        time = np.arange(round(0.4 * rate)) / rate
+        audio = np.concatenate([np.sin(2 * np.pi * WORDS[word] * time) for word in words])
+        audio = 0.3 * audio + 0.01 * rng.standard_normal(len(audio))
+        name = f"1-1-{number:04d}"
+        soundfile.write(chapter / f"{name}.flac", audio, rate, subtype="PCM_16")
+        lines.append(f"{name} {' '.join(words)}\n")
+    (chapter / "1-1.trans.txt").write_text("".join(lines))

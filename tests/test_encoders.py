@@ -1,0 +1,161 @@
+"""What every encoder passes. A new one is a row in CASES."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from speech_jax import models
+
+SMALL = {"features": 16, "num_layers": 2, "heads": 2, "kernel": 5, "dropout": 0.1}
+CASES = {
+    "conformer": ("conformer", "tiny", {**SMALL, "scan": False}),
+    "conformer-scan": ("conformer", "s", {**SMALL, "scan": True, "remat": True}),
+    "conformer-relative-batch-8": (
+        "conformer",
+        "tiny",
+        {**SMALL, "position": "relative", "conv_norm": "batch", "subsampling": 8},
+    ),
+}
+LENGTHS = [61, 37, 0]
+
+
+class Case:
+    """An encoder with random (not zero) parameters, compiled for one shape."""
+
+    def __init__(self, name, variant, settings):
+        self.encoder = models.make_encoder(**models.settings(name, variant, **settings))
+        rng = np.random.default_rng(0)
+        self.lengths = jnp.array(LENGTHS)
+        self.inputs = jnp.asarray(rng.standard_normal((3, 64, 40)), jnp.float32)
+        init = jax.jit(self.encoder.init, static_argnums=3)
+        variables = init(jax.random.key(0), self.inputs, self.lengths, True)
+        self.params = jax.tree.map(
+            lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape).astype(p.dtype),
+            variables.pop("params"),
+        )
+        self.state = variables
+
+        def apply(params, inputs, lengths):
+            return self.encoder.apply({"params": params, **self.state}, inputs, lengths, True)
+
+        def train_loss(params, key):
+            hidden, _ = self.encoder.apply(
+                {"params": params, **self.state},
+                self.inputs,
+                self.lengths,
+                False,
+                rngs={"dropout": key},
+                mutable=list(self.state),
+            )[0]
+            return jnp.square(hidden.astype(jnp.float32)).sum()
+
+        self.apply = jax.jit(apply)
+        self.gradient = jax.jit(jax.grad(train_loss))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request):
+    return Case(*CASES[request.param])
+
+
+def test_output_lengths_are_what_comes_out(case):
+    hidden, lengths = case.apply(case.params, case.inputs, case.lengths)
+    expected = [int(case.encoder.output_lengths(length)) for length in LENGTHS]
+    assert lengths.tolist() == expected
+    assert hidden.shape[1] == int(case.encoder.output_lengths(64))
+    assert np.isfinite(hidden).all()
+    for row, length in enumerate(expected):
+        assert not np.any(hidden[row, length:])
+        assert not length or np.abs(hidden[row, :length]).max() > 0
+
+
+def test_padding_and_neighbours_change_nothing(case):
+    hidden, lengths = case.apply(case.params, case.inputs, case.lengths)
+    garbage = jnp.arange(64)[None, :] >= case.lengths[:, None]
+    dirty = jnp.where(garbage[:, :, None], 1e3, case.inputs)
+    np.testing.assert_allclose(case.apply(case.params, dirty, case.lengths)[0], hidden, atol=1e-5)
+    others = case.inputs.at[1:].set(jnp.flip(case.inputs[1:], axis=1))
+    changed = case.apply(case.params, others, jnp.array([LENGTHS[0], 50, 64]))[0]
+    count = int(lengths[0])
+    np.testing.assert_allclose(changed[0, :count], hidden[0, :count], atol=1e-5)
+    alone = case.apply(case.params, case.inputs[1:2, : LENGTHS[1]], case.lengths[1:2])[0]
+    np.testing.assert_allclose(alone[0], hidden[1, : int(lengths[1])], atol=2e-4)
+
+
+def test_every_parameter_learns(case):
+    gradient = case.gradient(case.params, jax.random.key(1))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.isfinite(leaf).all(), path
+        name = jax.tree_util.keystr(path)
+        # A constant added to every key moves no softmax.
+        if "qkv" not in name:
+            assert np.abs(leaf).max() > 0, path
+
+
+def test_dropout_is_by_key(case):
+    first, again, other = (
+        jax.tree.leaves(case.gradient(case.params, jax.random.key(seed)))[0] for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_scan_and_remat_change_nothing():
+    plain = Case("conformer", "tiny", {**SMALL, "scan": False, "dropout": 0.0})
+    scanned = Case("conformer", "tiny", {**SMALL, "scan": True, "remat": True, "dropout": 0.0})
+    layers = [plain.params[f"layer_{i}"] for i in range(SMALL["num_layers"])]
+    stacked = {
+        "subsampling": plain.params["subsampling"],
+        "layers": jax.tree.map(lambda *p: np.stack(p), *layers),
+    }
+    ours = plain.apply(plain.params, plain.inputs, plain.lengths)[0]
+    np.testing.assert_allclose(
+        scanned.apply(stacked, plain.inputs, plain.lengths)[0], ours, atol=1e-5
+    )
+    key = jax.random.key(0)
+    by_scan = scanned.gradient(stacked, key)["layers"]
+    for i in range(SMALL["num_layers"]):
+        one = plain.gradient(plain.params, key)[f"layer_{i}"]
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-3, atol=1e-3),
+            by_scan,
+            one,
+        )
+
+
+def test_bfloat16_computes_in_it_and_stays_close():
+    settings = {**SMALL, "scan": False}
+    exact = Case("conformer", "tiny", settings)
+    coarse = models.make_encoder(
+        **models.settings("conformer", "tiny", **settings, dtype="bfloat16")
+    )
+    apply = jax.jit(coarse.apply, static_argnums=3)
+    hidden, _ = apply({"params": exact.params}, exact.inputs, exact.lengths, True)
+    assert hidden.dtype == jnp.bfloat16
+    expected = exact.apply(exact.params, exact.inputs, exact.lengths)[0]
+    assert np.abs(hidden.astype(jnp.float32) - expected).mean() < 0.05 * np.abs(expected).mean()
+
+
+def test_published_sizes():
+    """Parameters of the paper's S, M and L (10.3, 30.7, 118.8 M with its transducer head)."""
+    for size, millions in {"s": (8, 10.5), "m": (25, 31), "l": (105, 119)}.items():
+        encoder = models.make_encoder(**models.settings("conformer", size))
+        shapes = jax.eval_shape(
+            lambda e=encoder: e.init(
+                jax.random.key(0), jnp.zeros((1, 64, 80)), jnp.array([64]), True
+            )
+        )
+        count = sum(x.size for x in jax.tree.leaves(shapes["params"])) / 1e6
+        assert millions[0] < count < millions[1], (size, count)
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'conformer'"):
+        models.make_encoder("conformr")
+    with pytest.raises(ValueError, match="did you mean 'features'"):
+        models.make_encoder("conformer", feature=3)
+    with pytest.raises(ValueError, match="did you mean 'num_layers'"):
+        models.settings("conformer", "s", num_layer=3)
+    with pytest.raises(ValueError, match="known: tiny, s, m, l"):
+        models.settings("conformer", "xl")

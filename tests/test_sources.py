@@ -1,0 +1,480 @@
+"""Every kind of source keeps one contract, and says clearly what is wrong with bad data."""
+
+import concurrent.futures
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import soundfile
+
+from speech_jax.data import archive, audio, sources
+
+# Apache Beam keeps protobuf below 7, whose version 6 warns of how TFDS reads its metadata.
+pytestmark = pytest.mark.filterwarnings(r"ignore:label\(\) is deprecated:DeprecationWarning")
+
+RATE = 16000
+TEXTS = ["ONE TWO", "THREE", "FOUR FIVE SIX", "SEVEN EIGHT", "NINE", "ZERO ONE"]
+
+
+def write_corpus(root: pathlib.Path, split: str, extension="flac", **kwargs) -> pathlib.Path:
+    """Writes root/split in LibriSpeech's layout: 3 speakers, 2 chapters each, 2 utterances each."""
+    rng = np.random.default_rng(0)
+    for speaker in (7, 19, 103):
+        for chapter in (2, 31):
+            folder = root / split / str(speaker) / str(chapter)
+            folder.mkdir(parents=True)
+            lines = []
+            for number in range(2):
+                name = f"{speaker}-{chapter}-{number:04}"
+                samples = rng.normal(0, 2000, rng.integers(3000, 9000)).astype(np.int16)
+                soundfile.write(folder / f"{name}.{extension}", samples, RATE, **kwargs)
+                lines.append(f"{name} {TEXTS[rng.integers(len(TEXTS))]}\n")
+            (folder / f"{speaker}-{chapter}.trans.txt").write_text("".join(lines))
+    return root / split
+
+
+def write_manifest(source: sources.Source, path: pathlib.Path, **extra) -> None:
+    """Writes the utterances of `source` as a manifest, the last first."""
+    with open(path, "w") as file:
+        for index, utterance in reversed(list(enumerate(source.utterances))):
+            row = {"id": utterance.id, "text": utterance.text, "speaker": utterance.speaker}
+            row["audio_filepath"] = os.path.relpath(source.open(index), path.parent)
+            file.write(json.dumps(row | extra) + "\n")
+
+
+def open_folder(root, split="train", **kwargs):
+    return sources.open_source("librispeech", root=root, split=split, **kwargs)
+
+
+def spoken(test_data: str, name: str, split: str):
+    if not test_data:
+        pytest.skip("SPEECH_JAX_TEST_DATA is not set: REAL SPEECH IS NOT TESTED")
+    return open_folder(pathlib.Path(test_data) / name, split)
+
+
+def make_source(kind: str, root: pathlib.Path) -> sources.Source:
+    """Opens a small source of the `kind`, made below `root`."""
+    test_data = os.environ.get("SPEECH_JAX_TEST_DATA", "")
+    if kind == "real opus":
+        return spoken(test_data, "SpokenDigits", "dev")
+    if kind == "real flac":
+        return spoken(test_data, "LibriSpeech", "dev-clean-5-flac")
+    if kind == "synthetic":
+        pytest.importorskip("espeakng_loader", reason="the extra 'quickstart' is not installed")
+        return sources.open_source("synthetic", root=root, split="dev", utterances=12)
+    extension = kind.removeprefix("folder ") if kind.startswith("folder ") else "flac"
+    subtype = {"opus": {"format": "OGG", "subtype": "OPUS"}}.get(extension, {})
+    folder = write_corpus(root, "train", extension, **subtype)
+    if kind == "archive":
+        with tarfile.open(root / "train.tar.gz", "w:gz") as tar:
+            tar.add(folder, "LibriSpeech/train")
+        folder.rename(root / "original")
+    source = open_folder(root)
+    if kind == "manifest":
+        write_manifest(source, root / "train.jsonl")
+        return sources.open_source("manifest", root=root, split="train")
+    if kind == "prepared":
+        pytest.importorskip("tensorflow_datasets", reason="the extra 'tfds' is not installed")
+        from speech_jax.data import prepare
+
+        prepare.prepare(source, "train", root / "prepared", shard_hours=1 / 3600)
+        return sources.open_source("prepared", root=root / "prepared", split="train")
+    if kind == "concatenated":
+        write_corpus(root / "more", "other", "wav")
+        for path in sorted((root / "more").rglob("*-*-*.wav")):
+            path.rename(path.with_name(f"x{path.name}"))
+        for path in (root / "more").rglob("*.trans.txt"):
+            text = path.read_text()
+            path.write_text("".join(f"x{line}\n" for line in text.splitlines()))
+        return sources.concatenate([source, open_folder(root / "more", "other")])
+    return source
+
+
+KINDS = ["folder flac", "folder wav", "folder opus", "archive", "manifest", "prepared"]
+KINDS += ["synthetic", "concatenated", "real opus", "real flac"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEECH_JAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def source(request, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEECH_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return make_source(request.param, tmp_path_factory.mktemp("data"))
+
+
+def decode_all(source: sources.Source, indices) -> list[np.ndarray]:
+    return [audio.decode(source.open(index), RATE) for index in indices]
+
+
+# ---- The contract ------------------------------------------------------------------------------
+
+
+def test_utterances_are_unique_sorted_and_have_text(source):
+    ids = [utterance.id for utterance in source.utterances]
+    assert ids
+    assert ids == sorted(set(ids))
+    assert all(utterance.text.strip() == utterance.text != "" for utterance in source.utterances)
+    assert source.skipped == {}
+
+
+def test_durations_are_those_of_the_audio(source):
+    for index, utterance in enumerate(source.utterances):
+        decoded = audio.decode(source.open(index), RATE)
+        assert len(decoded) / RATE == pytest.approx(utterance.duration, abs=0.02)
+
+
+def test_random_access_equals_reading_in_order(source):
+    count = min(20, len(source.utterances))
+    in_order = decode_all(source, range(count))
+    for index in np.random.default_rng(0).permutation(count):
+        np.testing.assert_array_equal(decode_all(source, [index])[0], in_order[index])
+
+
+def test_threads_read_what_one_reads(source):
+    serial = decode_all(source, range(min(10, len(source.utterances))))
+    indices = list(range(len(serial))) * 8
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        parallel = pool.map(lambda index: decode_all(source, [index])[0], indices)
+        for index, samples in zip(indices, parallel, strict=True):
+            np.testing.assert_array_equal(samples, serial[index])
+
+
+def test_a_pickled_source_is_the_same(source):
+    decode_all(source, [0])
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.utterances == source.utterances
+    for one, other in zip(decode_all(source, range(3)), decode_all(copy, range(3)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# ---- The same data in every form ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["archive", "manifest", "prepared"])
+def test_every_form_of_a_corpus_gives_the_same_utterances(tmp_path, kind):
+    write_corpus(tmp_path / "plain", "train")
+    folder = open_folder(tmp_path / "plain")
+    other = make_source(kind, tmp_path / kind)
+    assert other.utterances == folder.utterances
+    everything = range(len(folder.utterances))
+    for one, two in zip(decode_all(folder, everything), decode_all(other, everything), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_texts_and_speakers_are_those_of_the_layout(tmp_path):
+    folder = write_corpus(tmp_path, "train")
+    found = {u.id: u for u in open_folder(tmp_path).utterances}
+    line = (folder / "103/31/103-31.trans.txt").read_text().splitlines()[1]
+    assert f"103-31-0001 {found['103-31-0001'].text}" == line
+    assert found["103-31-0001"].speaker == "103"
+    assert len(found) == 12
+
+
+def test_an_archive_unpacked_by_hand_needs_no_move(tmp_path):
+    write_corpus(tmp_path / "LibriSpeech", "train")
+    assert len(open_folder(tmp_path).utterances) == 12
+
+
+def test_an_archive_is_unpacked_once_beside_it(tmp_path):
+    source = make_source("archive", tmp_path)
+    assert source.open(0).startswith(str(tmp_path / "train"))
+    (tmp_path / "train.tar.gz").unlink()
+    assert open_folder(tmp_path) == source
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into read-only folders")
+def test_an_archive_in_a_read_only_root_is_unpacked_into_the_cache(tmp_path):
+    make_source("archive", tmp_path / "data")
+    subprocess.run(["rm", "-r", tmp_path / "data" / "train"], check=True)
+    (tmp_path / "data").chmod(0o555)
+    source = open_folder(tmp_path / "data")
+    assert source.open(0).startswith(str(tmp_path / "cache"))
+    (tmp_path / "data").chmod(0o755)
+
+
+def test_a_manifest_takes_what_nemo_writes(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.ones(8000, np.int16), RATE)
+    rows = [
+        {"audio_filepath": "a.wav", "duration": 0.4999, "text": "ONE", "offset": 0},
+        {"audio_filepath": f"{tmp_path}/b/../a.wav", "id": "b", "speaker": 12, "text": None},
+    ]
+    (tmp_path / "b").mkdir()
+    text = "\ufeff" + "\n\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "dev.jsonl").write_text(text, "utf-8")
+    expected = (sources.Utterance("a", 0.5, "ONE"), sources.Utterance("b", 0.5, speaker="12"))
+    for root, split in [(tmp_path, "dev"), (tmp_path, "dev.jsonl"), (".", tmp_path / "dev.jsonl")]:
+        opened = sources.open_source("manifest", root=root, split=str(split))
+        assert opened.utterances == expected
+    trusting = sources.open_source("manifest", root=tmp_path, split="dev", trust_durations=True)
+    assert [utterance.duration for utterance in trusting.utterances] == [0.4999, 0.5]
+
+
+# ---- Durations are read once -------------------------------------------------------------------
+
+
+def test_durations_are_kept_until_a_file_changes(tmp_path):
+    folder = write_corpus(tmp_path, "train")
+    first = open_folder(tmp_path)
+    (kept,) = (tmp_path / "cache" / "durations").iterdir()
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert sorted(row[0] for row in rows) == sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*.flac")
+    )
+    # What is kept is what is used: a changed figure shows...
+    kept.write_text("".join(json.dumps([*row[:3], 99.0]) + "\n" for row in rows))
+    assert {u.duration for u in open_folder(tmp_path).utterances} == {99.0}
+    # ... until a file is no longer the one that was read.
+    changed = folder / "7" / "2" / "7-2-0000.flac"
+    os.utime(changed, (1, 1))
+    durations = {u.id: u.duration for u in open_folder(tmp_path).utterances}
+    assert durations.pop("7-2-0000") == first.utterances[8].duration
+    assert set(durations.values()) == {99.0}
+    kept.write_text("damaged")
+    assert open_folder(tmp_path).utterances == first.utterances
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
+    write_corpus(tmp_path, "train")
+    (tmp_path / "file").write_text("in the way")
+    source = open_folder(tmp_path, cache=tmp_path / "file" / "cache")
+    assert len(source.utterances) == 12
+
+
+def test_sources_import_neither_jax_nor_tensorflow():
+    code = "import sys, speech_jax.data.sources; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    assert not {"jax", "tensorflow", "tensorflow_datasets"} & set(modules.decode().split())
+
+
+# ---- Bad data ----------------------------------------------------------------------------------
+
+
+def remove_transcript(folder):
+    path = folder / "7/2/7-2.trans.txt"
+    path.write_text(path.read_text().split("\n", 1)[1])
+
+
+def repeat_transcript(folder):
+    path = folder / "7/2/7-2.trans.txt"
+    path.write_text(path.read_text() + "7-2-0001 AGAIN\n")
+
+
+BAD_FOLDERS = {
+    "transcript without audio; add the file 7-2-0000.flac": lambda folder: (
+        folder / "7/2/7-2-0000.flac"
+    ).unlink(),
+    "7-2-0000.flac: audio without transcript; add its line": remove_transcript,
+    "7-2-0000.flac: empty transcript": lambda folder: (folder / "7/2/7-2.trans.txt").write_text(
+        "7-2-0000\n7-2-0001 TEXT\n"
+    ),
+    "7-2-0000.flac: the file is empty": lambda folder: (folder / "7/2/7-2-0000.flac").write_bytes(
+        b""
+    ),
+    "7-2-0000.flac: not audio": lambda folder: (folder / "7/2/7-2-0000.flac").write_bytes(
+        b"not audio" * 99
+    ),
+    "7-2-0000.wav: second audio file of '7-2-0000'": lambda folder: soundfile.write(
+        folder / "7/2/7-2-0000.wav", np.ones(99), RATE
+    ),
+    "7-2.trans.txt:3: second transcript of '7-2-0001'": repeat_transcript,
+    "7-2.trans.txt: not UTF-8": lambda folder: (folder / "7/2/7-2.trans.txt").write_bytes(b"\xff"),
+}
+
+
+@pytest.mark.parametrize("message", BAD_FOLDERS)
+def test_a_bad_utterance_is_named_or_skipped(tmp_path, message):
+    folder = write_corpus(tmp_path, "train")
+    BAD_FOLDERS[message](folder)
+    with pytest.raises(sources.SourceError, match=r"split 'train' of .*on_error='skip'") as error:
+        open_folder(tmp_path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    source = open_folder(tmp_path, on_error="skip")
+    named = "; ".join(f"{name}: {why}" for name, why in source.skipped.items())
+    assert message in named
+    assert 10 <= len(source.utterances) <= 12
+    assert all(utterance.text for utterance in source.utterances)
+    decode_all(source, range(len(source.utterances)))
+
+
+def test_a_truncated_wav_is_found_when_opening(tmp_path):
+    folder = write_corpus(tmp_path, "train", "wav")
+    path = folder / "7/2/7-2-0000.wav"
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(sources.SourceError, match=r"7-2-0000\.wav: truncated"):
+        open_folder(tmp_path)
+
+
+def test_several_bad_utterances_are_counted(tmp_path):
+    folder = write_corpus(tmp_path, "train")
+    for path in sorted(folder.rglob("*.flac"))[:3]:
+        path.unlink()
+    with pytest.raises(sources.SourceError, match="2 more"):
+        open_folder(tmp_path)
+    assert len(open_folder(tmp_path, on_error="skip").skipped) == 3
+
+
+def test_a_split_of_which_nothing_is_left_is_an_error(tmp_path):
+    folder = write_corpus(tmp_path, "train")
+    for path in folder.rglob("*.flac"):
+        path.write_bytes(b"")
+    with pytest.raises(sources.SourceError, match="nothing else is left"):
+        open_folder(tmp_path, on_error="skip")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'audio_filepath': 'a.wav'}", "malformed JSON"),
+        ('{"audio_filepath": "a.wav"', "malformed JSON"),
+        ('["a.wav"]', "a JSON list where an object"),
+        ('{"text": "ONE"}', "no audio_filepath"),
+        ('{"audio_filepath": ""}', "no audio_filepath"),
+        ('{"audio_filepath": "a.wav", "duration": -1}', "duration is -1"),
+        ('{"audio_filepath": "a.wav", "duration": NaN}', "duration is nan"),
+        ('{"audio_filepath": "a.wav", "duration": "1"}', "duration is '1'"),
+        ('{"audio_filepath": "a.wav", "text": ["ONE"]}', "text is \\['ONE'\\]"),
+        ('{"audio_filepath": "a.wav", "offset": 1.5}', "offset is not supported"),
+        ('{"audio_filepath": "good.wav"}', "id 'good' is also that of line 1"),
+        ('{"audio_filepath": "a.wav", "label": 1.5}', "label is 1.5"),
+        ('{"audio_filepath": "\udcff"}', "not UTF-8"),
+    ],
+)
+def test_a_bad_manifest_line_is_named_or_skipped(tmp_path, line, message):
+    soundfile.write(tmp_path / "good.wav", np.ones(800), RATE)
+    text = f'{{"audio_filepath": "good.wav"}}\n{line}\n'
+    (tmp_path / "dev.jsonl").write_text(text, "utf-8", errors="surrogateescape")
+    with pytest.raises(sources.SourceError, match=rf"dev\.jsonl:2: {message}"):
+        sources.open_source("manifest", root=tmp_path, split="dev")
+    source = sources.open_source("manifest", root=tmp_path, split="dev", on_error="skip")
+    assert [utterance.id for utterance in source.utterances] == ["good"]
+    assert list(source.skipped) == [f"{tmp_path}/dev.jsonl:2"]
+
+
+def test_a_path_that_cannot_be_one_is_named(tmp_path):
+    (tmp_path / "dev.jsonl").write_text('{"audio_filepath": "a\\u0000b.wav"}')
+    with pytest.raises(sources.SourceError, match=r"cannot be read .*null"):
+        sources.open_source("manifest", root=tmp_path, split="dev")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no such file"), (b"", "empty"), (b"x" * 99, "not audio")]
+)
+def test_a_bad_file_in_a_manifest_is_named_or_skipped(tmp_path, content, message):
+    soundfile.write(tmp_path / "good.wav", np.ones(800), RATE)
+    if content is not None:
+        (tmp_path / "bad.wav").write_bytes(content)
+    rows = [{"audio_filepath": "good.wav"}, {"audio_filepath": "bad.wav", "duration": 1}]
+    (tmp_path / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(sources.SourceError, match=rf"bad\.wav: .*{message}"):
+        sources.open_source("manifest", root=tmp_path, split="dev")
+    source = sources.open_source("manifest", root=tmp_path, split="dev", on_error="skip")
+    assert list(source.skipped) == [f"{tmp_path}/bad.wav"]
+
+
+def test_absent_data_is_an_error_that_says_what_there_is(tmp_path):
+    write_corpus(tmp_path, "train-small")
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "dev.jsonl").write_text("")
+
+    def message(kind="librispeech", root=tmp_path, split="train", **kwargs):
+        with pytest.raises(sources.SourceError) as error:
+            sources.open_source(kind, root=root, split=split, **kwargs)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "it has train-small, and those that can be downloaded are dev-clean" in message()
+    assert f"the data root {tmp_path}/no does not exist" in message(root=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    assert "'hollow' is empty" in message(split="hollow")
+    assert "splits with data in" in message(split="hollow")
+    assert "train-small" in message(split="hollow")
+    assert "no manifest" in message("manifest")
+    assert "has dev" in message("manifest")
+    assert "dev.jsonl is empty" in message("manifest", split="dev")
+    assert "does not exist" in message("manifest", root=tmp_path / "no")
+    assert "no split" in message(split="")
+    assert "needs root" in message(root="")
+    assert "librispeech, manifest, prepared, synthetic" in message("tfrecord")
+    assert "on_error is 'ignore'" in message(on_error="ignore")
+
+
+def test_an_official_split_is_downloaded_or_told_how_to_get(tmp_path):
+    # Names resolve to nothing behind this proxy: a machine without a network.
+    code = """
+import sys
+from speech_jax.data import sources
+try:
+    sources.open_source("librispeech", root=sys.argv[1], split="dev-clean-2")
+except sources.SourceError as error:
+    print(error)
+"""
+    environment = os.environ | {"https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    root = tmp_path / "LibriSpeech"
+    command = [sys.executable, "-c", code, root]
+    shown = subprocess.run(command, capture_output=True, check=True, env=environment, text=True)
+    assert "'dev-clean-2' is not in" in shown.stdout
+    assert "no connection to www.openslr.org" in shown.stdout
+    assert "https://www.openslr.org/resources/31/dev-clean-2.tar.gz by hand" in shown.stdout
+    assert "configs/quickstart.py" in shown.stdout
+    assert not root.exists()
+
+
+def test_an_official_split_is_downloaded_unpacked_and_opened(tmp_path, monkeypatch):
+    folder = write_corpus(tmp_path / "made", "dev-clean-2")
+    packed = tmp_path / "served" / "dev-clean-2.tar.gz"
+    packed.parent.mkdir()
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(folder, "LibriSpeech/dev-clean-2")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=packed.parent)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/{packed.name}"
+        monkeypatch.setitem(archive.ARCHIVES, "dev-clean-2", archive.Archive(url, "0" * 32))
+        with pytest.raises(sources.SourceError, match="has the checksum"):
+            open_folder(tmp_path / "root", "dev-clean-2")
+        assert not (tmp_path / "root").exists()
+        md5 = hashlib.md5(packed.read_bytes()).hexdigest()
+        monkeypatch.setitem(archive.ARCHIVES, "dev-clean-2", archive.Archive(url, md5))
+        source = open_folder(tmp_path / "root", "dev-clean-2")
+        server.shutdown()
+        thread.join()
+    assert source.utterances == open_folder(tmp_path / "made", "dev-clean-2").utterances
+    names = sorted(path.name for path in (tmp_path / "root").iterdir())
+    assert names == ["dev-clean-2", "dev-clean-2.tar.gz"]
+
+
+def test_a_bad_archive_is_a_source_error_and_leaves_nothing(tmp_path):
+    (tmp_path / "train.tar.gz").write_bytes(b"not an archive")
+    with pytest.raises(sources.SourceError, match=r"damaged or no \.tar\.gz"):
+        open_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.tar.gz"]
+
+
+def test_a_split_named_twice_is_an_error(tmp_path):
+    write_corpus(tmp_path, "train")
+    source = open_folder(tmp_path)
+    assert sources.concatenate([source]) is source
+    with pytest.raises(sources.SourceError, match="'103-2-0000' is in more than one split"):
+        sources.concatenate([source, source])
