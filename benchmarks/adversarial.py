@@ -30,6 +30,7 @@ VOCABULARY = 29
 
 
 def main():
+    """Prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

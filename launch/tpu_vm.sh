@@ -101,9 +101,11 @@ on_workers() { # WORKERS COMMAND
   run "${tpu[@]}" tpu-vm ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
 }
 
-# The state of the slice: READY, PREEMPTED, ..., empty if there is none.
+# The state of the tpu-vm (READY, PREEMPTED, ...) or queued-resources (ACTIVE, ...); empty if none is.
 state() {
-  $dry_run || "${tpu[@]}" tpu-vm describe "$name" "${where[@]}" '--format=value(state)' 2>/dev/null || true
+  local field=state
+  if [[ $1 == queued-resources ]]; then field=state.state; fi
+  $dry_run || "${tpu[@]}" "$1" describe "$name" "${where[@]}" "--format=value($field)" 2>/dev/null || true
 }
 
 delete_slice() {
@@ -117,56 +119,64 @@ delete_slice() {
 create_slice() {
   local options=("${where[@]}" "--accelerator-type=$type")
   if $spot; then options+=(--spot); fi
-  if ! $queued; then
+  if $queued; then
+    run "${tpu[@]}" queued-resources create "$name" "--node-id=$name" "${options[@]}" \
+      "--runtime-version=$version"
+  else
     run "${tpu[@]}" tpu-vm create "$name" "${options[@]}" "--version=$version"
-    return
   fi
-  run "${tpu[@]}" queued-resources create "$name" "--node-id=$name" "${options[@]}" \
-    "--runtime-version=$version"
-  local queue=("${tpu[@]}" queued-resources describe "$name" "${where[@]}" '--format=value(state.state)')
-  if $dry_run; then
-    run "${queue[@]}"
-    return
-  fi
+}
+
+# Waits in the queue, as long as there is hope.
+wait_in_queue() {
   local place=''
-  until [[ $place == ACTIVE ]]; do
-    place=$("${queue[@]}")
-    echo "tpu_vm.sh: queued resource $name is $place" >&2
+  if $dry_run; then return; fi
+  while true; do
+    place=$(state queued-resources)
+    echo "tpu_vm.sh: the queued resource $name is ${place:-gone}" >&2
     case $place in
-      ACTIVE) ;;
-      FAILED | SUSPENDED) return 1 ;;
-      *) sleep "${POLL_SECONDS:-30}" ;;
+      ACTIVE) return ;;
+      ACCEPTED | CREATING | PROVISIONING | WAITING_FOR_RESOURCES) sleep "${POLL_SECONDS:-30}" ;;
+      *) return 1 ;;
     esac
   done
 }
 
 # Makes the slice ready; one that was preempted is created again.
 prepare_slice() {
-  local now
-  now=$(state)
+  local now='' place=''
+  now=$(state tpu-vm)
   if [[ $now == READY ]]; then return; fi
-  if [[ -n $now ]]; then delete_slice; fi
-  create_slice
+  if $queued; then place=$(state queued-resources); fi
+  case $place in
+    ACCEPTED | CREATING | PROVISIONING | WAITING_FOR_RESOURCES) ;;
+    *)
+      if [[ -n $now$place ]]; then delete_slice || return; fi
+      create_slice || return
+      ;;
+  esac
+  if $queued; then wait_in_queue; fi
 }
 
 install() {
-  local archive
-  archive=$(mktemp -d)/speech_jax.tar.gz
-  run tar -czf "$archive" -C "$(dirname "$0")/.." --exclude=.git --exclude='.venv*' --exclude=./runs .
-  run "${tpu[@]}" tpu-vm scp "$archive" "$name:speech_jax.tar.gz" "${where[@]}" --worker=all
-  # The images' own Python may be too old for us; uv brings one.
-  on_workers all "set -e; mkdir -p speech_jax; tar -xzf speech_jax.tar.gz -C speech_jax; \
+  local folder
+  folder=$(mktemp -d)
+  run tar -czf "$folder/speech_jax.tar.gz" -C "$(dirname "$0")/.." \
+    --exclude=.git --exclude='.venv*' --exclude=./runs . &&
+    run "${tpu[@]}" tpu-vm scp "$folder/speech_jax.tar.gz" "$name:" "${where[@]}" --worker=all &&
+    # The images' own Python may be too old for us; uv brings one.
+    on_workers all "set -e; mkdir -p speech_jax; tar -xzf speech_jax.tar.gz -C speech_jax; \
 python3 -m pip install --quiet --user uv; export PATH=\$HOME/.local/bin:\$PATH; \
 [ -d env ] || uv venv --quiet --python 3.12 env; \
-uv pip install --quiet --python env/bin/python --editable 'speech_jax[tpu]'"
-  rm -rf "$(dirname "$archive")"
+uv pip install --quiet --python env/bin/python --editable 'speech_jax[tpu]'" &&
+    rm -r "$folder"
 }
 
 # The run goes on when the connection ends: its pid, log and status are in ~/run.
 start() {
-  on_workers all "$setup"
-  on_workers all "mkdir -p run; if [ -f run/pid ]; then kill -9 -- -\$(cat run/pid) 2> /dev/null; fi; \
-rm -f run/status; cd speech_jax; SPEECH_JAX_DISTRIBUTED=1 PYTHON=../env/bin/python setsid nohup \
+  on_workers all "$setup" && on_workers all "mkdir -p run; if [ -f run/pid ]; then kill -9 -- -\$(cat run/pid) 2> /dev/null; fi; \
+rm -f run/status; : > run/log; cd speech_jax; \
+SPEECH_JAX_DISTRIBUTED=1 PYTHON=../env/bin/python setsid nohup \
 bash -c 'bash launch/run.sh \"\$@\" > ../run/log 2>&1; echo \$? > ../run/status' run $(words "$@") \
 < /dev/null > /dev/null 2>&1 & echo \$! > ../run/pid"
 }
@@ -174,7 +184,7 @@ bash -c 'bash launch/run.sh \"\$@\" > ../run/log 2>&1; echo \$? > ../run/status'
 # Shows the log until the run ends; its status is that of the run.
 follow() {
   # shellcheck disable=SC2016 # expanded by the worker
-  on_workers 0 'tail -n +1 -F run/log & until [ -f run/status ]; do sleep 1; done; sleep 0.5; kill $!; exit $(cat run/status)'
+  on_workers 0 'tail -n +1 -f --pid=$(cat run/pid) run/log; exit $(cat run/status || echo 1)'
 }
 
 is_running() {
@@ -195,11 +205,11 @@ while true; do
   code=0
   follow || code=$?
   if ((code == 0)); then exit 0; fi
-  if [[ $(state) != READY ]]; then
+  if [[ $(state tpu-vm) != READY ]]; then
     echo "tpu_vm.sh: $name was preempted; creating it again" >&2
     until prepare_slice; do sleep "${POLL_SECONDS:-30}"; done
-    install
-    start "$@"
+    # Preempted again by now? Then following it says so.
+    install && start "$@" || true
   elif ((code == 255)); then # ssh's own status: the connection ended, not the run
     sleep "${POLL_SECONDS:-30}"
   elif ((code == 75)); then

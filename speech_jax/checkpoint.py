@@ -189,7 +189,7 @@ class Checkpoints:
         (path / _DIGESTS).write_text(json.dumps(_digests(path)))
 
     def _kept(self, steps: Sequence[int]) -> list[bool]:
-        good = [step for step in steps if step not in self._damaged]
+        good = sorted(set(steps) - self._damaged)
         kept = {*good[-self._keep :], *_best_step(good, self._scores, self._best["mode"])}
         return [step in kept for step in steps]
 
@@ -282,7 +282,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class _Policy:
-    """Orbax's form of "which checkpoints stay": a method that gets infos sorted by step."""
+    """Orbax's form of "which checkpoints stay": a method that gets their infos."""
 
     def __init__(self, kept: Callable[[Sequence[int]], list[bool]]):
         self._kept = kept

@@ -26,9 +26,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything 
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate"],
+    ["train", "evaluate", "robustness"],
     "train: train, or go on training. evaluate: score the best checkpoint of the workdir on "
-    "config.data.eval_splits.",
+    "config.data.eval_splits. robustness: measure it there under attacks and noise.",
 )
 
 
@@ -49,6 +49,10 @@ def main(argv: list[str]) -> None:
         workdir = pathlib.Path(_WORKDIR.value).absolute()
         if _MODE.value == "evaluate":
             evaluate.run(_CONFIG.value, workdir)
+        elif _MODE.value == "robustness":
+            from speech_jax import robustness
+
+            robustness.run(_CONFIG.value, workdir)
         else:
             train.run(_CONFIG.value, workdir)
     except UserError as error:

@@ -223,6 +223,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
     )
 
     # ---- Loop ----------------------------------------------------------------------------------
+    step = first
     with report, Watchdog(config.checkpoint.watchdog_seconds) as watchdog:
         for step in range(first + 1, steps + 1):
             if stopper.should_stop:

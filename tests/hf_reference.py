@@ -3,7 +3,7 @@
   python tests/hf_reference.py base large          # what CI runs on the published sizes
   python tests/hf_reference.py --write tests/data  # the golden files of test_hf.py
 
-Importing this module needs torch and transformers; test_hf.py does so only where they are.
+What runs theirs needs torch and transformers; what runs ours does not.
 """
 
 import argparse
@@ -15,14 +15,18 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from speech_jax import models
 from speech_jax.deploy import hf
-from speech_jax.ops import ctc, masking
+from speech_jax.ops import ctc
 from speech_jax.tasks import pretrain
 from speech_jax.tasks.asr import CTCModel
+
+try:
+    import torch
+    import transformers
+except ImportError:
+    torch = None
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
@@ -80,12 +84,15 @@ def attention_mask(batch):
 
 
 def their_ctc(model, batch):
-    """{'layer_i': output of layer i, 'last', 'loss'} and the gradients by name."""
+    """{'extractor', 'layer_i', 'last': their outputs, 'loss'} and the gradients by name."""
     outputs = {}
     for index, layer in enumerate(model.wav2vec2.encoder.layers):
         layer.register_forward_hook(
             lambda _, __, out, i=index: outputs.__setitem__(f"layer_{i}", _array(out))
         )
+    model.wav2vec2.feature_extractor.register_forward_hook(
+        lambda _, __, out: outputs.__setitem__("extractor", _array(out.transpose(1, 2)))
+    )
     model.wav2vec2.register_forward_hook(
         lambda _, __, out: outputs.__setitem__("last", _array(out.last_hidden_state))
     )
@@ -101,6 +108,9 @@ def their_ctc(model, batch):
     return outputs | {"loss": result.loss.item()}, _gradients(model)
 
 
+_CAPTURED = ("Wav2Vec2", "FeatureExtractor", "Block")
+
+
 def our_ctc(model: hf.Model, batch):
     """The same of ours, with the parameters' tree of gradients."""
     encoder = models.make_encoder(**model.encoder, scan=False, norm_padding=True)
@@ -113,7 +123,7 @@ def our_ctc(model: hf.Model, batch):
             jnp.asarray(batch["audio_length"]),
             True,
             capture_intermediates=lambda module, method: (
-                method == "__call__" and type(module).__name__ in ("Block", "Wav2Vec2")
+                method == "__call__" and type(module).__name__ in _CAPTURED
             ),
         )
         nats = ctc.ctc_loss(logits, frames, batch["labels"], batch["label_length"])
@@ -121,11 +131,79 @@ def our_ctc(model: hf.Model, batch):
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (total, (captured, frames)), gradients = run(model.params)
-    outputs = {
-        name: value["__call__"][0][0] for name, value in captured.items() if name != "__call__"
-    }
+    outputs = {name: value["__call__"][0] for name, value in captured.items() if name != "__call__"}
+    outputs = {name: out[0] if isinstance(out, tuple) else out for name, out in outputs.items()}
     outputs["last"] = captured["__call__"][0][0]
     return outputs | {"loss": float(total)}, gradients, np.asarray(frames)
+
+
+def make_draws(batch, config, seed: int = 0):
+    """Masks, negatives and Gumbel noise for a batch, as numpy."""
+    rng = np.random.default_rng(seed)
+    encoder = models.make_encoder("wav2vec2")
+    frames = encoder.output_lengths(batch["audio"].shape[1])
+    valid = np.arange(frames) < np.asarray(encoder.output_lengths(batch["audio_length"]))[:, None]
+    mask = (rng.random(valid.shape) < 0.5) & valid
+    negatives = np.zeros((*mask.shape, config["num_negatives"]), np.int32)
+    for row, masked in enumerate(mask):
+        for frame in np.flatnonzero(masked):
+            others = np.setdiff1d(np.flatnonzero(masked), [frame])
+            negatives[row, frame] = rng.choice(others, negatives.shape[2])
+    shape = (config["num_codevector_groups"], config["num_codevectors_per_group"])
+    noise = rng.gumbel(size=(*mask.shape, *shape)).astype(np.float32)
+    return pretrain.Draws(mask, mask, negatives, noise)
+
+
+def their_pretraining(model, batch, draws):
+    """{'loss', 'contrastive', 'perplexity'} and the gradients by name."""
+    noise = torch.tensor(draws.noise)
+
+    def gumbel_softmax(logits, tau, hard):
+        assert hard
+        soft = ((logits + noise.reshape(logits.shape)) / tau).softmax(-1)
+        one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+        return one_hot - soft.detach() + soft
+
+    offset = len(draws.mask[0]) * np.arange(len(draws.mask))[:, None, None]
+    original = torch.nn.functional.gumbel_softmax
+    torch.nn.functional.gumbel_softmax = gumbel_softmax
+    try:
+        result = model.train()(
+            torch.tensor(batch["audio"]),
+            attention_mask=attention_mask(batch),
+            mask_time_indices=torch.tensor(draws.mask),
+            sampled_negative_indices=torch.tensor(draws.negatives + offset),
+        )
+    finally:
+        torch.nn.functional.gumbel_softmax = original
+    result.loss.backward()
+    values = {
+        "loss": result.loss.item(),
+        "contrastive": result.contrastive_loss.item(),
+        "soft_code_perplexity": result.codevector_perplexity.item(),
+    }
+    return values, _gradients(model)
+
+
+def our_pretraining(model: hf.Model, config, batch, draws):
+    """The same of ours, with the parameters' tree of gradients."""
+    task = pretrain.Contrastive(
+        models.make_encoder(**model.encoder, scan=False, norm_padding=True, input_dropout=0.0),
+        frontend=None,
+        groups=config["num_codevector_groups"],
+        codes=config["num_codevectors_per_group"],
+        code_features=config["codevector_dim"],
+        final_features=config["proj_codevector_dim"],
+        negatives=config["num_negatives"],
+        penalty_weight=0.0,
+    )
+
+    def loss(params):
+        total, _, sums = task.score(params, batch["audio"], batch["audio_length"], draws)
+        return total, sums
+
+    (total, sums), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)
+    return {"loss": float(total), **{k: float(v) for k, v in sums.items()}}, gradients
 
 
 def compare(theirs, ours, frames) -> dict[str, float]:
@@ -179,6 +257,64 @@ def check(name: str, samples: int, folder: pathlib.Path):
     return compare(theirs, ours, frames), compare_gradients(expected, gradients)
 
 
+def check_pretraining(name: str, samples: int, folder: pathlib.Path):
+    """The same for the pretraining objective: relative differences of values and gradients."""
+    model = make(name, "pretraining", apply_spec_augment=True)
+    model.save_pretrained(folder)
+    config, batch = model.config.to_dict(), make_batch(samples)
+    draws = make_draws(batch, config)
+    theirs, their_gradients = their_pretraining(model, batch, draws)
+    ours, gradients = our_pretraining(hf.read(folder), config, batch, draws)
+    values = {key: abs(ours[key] - value) / abs(value) for key, value in theirs.items()}
+    expected = hf.convert(their_gradients, config, "pretraining")
+    return values, compare_gradients(expected, gradients)
+
+
+# The golden files: models of a few thousand parameters.
+MINIATURE = SMALL | {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "conv_dim": [8] * 6 + [12], "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
+    "codevector_dim": 8, "proj_codevector_dim": 12,
+}  # fmt: skip
+GOLDEN = {"base": ("ctc", {}), "large": ("ctc", STABLE), "pretraining": ("pretraining", {})}
+VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEF'"]
+
+
+def write_golden(root: pathlib.Path) -> None:
+    """Folders as transformers writes them, one in the older format, with expected.npz in each."""
+    for name, (head, changes) in GOLDEN.items():
+        folder = root / f"wav2vec2_{name}"
+        CONFIGS["miniature"] = MINIATURE | changes
+        model = make("miniature", head, apply_spec_augment=head == "pretraining")
+        model.save_pretrained(folder)
+        config, batch = model.config.to_dict(), make_batch(6_400)
+        if head == "ctc":
+            values, gradients = their_ctc(model, batch)
+            draws = {}
+        else:
+            draws = make_draws(batch, config)
+            values, gradients = their_pretraining(model, batch, draws)
+            draws = {f"draws/{key}": value for key, value in draws._asdict().items()}
+        if name == "base":
+            (folder / "model.safetensors").unlink()
+            old = {
+                key.replace("parametrizations.weight.original0", "weight_g").replace(
+                    "parametrizations.weight.original1", "weight_v"
+                ): value
+                for key, value in model.state_dict().items()
+            }
+            torch.save(old, folder / "pytorch_model.bin")
+            ids = {symbol: i for i, symbol in enumerate(VOCABULARY)}
+            (folder / "vocab.json").write_text(json.dumps(ids) + "\n")
+        np.savez_compressed(
+            folder / "expected.npz",
+            **{f"batch/{key}": value for key, value in batch.items()},
+            **{f"value/{key}": value for key, value in values.items()},
+            **{f"gradient/{key}": value for key, value in gradients.items()},
+            **draws,
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", choices=[*CONFIGS, []])
@@ -189,13 +325,19 @@ def main():
     for name in chosen.models:
         with tempfile.TemporaryDirectory() as folder:
             outputs, gradients = check(name, chosen.samples, pathlib.Path(folder))
+        with tempfile.TemporaryDirectory() as folder:
+            values, more = check_pretraining(name, chosen.samples, pathlib.Path(folder))
         loss = outputs.pop("loss")
+        gradients |= {f"pretraining {path}": value for path, value in more.items()}
         worst = max(outputs, key=outputs.get), max(gradients, key=gradients.get)
         print(
-            f"{name}: hidden states {outputs[worst[0]]:.2e} ({worst[0]}), loss {loss:.2e} "
-            f"relative, gradients {gradients[worst[1]]:.2e} relative ({worst[1]})"
+            f"{name}: hidden states {outputs[worst[0]]:.1e} ({worst[0]}), CTC loss {loss:.1e} "
+            f"relative, pretraining loss {max(values.values()):.1e} relative, gradients "
+            f"{gradients[worst[1]]:.1e} relative ({worst[1]})",
+            flush=True,
         )
-        failed |= outputs[worst[0]] > 2e-4 or loss > 1e-4 or gradients[worst[1]] > 1e-3
+        failed |= outputs[worst[0]] > 2e-4 or gradients[worst[1]] > 1e-3
+        failed |= max(loss, *values.values()) > 1e-4
     if chosen.write:
         write_golden(chosen.write)
     return failed

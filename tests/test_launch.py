@@ -25,7 +25,7 @@ for flag; do case $flag in --workdir=*) workdir=${flag#*=} ;; esac; done
 case $outcome in
   finish) mkdir -p "$workdir" && touch "$workdir/results.json" ;;
   leave) ;;
-  preempt) echo PREEMPTED > $FAKE/state; exit 255 ;;
+  preempt) echo PREEMPTED > $FAKE/state; echo SUSPENDED > $FAKE/queue; exit 1 ;;
   wait) trap 'kill $!; exit 0' TERM; touch $FAKE/waiting; sleep 30 & wait ;;
   *) exit $outcome ;;
 esac
@@ -36,9 +36,15 @@ GCLOUD = r"""#!/bin/bash
 echo "$*" >> $FAKE/calls
 case "$3 $4" in
   "tpu-vm describe") cat $FAKE/state ;;
-  "tpu-vm create" | "queued-resources create") echo READY > $FAKE/state ;;
-  "queued-resources describe") echo ACTIVE ;;
-  *delete) rm $FAKE/state ;;
+  "tpu-vm create") echo READY > $FAKE/state ;;
+  "queued-resources create") echo PROVISIONING > $FAKE/queue ;;
+  "queued-resources describe")  # ready when it is asked for the second time
+    cat $FAKE/queue || exit 1
+    if [ $(cat $FAKE/queue) = PROVISIONING ]; then
+      echo ACTIVE > $FAKE/queue
+      echo READY > $FAKE/state
+    fi ;;
+  *delete) rm -f $FAKE/state $FAKE/queue ;;
   "tpu-vm scp") cp "$5" "$FAKE/home/${6#*:}" ;;
   "tpu-vm ssh")
     for flag; do case $flag in --command=*) command=${flag#*=} ;; esac; done
@@ -290,12 +296,20 @@ def test_tpu_vm_restarts_after_preemption_leaving_and_failure(fake):
     outcomes(fake, "preempt", "leave", "1", "finish")
     result = launch("tpu_vm.sh", *SLICE, "--queued", "--", *tpu_flags(fake))
     assert result.returncode == 0, result.stderr
-    made = [call.split()[2:4] for call in calls(fake) if "queued-resources" in call]
-    create, wait = ["queued-resources", "create"], ["queued-resources", "describe"]
-    assert made == [create, wait, ["queued-resources", "delete"], create, wait]
+    made = [call.split()[2:4] for call in calls(fake) if "describe" not in call]
+    made = [name for kind, name in made if kind == "queued-resources"]
+    assert made == ["create", "delete", "create"]
     assert len((fake / "trained").read_text().splitlines()) == 4
     for message in ("was preempted", "told to leave", "failed with status 1"):
         assert message in result.stderr
+
+
+def test_tpu_vm_keeps_its_place_in_the_queue(fake):
+    (fake / "queue").write_text("PROVISIONING\n")
+    outcomes(fake, "finish")
+    result = launch("tpu_vm.sh", *SLICE, "--queued", "--", *tpu_flags(fake))
+    assert result.returncode == 0, result.stderr
+    assert not [call for call in calls(fake) if "create" in call or "delete" in call]
 
 
 def test_tpu_vm_gives_up_with_the_status_of_the_run(fake):
@@ -316,10 +330,11 @@ def test_tpu_vm_follows_a_run_that_goes_on(fake):
         command = ["bash", str(LAUNCH / "tpu_vm.sh"), *SLICE, "--", *tpu_flags(fake)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "log: from before\n"
+            assert training.poll() is None
             (run / "status").write_text("0\n")
+            training.kill()
+            training.wait()
             assert process.wait(timeout=20) == 0
-        assert training.poll() is None
-        training.kill()
     assert not (fake / "trained").exists()
 
 

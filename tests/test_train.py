@@ -35,7 +35,7 @@ def test_it_learns_and_says_so(finished):
     _, workdir, results = finished
     assert results == json.loads((workdir / "results.json").read_text())
     assert results["splits"]["dev"]["wer"] < 0.2
-    assert results["splits"]["train"]["utterances"] == 24
+    assert results["splits"]["train"]["utterances"] == 48
     figures = results["training"]
     assert figures["steps"] == 120
     assert figures["audio_seconds_per_second"] > 0

@@ -10,6 +10,7 @@ underflows however peaked the logits are, and the error is that of float32 produ
 frame), while log-space rounds each frame to the precision of a log-likelihood of thousands of nats.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +27,10 @@ CHUNK = 16
 
 
 class Wide(NamedTuple):
-    """A nonnegative number mantissa * 2**exponent, elementwise; float32 and int32 arrays."""
+    """A nonnegative number mantissa * 2**exponent, elementwise; float32 and int32 arrays.
+
+    The exponent may also be a whole float32, which holds it exactly up to 2**24.
+    """
 
     mantissa: jax.Array
     exponent: jax.Array
@@ -34,20 +38,22 @@ class Wide(NamedTuple):
 
 ZERO_EXPONENT = -(2**29)  # the exponent of 0: below any that a product of probabilities reaches
 _LOWEST = -1e30  # stands for -inf where 0 * -inf must be 0
+_LOG2_E = 1 / math.log(2)
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # their sum is log(2); n * high is exact
 
 
 def power_of_two(n):
-    """2.0**n as float32 for integer n at most 127; 0 for n below -126."""
-    return lax.bitcast_convert_type(jnp.maximum(n + 127, 0) << 23, jnp.float32)
+    """2.0**n as float32 for whole n at most 127; 0 for n below -126."""
+    bits = (jnp.maximum(n, -127).astype(jnp.int32) + 127) << 23
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def wide_exp(x):
+def wide_exp(x, exponent_type=jnp.int32):
     """exp(x) as a Wide, exact to float32 for any finite x; 0 for -inf."""
     x = x.astype(jnp.float32)
     # 2**20 bounds the exponent of one frame, so that a sum over frames stays within int32.
-    n = jnp.clip(jnp.round(x * (1 / np.log(2))), -(2.0**20), 2.0**20)
-    return Wide(jnp.exp((x - n * _LN2_HIGH) - n * _LN2_LOW), n.astype(jnp.int32))
+    n = jnp.clip(jnp.round(x * _LOG2_E), -(2.0**20), 2.0**20)
+    return Wide(jnp.exp((x - n * _LN2_HIGH) - n * _LN2_LOW), n.astype(exponent_type))
 
 
 def wide_sum(*terms):
@@ -68,7 +74,8 @@ def normalized(x):
     """The same Wide number with its mantissa in [1, 2), or 0."""
     bits = lax.bitcast_convert_type(x.mantissa, jnp.int32)
     shift = lax.shift_right_logical(bits, 23) - 127
-    exponent = jnp.where(x.mantissa == 0, ZERO_EXPONENT, x.exponent + shift)
+    exponent = x.exponent + shift.astype(x.exponent.dtype)
+    exponent = jnp.where(x.mantissa == 0, ZERO_EXPONENT, exponent)
     return Wide(x.mantissa * power_of_two(-shift), exponent)
 
 
@@ -77,8 +84,9 @@ def _where(condition, a, b):
 
 
 def wide_where(condition, x):
-    """x where the condition holds, 0 elsewhere."""
-    return Wide(x.mantissa, jnp.where(condition, x.exponent, ZERO_EXPONENT))
+    """The number where the condition holds, 0 elsewhere."""
+    exponent = jnp.where(condition, x.exponent, ZERO_EXPONENT)
+    return Wide(jnp.where(condition, x.mantissa, 0), exponent)
 
 
 class _Problem(NamedTuple):
@@ -92,7 +100,7 @@ class _Problem(NamedTuple):
 
 def _states(column, labels):
     """States with probability 1 in one blank: a pair of Wide [B, N + 1]; column [B]."""
-    here = jnp.arange(labels + 1) == column[:, None]
+    here = jnp.arange(labels + 1)[None] == column[:, None]
     blanks = Wide(here.astype(jnp.float32), jnp.where(here, 0, ZERO_EXPONENT))
     none = Wide(jnp.zeros(here.shape), jnp.full(here.shape, ZERO_EXPONENT, jnp.int32))
     return blanks, none
@@ -142,7 +150,7 @@ def _chunk(problem, index):
     cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
     label, blank = wide_exp(cut(problem.emissions)), wide_exp(cut(problem.blank)[..., None])
     frame = start + jnp.arange(size)[:, None]
-    live = (frame >= index * size) & (frame < problem.logit_lengths)
+    live = (frame >= index * size) & (frame < problem.logit_lengths[None])
     return (label, blank, live[..., None]), start
 
 
@@ -180,13 +188,13 @@ def _likelihood(problem):
 
 
 def _occupancy(alpha, beta, own, likelihood):
-    """Posterior of each label at each frame. `own` is the frame's probability, in alpha and beta."""
+    """Posterior of each label at each frame; alpha and beta both hold the frame's `own`."""
     positive = likelihood.mantissa > 0
     scale = jnp.where(positive, 1 / jnp.where(positive, likelihood.mantissa, 1), 0)
     # The frame's own probability is divided out; where it is 0, so are alpha and beta.
     mantissa = jnp.where(own.mantissa == 0, 1, own.mantissa)
-    exponent = alpha.exponent + beta.exponent - own.exponent - likelihood.exponent[:, None]
-    product = alpha.mantissa * beta.mantissa / mantissa * scale[:, None]
+    exponent = alpha.exponent + beta.exponent - own.exponent - likelihood.exponent[None, :, None]
+    product = alpha.mantissa * beta.mantissa / mantissa * scale[None, :, None]
     return product * power_of_two(jnp.minimum(exponent, 127))
 
 
@@ -198,8 +206,8 @@ def _subtract_labels(gradient, labels, occupancy):
 
 
 def _gradient(problem, logits, total, labels, blank_id, likelihood, checkpoints, cotangent):
-    """cotangent * (softmax - occupancy), [B, T, K] in the dtype of the logits."""
-    T, B, N = problem.emissions.shape
+    """The cotangent times softmax - occupancy, [B, T, K] in the dtype of the logits."""
+    T, _, N = problem.emissions.shape
     step = partial(_forward_step, problem.skip)
     # What follows label j directly is label j + 1, unless they are equal.
     follows = jnp.pad(problem.skip[:, 1:], ((0, 0), (0, 1)))
@@ -215,7 +223,7 @@ def _gradient(problem, logits, total, labels, blank_id, likelihood, checkpoints,
         states, beta = lax.scan(_keep_labels(back), states, frames, reverse=True)
         alpha, beta = _cut(alpha, 1, None), _cut(beta, None, -1)
         occupancy = _occupancy(alpha, beta, label, likelihood)
-        weight = jnp.where(live[..., 0], cotangent, 0)
+        weight = jnp.where(live[..., 0], cotangent[None], 0)
         occupancy = (jnp.where(live, occupancy, 0) * weight[..., None]).swapaxes(0, 1)
         chunk = lax.dynamic_slice_in_dim(logits, start, len(live), axis=1).astype(jnp.float32)
         log_total = lax.dynamic_slice_in_dim(total, start, len(live), axis=1)
@@ -244,8 +252,9 @@ def _softmax(logits, lengths):
     largest = logits.max(axis=-1).astype(jnp.float32)
     rest = jnp.log(jnp.exp(logits.astype(jnp.float32) - largest[..., None]).sum(axis=-1))
     exponent = wide_exp(largest).exponent
-    remainder = rest + ((largest - exponent * _LN2_HIGH) - exponent * _LN2_LOW)
-    live = jnp.arange(logits.shape[1]) < lengths[:, None]
+    whole = exponent.astype(jnp.float32)
+    remainder = rest + ((largest - whole * _LN2_HIGH) - whole * _LN2_LOW)
+    live = jnp.arange(logits.shape[1])[None] < lengths[:, None]
     row_sum = lambda x: jnp.where(live, x, 0).sum(axis=1)
     return _Softmax(largest + rest, row_sum(remainder), row_sum(exponent))
 
@@ -253,7 +262,7 @@ def _softmax(logits, lengths):
 def _negative_log(likelihood, softmax):
     # -log(likelihood / softmax denominators); +inf where the likelihood is 0.
     whole = likelihood.exponent - softmax.exponent
-    loss = softmax.remainder - jnp.log(likelihood.mantissa) - whole * np.float32(np.log(2))
+    loss = softmax.remainder - jnp.log(likelihood.mantissa) - whole.astype(jnp.float32) / _LOG2_E
     return jnp.where(likelihood.mantissa == 0, jnp.inf, loss)
 
 
@@ -328,8 +337,8 @@ def _ctc_pallas_run(logits, logit_lengths, labels, label_lengths, blank_id, kern
         return loss, None
     own = wide_exp(emissions[..., :-1])
     occupancy = _occupancy(alpha, beta, own, likelihood)
-    live = jnp.arange(len(emissions))[:, None] < logit_lengths
-    possible = live & (likelihood.mantissa > 0)
+    live = jnp.arange(len(emissions))[:, None] < logit_lengths[None]
+    possible = live & (likelihood.mantissa > 0)[None]
     occupancy = jnp.where(possible[..., None], occupancy, 0).swapaxes(0, 1)
     return loss, (logits, softmax.total, labels, occupancy, possible.T)
 
@@ -367,30 +376,200 @@ def ctc_loss(
     blank_id=0,
     zero_infinity=False,
     implementation=None,
+    batch_axes=None,
+    interpret=None,
 ):
-    """Negative log-likelihood in nats, float32 [B], of labels [B, N] under logits [B, T, K]."""
-    labels = jnp.asarray(labels, jnp.int32)
-    label_lengths = jnp.asarray(label_lengths, jnp.int32)
-    labels = jnp.where(jnp.arange(labels.shape[1]) < label_lengths[:, None], labels, blank_id)
-    args = (
-        jnp.asarray(logits),
-        jnp.asarray(logit_lengths, jnp.int32),
-        labels,
-        label_lengths,
-        blank_id,
-    )
-    if implementation in (None, "xla"):
-        loss = _ctc_xla(*args)
-    else:
-        loss = _ctc_pallas(*args, (implementation[-3:], True))
-    if zero_infinity:
-        loss = jnp.where(jnp.isinf(loss), 0.0, loss)
-    return loss
+    """The CTC loss of each row.
+
+    Rows that no alignment fits (see `ctc_feasible`) have a loss of +inf and a gradient of 0. What
+    the padding of logits and labels holds changes nothing.
+
+    Args:
+      logits: [B, T, K], float32 or bfloat16, not normalized; K classes, the blank among them.
+      logit_lengths: int [B], frames in each row, 0 to T.
+      labels: int [B, N], ids in [0, K) other than `blank_id`, padded on the right.
+      label_lengths: int [B], labels in each row, 0 to N.
+      blank_id: the blank's class.
+      zero_infinity: return 0 instead of +inf.
+      implementation: 'xla', 'pallas_tpu', 'pallas_gpu', or None for the best that runs here; XLA
+        where several devices are in use and `batch_axes` does not say how they share the batch.
+      batch_axes: mesh axes over which B is sharded; each shard is then computed on its own, by
+        shard_map over the mesh of `jax.set_mesh`. XLA needs it not, the kernels do.
+      interpret: None compiles a kernel, if this platform runs it; False compiles it for whatever
+        platform the program is lowered to (ahead of time, for another machine); True, or the
+        platform's Pallas interpreter parameters, interprets it on any platform.
+
+    Returns:
+      Nats, float32 [B]: -log p(labels | logits). The gradient has the dtype of the logits.
+
+    Raises:
+      ValueError: a shape or dtype does not fit; a length, id or implementation is out of range.
+        Lengths and ids are checked where their values are known, so not under jit.
+    """
+    args = _checked(logits, logit_lengths, labels, label_lengths, blank_id)
+    implementation = _choose(implementation, batch_axes, interpret)
+
+    def run(*args):
+        if implementation == "xla":
+            return _ctc_xla(*args, blank_id)
+        return _ctc_pallas(*args, blank_id, (implementation.removeprefix("pallas_"), interpret))
+
+    if batch_axes is not None:
+        spec = jax.sharding.PartitionSpec(batch_axes)
+        run = jax.shard_map(run, in_specs=spec, out_specs=spec, check_vma=False)
+    loss = run(*args)
+    return jnp.where(jnp.isinf(loss), 0, loss) if zero_infinity else loss
 
 
 def ctc_feasible(logit_lengths, labels, label_lengths):
-    """Which rows have an alignment at all: frames >= labels + adjacent repeats; bool [B]."""
+    """Which rows have an alignment at all, bool [B]: frames >= labels + adjacent repeats.
+
+    Args: logit_lengths int [B], labels int [B, N] padded on the right, label_lengths int [B].
+    """
     labels, label_lengths = jnp.asarray(labels), jnp.asarray(label_lengths)
-    inside = jnp.arange(1, labels.shape[1]) < label_lengths[:, None]
+    inside = jnp.arange(1, labels.shape[1])[None] < label_lengths[:, None]
     repeats = jnp.sum((labels[:, 1:] == labels[:, :-1]) & inside, axis=1, dtype=jnp.int32)
     return jnp.asarray(logit_lengths) >= label_lengths + repeats
+
+
+def ctc_align(logits, logit_lengths, labels, label_lengths, *, blank_id=0):
+    """The most probable alignment (Viterbi).
+
+    Args: as for `ctc_loss`.
+
+    Returns:
+      starts, ends: int32 [B, N], the frames [start, end) in which each label is emitted; both -1
+        beyond label_lengths and in rows that no alignment fits.
+      score: float32 [B], log p(alignment | logits) in nats; -inf in those rows.
+
+    Raises:
+      ValueError: as `ctc_loss`.
+    """
+    given = jnp.shape(labels)
+    args = _checked(logits, logit_lengths, labels, label_lengths, blank_id)
+    logits, logit_lengths, labels, label_lengths = args
+    (B, T, _), N = logits.shape, labels.shape[1]
+    # States: blank, label 0, blank, label 1, ..., blank.
+    states = jnp.full((B, 2 * N + 1), blank_id).at[:, 1::2].set(labels)
+    skip = jnp.pad(states[:, 2:] != states[:, :-2], ((0, 0), (2, 0))) & (states != blank_id)
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    emissions = jnp.take_along_axis(log_probs, states[:, None, :], axis=2).swapaxes(0, 1)
+    shift = lambda x, n: jnp.pad(x, ((0, 0), (n, 0)), constant_values=-jnp.inf)[:, : 2 * N + 1]
+
+    def forward(scores, frame):
+        t, emission = frame
+        moves = jnp.stack([scores, shift(scores, 1), jnp.where(skip, shift(scores, 2), -jnp.inf)])
+        live = (t < logit_lengths)[:, None]
+        move = jnp.where(live, jnp.argmax(moves, axis=0), 0)
+        scores = jnp.where(live, moves.max(axis=0) + emission, scores)
+        return scores, move.astype(jnp.int8)
+
+    # Before the first frame: one move to the first blank, or to the first label.
+    scores = jnp.full((B, 2 * N + 1), -jnp.inf).at[:, 0].set(0)
+    scores, moves = lax.scan(forward, scores, (jnp.arange(T), emissions))
+    last = 2 * label_lengths
+    pick = lambda x, i: jnp.take_along_axis(x, i[:, None], axis=1)[:, 0]
+    before_last = jnp.where(label_lengths > 0, pick(scores, jnp.maximum(last - 1, 0)), -jnp.inf)
+    score = jnp.maximum(pick(scores, last), before_last)
+    last = jnp.where(before_last > pick(scores, last), last - 1, last)
+
+    def backward(state, move):
+        return state - pick(move, state).astype(jnp.int32), state
+
+    _, path = lax.scan(backward, last, moves, reverse=True)
+    t = jnp.arange(T)[:, None]
+    fits = score > -jnp.inf
+    column = jnp.where((path % 2 == 1) & (t < logit_lengths[None]) & fits[None], path // 2, N)
+    rows = jnp.arange(B)[None]
+    starts = jnp.full((B, N + 1), T, jnp.int32).at[rows, column].min(t)[:, : given[1]]
+    ends = jnp.full((B, N + 1), -1, jnp.int32).at[rows, column].max(t + 1)[:, : given[1]]
+    return jnp.where(ends < 0, -1, starts), ends, score
+
+
+def _choose(implementation, batch_axes, interpret):
+    platform = jax.default_backend()
+    if implementation is None:
+        best = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform, "xla")
+        shared = jax.device_count() > 1 and batch_axes is None
+        return "xla" if shared or _obstacle(best, platform) else best
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r} is none of {IMPLEMENTATIONS} or None")
+    if interpret is None and (obstacle := _obstacle(implementation, platform)):
+        raise ValueError(
+            f"implementation {implementation!r} cannot run here: {obstacle}; use 'xla' or None"
+        )
+    return implementation
+
+
+def _obstacle(implementation, platform):
+    """Why an implementation cannot run on this platform; '' if it can."""
+    if implementation == "xla":
+        return ""
+    wanted = implementation.removeprefix("pallas_")
+    if platform != wanted:
+        return f"it needs a {wanted.upper()} and the platform is {platform}"
+    if wanted == "gpu" and float(jax.local_devices()[0].compute_capability) < 9:
+        return f"it needs a Hopper GPU or newer and this is {jax.local_devices()[0].device_kind}"
+    return ""
+
+
+def _checked(logits, logit_lengths, labels, label_lengths, blank_id):
+    """The arrays, valid, with at least one column of labels and blanks for their padding."""
+    _check(logits, logit_lengths, labels, label_lengths, blank_id)
+    labels = jnp.asarray(labels, jnp.int32)
+    logit_lengths = jnp.asarray(logit_lengths, jnp.int32)
+    label_lengths = jnp.asarray(label_lengths, jnp.int32)
+    labels = jnp.pad(labels, ((0, 0), (0, labels.shape[1] == 0)))
+    inside = jnp.arange(labels.shape[1])[None] < label_lengths[:, None]
+    return jnp.asarray(logits), logit_lengths, jnp.where(inside, labels, blank_id), label_lengths
+
+
+def _check(logits, logit_lengths, labels, label_lengths, blank_id):
+    shape, rest = jnp.shape(logits), {"labels": (labels, 2)}
+    if len(shape) != 3 or 0 in shape[1:]:
+        raise ValueError(f"logits must be [B, T, K] with T and K at least 1, got shape {shape}")
+    if not jnp.issubdtype(jnp.result_type(logits), jnp.floating):
+        raise ValueError(f"logits of shape {shape} must be floating, got {jnp.result_type(logits)}")
+    B, T, K = shape
+    rest |= {"logit_lengths": (logit_lengths, 1), "label_lengths": (label_lengths, 1)}
+    for name, (value, rank) in rest.items():
+        if len(jnp.shape(value)) != rank or jnp.shape(value)[0] != B:
+            wanted = f"[{B}, N]" if rank == 2 else f"[{B}]"
+            raise ValueError(
+                f"{name} must be {wanted} for logits of shape {shape}, got {jnp.shape(value)}"
+            )
+        if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+            raise ValueError(
+                f"{name} of shape {jnp.shape(value)} must be integers, got {jnp.result_type(value)}"
+            )
+    if not 0 <= blank_id < K:
+        raise ValueError(f"blank_id {blank_id} is not a class of logits of shape {shape}")
+    N = jnp.shape(labels)[1]
+    for name, value, limit in (
+        ("logit_lengths", logit_lengths, T),
+        ("label_lengths", label_lengths, N),
+    ):
+        known = _known(value)
+        if known is not None and ((known < 0) | (known > limit)).any():
+            raise ValueError(
+                f"{name} of shape {known.shape} must lie in [0, {limit}], "
+                f"got {known.min()} to {known.max()}"
+            )
+    ids, lengths = _known(labels), _known(label_lengths)
+    if ids is None or lengths is None:
+        return
+    ids = ids[np.arange(N) < lengths[:, None]]
+    if ((ids < 0) | (ids >= K)).any():
+        raise ValueError(
+            f"labels of shape {jnp.shape(labels)} must lie in [0, {K}) for logits of shape "
+            f"{shape}, got {ids.min()} to {ids.max()}"
+        )
+    if (ids == blank_id).any():
+        raise ValueError(
+            f"labels of shape {jnp.shape(labels)} hold the blank, id {blank_id}, within "
+            "label_lengths: remove it from the labels"
+        )
+
+
+def _known(value):
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)

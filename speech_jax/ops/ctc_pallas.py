@@ -44,7 +44,7 @@ def recursions(logits, skip, logit_lengths, label_lengths, *, platform, history,
       logit_lengths, label_lengths: int32 [B].
       platform: 'tpu' or 'gpu'.
       history: whether to compute alpha and beta of all frames; else they are None.
-      interpret: run the kernel's logic on any platform.
+      interpret: True (TPU) or Pallas interpreter parameters: run it on any platform.
 
     Returns:
       The likelihood, a Wide [B], and alpha and beta of the labels, Wide [T, B, N], the frame's own
@@ -153,8 +153,8 @@ def _tpu_kernel(
 
 
 def _run_tpu(logits, skip, logit_lengths, label_lengths, labels, *, history, interpret):
-    (T, B, columns), frames = logits.shape, CHUNK
-    pad = lambda x, *sizes: jnp.pad(x, [(0, -n % size) for n, size in zip(x.shape, sizes, strict=True)])
+    columns, frames = logits.shape[2], CHUNK
+    pad = lambda x, *to: jnp.pad(x, [(0, -n % size) for n, size in zip(x.shape, to, strict=True)])
     logits, skip = pad(logits, frames, ROWS, 1), pad(skip, ROWS, 1)
     lengths = [pad(x[:, None], ROWS, 1) for x in (logit_lengths, label_lengths)]
     padded_frames, rows, _ = logits.shape
@@ -177,7 +177,7 @@ def _run_tpu(logits, skip, logit_lengths, label_lengths, labels, *, history, int
         out_specs=out_specs,
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        interpret=interpret,
+        interpret=interpret or False,
         name="ctc_recursions",
     )(logits, logits, skip, *lengths)
     wide = [Wide(*outputs[i : i + 2]) for i in range(0, len(outputs), 2)]
@@ -186,14 +186,15 @@ def _run_tpu(logits, skip, logit_lengths, label_lengths, labels, *, history, int
 
 # GPU: a block of one warpgroup for each row and direction. A state of `columns` is a list of pieces
 # of 128, one value a thread, so that neighbours are read at any offset of shared memory unaligned.
+# Exponents are float32: in jax 0.10.2 a selected int32 is taken for unsigned by what follows.
 
 
-def _gpu_kernel(logits, skip, starts, lengths, *refs, labels, history):
+def _gpu_kernel(logits, skip, starts, lengths, lasts, *refs, labels, history):
     blank_refs, label_refs, refs = refs[:2], refs[2:4], refs[4:]
     histories, buffers = (refs[:2], refs[2:]) if history else ((), refs)
     row, direction = lax.axis_index("row"), lax.axis_index("direction")
     pieces = skip.shape[1] // LANES
-    length = lengths[row]
+    length, last = lengths[row], lasts[row]
     at = lambda piece: pl.ds(piece * LANES, LANES)
     each = lambda function, *lists: [function(*x) for x in zip(*lists, strict=True)]
     skips = [skip[row, at(p)] != 0 for p in range(pieces)]
@@ -222,7 +223,7 @@ def _gpu_kernel(logits, skip, starts, lengths, *refs, labels, history):
 
     def run(step, frame_at):
         def load(i):
-            frame = jnp.maximum(frame_at(jnp.minimum(i, length - 1)), 0)
+            frame = frame_at(jnp.minimum(i, last))
             return logits[row, frame, labels], [logits[row, frame, at(p)] for p in range(pieces)]
 
         def body(i, carry):
@@ -230,10 +231,10 @@ def _gpu_kernel(logits, skip, starts, lengths, *refs, labels, history):
             ahead = (*ahead, load(i + PREFETCH))
             to_blank, to_label = step(lax.rem(i, 2), blanks, states)
             spread = lambda x: lax.broadcast_in_dim(x, (LANES,), ())
-            blank = wide_exp(spread(blank))
+            blank = wide_exp(spread(blank), jnp.float32)
             blanks = [normalized(wide_times(x, blank)) for x in to_blank]
             states = [
-                normalized(wide_times(x, wide_exp(e)))
+                normalized(wide_times(x, wide_exp(e, jnp.float32)))
                 for x, e in zip(to_label, emissions, strict=True)
             ]
             if history:
@@ -242,24 +243,18 @@ def _gpu_kernel(logits, skip, starts, lengths, *refs, labels, history):
                         ref[direction, row, frame_at(i), at(p)] = part
             return (blanks, states), ahead
 
-        start = starts[direction, row]
-        layout = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
-        column = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=layout)
-        zero = lambda: Wide(
-            jnp.zeros((LANES,), jnp.float32), jnp.full((LANES,), ZERO_EXPONENT, jnp.int32)
-        )
-        one = lambda p: column + p * LANES == start
-        blanks = [
-            Wide(one(p).astype(jnp.float32), jnp.where(one(p), 0, ZERO_EXPONENT))
-            for p in range(pieces)
-        ]
+        def certain(here):
+            return Wide(here, (here - 1) * -ZERO_EXPONENT)  # 1 where here is 1, 0 where it is 0
+
+        blanks = [certain(starts[direction, row, at(p)]) for p in range(pieces)]
+        zero = certain(blanks[0].mantissa * 0)
         for slot in range(2):
             for place in (0, pieces * LANES - LANES + 2):
                 # The columns beyond either end are 0; their neighbours are overwritten.
-                for buffer, part in zip(buffers, zero(), strict=True):
+                for buffer, part in zip(buffers, zero, strict=True):
                     buffer[slot, pl.ds(place, LANES)] = part
         plgpu.commit_smem()
-        states = blanks, [zero() for _ in range(pieces)]
+        states = blanks, [zero] * pieces
         ahead = tuple(load(i) for i in range(PREFETCH))
         (blanks, states), _ = lax.fori_loop(0, length, body, (states, ahead))
         for p in range(pieces):
@@ -275,29 +270,33 @@ def _gpu_kernel(logits, skip, starts, lengths, *refs, labels, history):
 
         @pl.when(direction == 1)
         def _():
-            run(beta_step, lambda i: length - 1 - i)
+            run(beta_step, lambda i: last - i)
 
 
 def _run_gpu(logits, skip, logit_lengths, label_lengths, labels, *, history, interpret):
     T, B, columns = logits.shape
     directions = 2 if history else 1
-    dtypes = (jnp.float32, jnp.int32)
-    shape = lambda *sizes: [jax.ShapeDtypeStruct(sizes, d) for d in dtypes]
+    shape = lambda *sizes: [jax.ShapeDtypeStruct(sizes, jnp.float32)] * 2
     out_type = shape(directions, B, columns) * 2
     if history:
         out_type += shape(directions, B, T, columns)
-    starts = jnp.stack([jnp.zeros_like(label_lengths), label_lengths])
+    starts = jax.nn.one_hot(jnp.stack([jnp.zeros_like(label_lengths), label_lengths]), columns)
     outputs = plgpu.kernel(
         partial(_gpu_kernel, labels=labels, history=history),
         out_type=out_type,
-        scratch_types=[plgpu.SMEM((2, columns + 2), d) for d in dtypes],
+        scratch_types=[plgpu.SMEM((2, columns + 2), jnp.float32)] * 2,
         grid=(B, directions),
         grid_names=("row", "direction"),
-        interpret=interpret,
+        # One barrier a frame, in `share`, is enough: no thread reads what another wrote elsewhere.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        interpret=interpret or None,
         kernel_name="ctc_recursions",
-    )(logits.swapaxes(0, 1), skip, starts, logit_lengths)
-    blanks, states, *histories = [Wide(*outputs[i : i + 2]) for i in range(0, len(outputs), 2)]
+    )(logits.swapaxes(0, 1), skip, starts, logit_lengths, jnp.maximum(logit_lengths - 1, 0))
+    blanks, states, *histories = [
+        Wide(mantissa, exponent.astype(jnp.int32))
+        for mantissa, exponent in zip(outputs[::2], outputs[1::2], strict=True)
+    ]
     histories = jax.tree.map(lambda x: x.swapaxes(1, 2), histories)
-    first, second = (jax.tree.map(lambda x, d=d: x[d], histories) for d in range(2))
-    pick = lambda x: jax.tree.map(lambda v: v[0], x)
-    return pick(blanks), pick(states), (*first, *second)
+    pick = lambda x, direction: jax.tree.map(lambda v: v[direction], x)
+    histories = [pick(x, direction) for x in histories for direction in range(2)]
+    return pick(blanks, 0), pick(states, 0), histories

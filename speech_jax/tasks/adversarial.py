@@ -17,6 +17,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from speech_jax import tasks
 from speech_jax.errors import UserError
@@ -117,11 +118,16 @@ class Adversary:
             batch,
             space=self.space,
             norm=self.norm,
-            epsilon=self.epsilon,
+            epsilon=_round_down(self.epsilon),
             snr_db=self.snr_db,
             scale=scale,
             int16=self.int16,
         )
+
+
+def _round_down(value):
+    rounded = np.float32(value)
+    return rounded if float(rounded) <= value else np.nextafter(rounded, np.float32(0))
 
 
 def _error(key, value, cure):
@@ -139,10 +145,8 @@ class Ball:
     `perturb` adds without rounding: the bounds hold for the sums to the last bit.
     """
 
-    def __init__(
-        self, task, batch, *, space, norm, epsilon, snr_db=None, int16=False, scale=1.0
-    ):
-        """Adversary's arguments, and what multiplies the radius; epsilon and scale may be traced."""
+    def __init__(self, task, batch, *, space, norm, epsilon, snr_db=None, int16=False, scale=1.0):
+        """Adversary's settings, and what multiplies the radius; it and epsilon may be traced."""
         self.batch, self.norm, self.waveform, self.int16 = batch, norm, space == "waveform", int16
         if self.waveform:
             self.inputs = features.to_waveform(batch["audio"])

@@ -1,4 +1,4 @@
-"""Pretraining on unlabelled speech: wav2vec 2.0 (Baevski et al. 2020) and BEST-RQ (Chiu et al. 2022).
+"""Pretraining on unlabelled speech: wav2vec 2.0 (Baevski et al. 2020), BEST-RQ (Chiu et al. 2022).
 
 Both hide spans of frames from the encoder and ask what was there. Spans, negatives and statistics
 are of valid frames of rows with weight, never of padding. The loss is a sum over masked frames with
@@ -8,7 +8,7 @@ part.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -157,6 +157,15 @@ def perplexity(probabilities, mask):
     return jnp.exp(entropy).sum()
 
 
+class Draws(NamedTuple):
+    """What is random in the contrastive objective."""
+
+    mask: jax.Array  # bool [B, T'], frames hidden from the encoder
+    counted: jax.Array  # bool [B, T'], those of them that are in the loss
+    negatives: jax.Array  # int32 [B, T', N], frames of the same row
+    noise: jax.Array | None  # standard Gumbel [B, T', G, V]; None: the likeliest codes
+
+
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
     """wav2vec 2.0: pick the quantized features of a masked frame among those of others.
@@ -225,33 +234,16 @@ class Contrastive:
         return jnp.maximum(decayed, last)
 
     def loss(self, params, state, batch, rng=None, step=0):
-        """Contrastive nats, diversity and penalty over masked frames; without a key, argmax codes."""
-        outputs, mask, logits = self._compare(params, batch, rng, step)
-        rows = contrastive_rows(logits, mask)
-        masked = rows["masked"].sum()
-        soft = jax.nn.softmax(outputs["logits"], axis=-1)
-        hard = jax.nn.one_hot(outputs["choices"], self.codes)
-        codes = self.groups * self.codes
-        spread = perplexity(soft if rng is not None else hard, mask)
-        diversity = (codes - spread) / codes
-        nats = rows["nats"].sum()
-        extra = self.diversity_weight * diversity + self.penalty_weight * outputs["penalty"]
-        sums = {
-            "masked": masked,
-            "contrastive": nats,
-            "correct": rows["correct"].sum(),
-            "code_perplexity": perplexity(hard, mask),
-            "soft_code_perplexity": perplexity(soft, mask),
-            "feature_penalty": outputs["penalty"],
-            "gumbel_temperature": self.temperature(step),
-        }
-        return nats + extra * masked, masked, {"state": state, "sums": sums}
+        """Nats, diversity and penalty over masked frames; without a key, the likeliest codes."""
+        inputs, lengths, draws, dropout_rng = self._prepare(batch, rng)
+        total, rows, sums = self.score(params, inputs, lengths, draws, step, dropout_rng)
+        return total, rows["masked"].sum(), {"state": state, "sums": sums}
 
     def predict(self, params, state, batch):
         """How well masked frames are told apart: {'nats', 'correct', 'masked'}, sums of [B]."""
         del state
-        _, mask, logits = self._compare(params, batch, None, 0)
-        return contrastive_rows(logits, mask)
+        inputs, lengths, draws, _ = self._prepare(batch, None)
+        return self.score(params, inputs, lengths, draws)[1]
 
     def figures(self, sums, updates: float, step: int) -> dict[str, float]:
         """What is logged of the sums of so many updates.
@@ -267,46 +259,60 @@ class Contrastive:
         _check_collapse(self, values["code_perplexity"], codes, step, "code_perplexity")
         return values
 
-    def _compare(self, params, batch, rng, step):
-        train = rng is not None
-        mask_rng, noise_rng, negative_rng, dropout_rng = jax.random.split(
-            rng if train else jax.random.key(0), 4
-        )
-        inputs, lengths = self.frontend(batch)
-        frames = self.encoder.output_lengths(inputs.shape[1])
-        mask = random_spans(
-            mask_rng,
-            self.encoder.output_lengths(lengths),
-            frames,
-            self.mask_fraction,
-            self.mask_length,
-        )
-        noise = None
-        if train:
-            shape = (len(inputs), frames, self.groups, self.codes)
-            noise = jax.random.gumbel(noise_rng, shape)
+    def score(self, params, inputs, lengths, draws, step=0, dropout_rng=None):
+        """The loss of waveforms [B, T] for given draws, with dropout where there is a key.
+
+        Returns:
+          (sum, sums of each row as from `contrastive_rows`, sums to log).
+        """
         outputs = self.model.apply(
             {"params": params},
             inputs,
             lengths,
-            mask,
-            not train,
-            noise,
+            draws.mask,
+            dropout_rng is None,
+            draws.noise,
             self.temperature(step),
-            rngs={"dropout": dropout_rng} if train else None,
+            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
         )
-        # A row with a single masked frame has nothing to be compared with.
-        counted = (batch["weight"] > 0) & (mask.sum(axis=1) > 1)
-        mask = mask & counted[:, None]
-        negatives = sample_negatives(negative_rng, mask, self.negatives)
         logits = contrastive_logits(
             outputs["context"],
             outputs["targets"],
             outputs["choices"],
-            negatives,
+            draws.negatives,
             self.similarity_temperature,
         )
-        return outputs, mask, logits
+        rows = contrastive_rows(logits, draws.counted)
+        masked, nats = rows["masked"].sum(), rows["nats"].sum()
+        hard = perplexity(jax.nn.one_hot(outputs["choices"], self.codes), draws.counted)
+        soft = perplexity(jax.nn.softmax(outputs["logits"], axis=-1), draws.counted)
+        codes = self.groups * self.codes
+        diversity = (codes - (hard if draws.noise is None else soft)) / codes
+        extra = self.diversity_weight * diversity + self.penalty_weight * outputs["penalty"]
+        sums = {
+            "masked": masked,
+            "contrastive": nats,
+            "correct": rows["correct"].sum(),
+            "code_perplexity": hard,
+            "soft_code_perplexity": soft,
+            "feature_penalty": outputs["penalty"],
+            "gumbel_temperature": self.temperature(step),
+        }
+        return nats + extra * masked, rows, sums
+
+    def _prepare(self, batch, rng):
+        train = rng is not None
+        rngs = jax.random.split(rng if train else jax.random.key(0), 4)
+        inputs, lengths = self.frontend(batch)
+        frames, size = (self.encoder.output_lengths(n) for n in (lengths, inputs.shape[1]))
+        mask = random_spans(rngs[0], frames, size, self.mask_fraction, self.mask_length)
+        # A row with a single masked frame has nothing to be compared with.
+        counted = (batch["weight"] > 0) & (mask.sum(axis=1) > 1)
+        counted = mask & counted[:, None]
+        negatives = sample_negatives(rngs[1], counted, self.negatives)
+        shape = (len(inputs), size, self.groups, self.codes)
+        noise = jax.random.gumbel(rngs[2], shape) if train else None
+        return inputs, lengths, Draws(mask, counted, negatives, noise), rngs[3] if train else None
 
 
 def contrastive_rows(logits, mask) -> dict[str, jax.Array]:
@@ -477,7 +483,7 @@ class BestRQ:
 
 
 def nearest_code(x, projection, codebook):
-    """Which row of `codebook` [V, D] is nearest by cosine to `x @ projection`: int32 of x's shape."""
+    """Rows of `codebook` [V, D] nearest by cosine to x [B, T, M] @ projection: int32 [B, T]."""
     exactly = {"precision": lax.Precision.HIGHEST}
     projected = jnp.einsum("bti,id->btd", x, projection, **exactly)
     codebook = codebook / _norm(codebook)
@@ -500,6 +506,7 @@ def _check_collapse(task, value, codes, step, name):
     floor = task.collapse_fraction * codes
     if step > task.collapse_after and value < floor:
         raise CollapseError(
-            f"pretraining collapsed: {name} is {value:.1f} of {codes} codes at update {step}, below "
-            f"{floor:.1f}; lower the learning rate, lengthen the warm-up or raise diversity_weight"
+            f"pretraining collapsed: {name} is {value:.1f} of {codes} codes at update {step}, "
+            f"below {floor:.1f}; lower the learning rate, warm up for longer or raise "
+            f"diversity_weight"
         )

@@ -1,0 +1,308 @@
+"""Hugging Face folders in and out: golden files always, transformers where it is installed."""
+
+import dataclasses
+import json
+import pathlib
+import pickle
+import shutil
+import zipfile
+
+import flax.traverse_util
+import hf_reference
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from speech_jax import models
+from speech_jax.data import text
+from speech_jax.deploy import hf
+from speech_jax.tasks.pretrain import Draws
+
+GOLDEN = pathlib.Path(__file__).parent / "data"
+live = pytest.mark.skipif(
+    hf_reference.torch is None, reason="NO PYTORCH: install torch and transformers to compare live"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the golden Base-like CTC folder, to be damaged."""
+    shutil.copytree(GOLDEN / "wav2vec2_base", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def expected(name):
+    arrays = np.load(GOLDEN / f"wav2vec2_{name}" / "expected.npz")
+    tree = flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
+    config = json.loads((GOLDEN / f"wav2vec2_{name}" / "config.json").read_text())
+    return tree, config
+
+
+def assert_trees_equal(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+    ):
+        assert a.dtype == b.dtype, path
+        np.testing.assert_array_equal(a, b, err_msg=str(path))
+
+
+# ---- The same numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["base", "large"])
+def test_ctc_matches_transformers(name):
+    stored, config = expected(name)
+    model = hf.read(GOLDEN / f"wav2vec2_{name}")
+    ours, gradients, frames = hf_reference.our_ctc(model, stored["batch"])
+    worst = hf_reference.compare(stored["value"], ours, frames)
+    assert worst.pop("loss") < 1e-4
+    assert len(worst) == 4
+    assert max(worst.values()) < 2e-4
+    theirs = hf.convert(stored["gradient"], config, "ctc")
+    assert max(hf_reference.compare_gradients(theirs, gradients).values()) < 1e-3
+
+
+def test_pretraining_matches_transformers():
+    stored, config = expected("pretraining")
+    model = hf.read(GOLDEN / "wav2vec2_pretraining")
+    ours, gradients = hf_reference.our_pretraining(
+        model, config, stored["batch"], Draws(**stored["draws"])
+    )
+    for name, value in stored["value"].items():
+        assert ours[name] == pytest.approx(float(value), rel=1e-4), name
+    theirs = hf.convert(stored["gradient"], config, "pretraining")
+    assert max(hf_reference.compare_gradients(theirs, gradients).values()) < 1e-3
+
+
+@live
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["tiny", "tiny-layer-norm"])
+def test_transformers_live(name, tmp_path):
+    outputs, gradients = hf_reference.check(name, 8_000, tmp_path / "ctc")
+    assert outputs.pop("loss") < 1e-4
+    assert max(outputs.values()) < 2e-4
+    assert max(gradients.values()) < 1e-3
+    values, gradients = hf_reference.check_pretraining(name, 8_000, tmp_path / "pretraining")
+    assert max(values.values()) < 1e-4
+    assert max(gradients.values()) < 1e-3
+
+
+@live
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("head", hf.HEADS)
+def test_transformers_loads_what_we_write(head, tmp_path):
+    model = random_model(head)
+    hf.write(model, tmp_path / "ours")
+    constructor = getattr(hf_reference.transformers, hf.HEADS[head])
+    loaded, info = constructor.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded.save_pretrained(tmp_path / "theirs")
+    assert_trees_equal(hf.read(tmp_path / "theirs").params, model.params)
+    if head == "ctc":
+        processor = hf_reference.transformers.Wav2Vec2Processor.from_pretrained(tmp_path / "ours")
+        assert processor.tokenizer.decode([3, 3, 0, 1, 2], group_tokens=True) == "b a"
+
+
+# ---- Round trips -------------------------------------------------------------------------------
+
+
+def random_model(head):
+    """A model of ours with random parameters and a vocabulary of '|', 'a', 'b'."""
+    small = {
+        "features": 8, "num_layers": 2, "heads": 2, "feed_forward": 12,
+        "conv_channels": (4,) * 6 + (6,), "position_kernel": 4, "position_groups": 2,
+    }  # fmt: skip
+    settings = {"name": "wav2vec2", **small, "conv_kernels": (10, 3, 3, 3, 3, 2, 2)}
+    settings |= {"conv_strides": (5, 2, 2, 2, 2, 2, 2), "conv_norm": "layer", "conv_bias": True}
+    settings |= {"pre_norm": True}
+    rng = np.random.default_rng(0)
+    encoder = models.make_encoder(**settings, scan=False)
+    shapes = jax.eval_shape(
+        lambda: encoder.init(
+            jax.random.key(0), np.zeros((1, 800), np.float32), np.array([800], np.int32), True
+        )["params"]
+    )
+    params = {"encoder": jax.tree.map(lambda x: rng.random(x.shape, np.float32), shapes)}
+    dense = lambda a, b: {"kernel": rng.random((a, b), np.float32), "bias": np.ones(b, np.float32)}
+    labels = ["yes", "no", "maybe"] if head == "classification" else None
+    if head == "ctc":
+        params["head"] = dense(8, 4)
+    elif head == "classification":
+        params |= {"projector": dense(8, 5), "classifier": dense(5, 3)}
+    elif head == "pretraining":
+        codebook = rng.random((2, 5, 3), np.float32)
+        params["quantizer"] = {"codebook": codebook, "project": dense(6, 10)}
+        params |= {"project_hidden": dense(8, 7), "project_target": dense(6, 7)}
+    vocabulary = ["<pad>", "|", "a", "b"] if head == "ctc" else None
+    return hf.Model(settings, params, head, vocabulary=vocabulary, labels=labels)
+
+
+@pytest.mark.parametrize("head", hf.HEADS)
+def test_round_trip_is_bit_equal(head, tmp_path):
+    model = random_model(head)
+    hf.write(model, tmp_path / "theirs")
+    back = hf.read(tmp_path / "theirs")
+    assert_trees_equal(back.params, model.params)
+    for field in ("encoder", "head", "normalize", "vocabulary", "labels"):
+        assert getattr(back, field) == getattr(model, field)
+    hf.save(back, tmp_path / "ours")
+    again = hf.load(tmp_path / "ours")
+    assert_trees_equal(again.params, model.params)
+    assert dataclasses.replace(again, params={}) == dataclasses.replace(back, params={})
+    assert hf.load(tmp_path / "theirs").head == head
+
+
+def test_weight_norm_names_of_either_age_and_both_formats(folder):
+    old = hf.read(folder)
+    tensors = hf._read_torch(folder / "pytorch_model.bin")
+    new = {
+        name.replace("weight_g", "parametrizations.weight.original0").replace(
+            "weight_v", "parametrizations.weight.original1"
+        ): np.ascontiguousarray(value)
+        for name, value in tensors.items()
+    }
+    assert new.keys() != tensors.keys()
+    safetensors.numpy.save_file(new, folder / "model.safetensors")
+    assert_trees_equal(hf.read(folder).params, old.params)
+
+
+def test_half_precision_is_widened(folder):
+    tensors = hf._read_torch(folder / "pytorch_model.bin")
+    exact = hf.read(folder).params["head"]["kernel"]
+    half = {name: value.astype(np.float16) for name, value in tensors.items()}
+    safetensors.numpy.save_file(half, folder / "model.safetensors")
+    found = hf.read(folder).params["head"]["kernel"]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, exact, atol=1e-3)
+
+
+def test_the_blank_becomes_id_0(folder):
+    edit(folder, pad_token_id=3)
+    plain = hf.read(GOLDEN / "wav2vec2_base")
+    model = hf.read(folder)
+    order = [3, 0, 1, 2, *range(4, 12)]
+    assert model.vocabulary == [plain.vocabulary[i] for i in order]
+    np.testing.assert_array_equal(
+        model.params["head"]["kernel"], plain.params["head"]["kernel"][:, order]
+    )
+
+
+def test_the_tokenizer_has_the_ids_of_the_vocabulary(folder, tmp_path):
+    hf.save(hf.read(folder), tmp_path / "ours")
+    tokenizer = text.load_tokenizer(tmp_path / "ours" / "tokenizer.json")
+    ids = json.loads((folder / "vocab.json").read_text())
+    assert tokenizer.vocabulary_size == len(ids)
+    assert tokenizer.encode("bad cafe") == [ids[c] for c in "BAD|CAFE"]
+
+
+def test_layers_stack_and_unstack():
+    params = hf.read(GOLDEN / "wav2vec2_large").params["encoder"]
+    stacked = hf.stack_layers(params)
+    assert stacked["layers"]["attention"]["qkv"]["kernel"].shape[0] == 2
+    assert_trees_equal(hf.unstack_layers(stacked), params)
+    assert_trees_equal(hf.unstack_layers(params), params)
+
+
+def test_command_line(folder, tmp_path, capsys):
+    assert hf.main(["import", str(folder), str(tmp_path / "ours")]) == 0
+    assert "Wav2Vec2ForCTC" in capsys.readouterr().out
+    assert hf.main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
+    assert_trees_equal(hf.read(tmp_path / "theirs").params, hf.read(folder).params)
+    assert hf.main(["import", str(folder), str(tmp_path / "ours")]) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+# ---- Bad input ---------------------------------------------------------------------------------
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+BROKEN = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+    "no weights": (lambda f: (f / "pytorch_model.bin").unlink(), "neither model.safetensors"),
+    "another model": (lambda f: edit(f, model_type="hubert"), "model_type='hubert'"),
+    "another head": (
+        lambda f: edit(f, architectures=["Wav2Vec2ForXVector"]),
+        "architecture 'Wav2Vec2ForXVector'",
+    ),
+    "adapter": (lambda f: edit(f, add_adapter=True), "add_adapter=True"),
+    "activation": (lambda f: edit(f, hidden_act="relu"), "hidden_act='relu'"),
+    "wider": (lambda f: edit(f, intermediate_size=25), r"intermediate_dense.weight' has the shape"),
+    "deeper": (lambda f: edit(f, num_hidden_layers=3), r"layers.2\.\S+ is missing"),
+    "shallower": (lambda f: edit(f, num_hidden_layers=1), r"layers.1\.\S+ .* has no place"),
+    "no such heads": (lambda f: edit(f, num_attention_heads=3), "describes no encoder"),
+    "vocabulary": (lambda f: edit(f, pad_token_id=99), "pad_token_id=99"),
+    "cut short": (
+        lambda f: (f / "pytorch_model.bin").write_bytes(
+            (f / "pytorch_model.bin").read_bytes()[:5000]
+        ),
+        "cut short",
+    ),
+    "broken safetensors": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\0" * 40),
+        "model.safetensors cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_cannot_be_read_is_named(case, folder, tmp_path, capsys):
+    damage, message = BROKEN[case]
+    damage(folder)
+    with pytest.raises(hf.ModelFolderError, match=message):
+        hf.read(folder)
+    before = sorted(tmp_path.iterdir())
+    assert hf.main(["import", str(folder), str(tmp_path / "ours")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+class Malice:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile(folder, content):
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        archive.writestr("model/data.pkl", content)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_wants_to_run_code_does_not(folder, tmp_path, protocol):
+    witness = tmp_path / "witness"
+    for malice in (
+        Malice(exec, f"open({str(witness)!r}, 'w')"),
+        Malice(open, str(witness), "w"),
+        Malice(getattr, "text", "upper"),
+    ):
+        hostile(folder, pickle.dumps({"a": malice}, protocol))
+        with pytest.raises(hf.ModelFolderError, match="which is not run"):
+            hf.read(folder)
+        assert not witness.exists()
+
+
+def test_a_tensor_that_reaches_past_its_storage_is_refused(folder):
+    storage = np.arange(4, dtype=np.float32)
+    np.testing.assert_array_equal(hf._strided(storage, 0, (2, 2), (1, 2)), [[0, 2], [1, 3]])
+    for offset, shape, strides in ((0, (5,), (1,)), (3, (2,), (1,)), (0, (2, 2), (1, 9))):
+        with pytest.raises(hf.ModelFolderError, match="past its storage"):
+            hf._strided(storage, offset, shape, strides)
+    with pytest.raises(hf.ModelFolderError, match="past its storage"):
+        hf._strided(storage, 3, (2,), (-1,))
+
+
+def test_nothing_is_left_of_a_failed_export(tmp_path):
+    model = random_model("ctc")
+    del model.params["head"]["bias"]
+    with pytest.raises((hf.ModelFolderError, KeyError)):
+        hf.write(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

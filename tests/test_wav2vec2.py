@@ -1,0 +1,271 @@
+"""wav2vec2: invariance at every layer, the fast forms against the plain ones, masks and freezing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from speech_jax import models
+from speech_jax.deploy.hf import stack_layers
+from speech_jax.models import wav2vec2
+from speech_jax.ops import masking
+
+SMALL = {
+    "features": 16, "num_layers": 2, "heads": 2, "feed_forward": 24,
+    "conv_channels": (8, 8, 8, 8, 8, 8, 12), "position_kernel": 8, "position_groups": 4,
+    "scan": False,
+}  # fmt: skip
+LARGE = {"pre_norm": True, "conv_norm": "layer", "conv_bias": True}
+SAMPLES, LENGTHS = 4_000, [4_000, 2_900, 0]
+
+
+def make(**settings):
+    return models.make_encoder("wav2vec2", **SMALL | settings)
+
+
+def waveform(seed=0, samples=SAMPLES):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((3, samples)), jnp.float32)
+
+
+def init(encoder):
+    """Random parameters: none is at the zero or one it starts at."""
+    params = encoder.init(jax.random.key(0), waveform(), jnp.array(LENGTHS), True)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda p: p + 0.1 * jnp.asarray(rng.standard_normal(p.shape), p.dtype), params
+    )
+
+
+def hidden_states(encoder, params, inputs, lengths):
+    """Every module's output [B, T, ...], by its path."""
+    _, captured = encoder.apply(
+        {"params": params}, inputs, lengths, True, capture_intermediates=True
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(captured["intermediates"])
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in leaves
+        if leaf.ndim >= 3 and "position" not in jax.tree_util.keystr(path)
+    }
+
+
+@pytest.mark.parametrize("variant", [{}, LARGE], ids=["group", "layer"])
+def test_no_layer_depends_on_padding_or_neighbours(variant):
+    encoder = make(**variant)
+    params = init(encoder)
+    lengths = jnp.array(LENGTHS)
+    clean = hidden_states(encoder, params, waveform(), lengths)
+    garbage = jnp.arange(SAMPLES)[None] >= lengths[:, None]
+    dirty = hidden_states(encoder, params, jnp.where(garbage, 100.0, waveform()), lengths)
+    alone = hidden_states(encoder, params, waveform()[1:2, : LENGTHS[1]], lengths[1:2])
+    assert len(clean) > 20
+    frames = encoder.output_lengths(LENGTHS[1])
+    for name, value in clean.items():
+        # Layers of the extractor have more frames than the Transformer's.
+        valid = frames if "layer_" in name else alone[name].shape[1]
+        np.testing.assert_allclose(
+            dirty[name][1, :valid], value[1, :valid], atol=1e-5, err_msg=name
+        )
+        np.testing.assert_allclose(
+            alone[name][0, :valid], value[1, :valid], atol=1e-4, err_msg=name
+        )
+        assert np.isfinite(value).all(), name
+
+
+def test_the_original_group_norm_depends_on_padding():
+    encoder = make(norm_padding=True)
+    params = init(encoder)
+    silent = jnp.where(jnp.arange(SAMPLES)[None] < 2_900, waveform(), 0.0)
+    padded, _ = encoder.apply({"params": params}, silent, jnp.array([2_900] * 3), True)
+    alone, _ = encoder.apply({"params": params}, silent[:, :2_900], jnp.array([2_900] * 3), True)
+    frames = encoder.output_lengths(2_900)
+    assert np.abs(padded[:, :frames] - alone).max() > 1e-3
+    same, _ = make().apply({"params": params}, silent, jnp.array([2_900] * 3), True)
+    np.testing.assert_allclose(same[:, :frames], alone, atol=1e-4)
+
+
+def test_group_norm_folded_into_the_convolution_is_a_group_norm():
+    rng = np.random.default_rng(0)
+    windows = jnp.asarray(rng.standard_normal((2, 50, 10)) + 3.0, jnp.float32)
+    weight = jnp.asarray(rng.standard_normal((10, 6)), jnp.float32)
+    scale, shift = (jnp.asarray(rng.standard_normal(6), jnp.float32) for _ in range(2))
+    frames = jnp.array([50, 31])
+    folded, bias = wav2vec2._normalize_over_time(windows, frames, weight, scale, shift)
+    found = jnp.matmul(windows, folded) + bias[:, None]
+    for row, count in enumerate([50, 31]):
+        plain = np.asarray(windows[row, :count]) @ np.asarray(weight)
+        plain = (plain - plain.mean(0)) / np.sqrt(plain.var(0) + 1e-5) * scale + shift
+        np.testing.assert_allclose(found[row, :count], plain, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(10, 5), (3, 2), (2, 2), (5, 3), (1, 1)])
+@pytest.mark.parametrize("length", [40, 43])
+def test_windows_make_a_strided_convolution(kernel, stride, length):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, length, 3)), jnp.float32)
+    weight = jnp.asarray(rng.standard_normal((kernel, 3, 4)), jnp.float32)
+    expected = lax.conv_general_dilated(
+        x, weight, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    found = jnp.matmul(wav2vec2._windows(x, kernel, stride), weight.reshape(1, -1, 4))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel", "groups"), [(32, 2), (16, 4), (7, 1), (24, 8)])
+def test_gradients_of_the_grouped_convolution(kernel, groups):
+    rng = np.random.default_rng(0)
+    x, gradient = (jnp.asarray(rng.standard_normal((2, 21, 16)), jnp.float32) for _ in range(2))
+    weight = jnp.asarray(rng.standard_normal((kernel, 16 // groups, 16)), jnp.float32)
+    plain = wav2vec2.grouped_convolution.fun
+    _, ours = jax.vjp(lambda x, w: wav2vec2.grouped_convolution(x, w, groups), x, weight)
+    _, theirs = jax.vjp(lambda x, w: plain(x, w, groups), x, weight)
+    for a, b in zip(ours(gradient), theirs(gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+def test_output_lengths_are_whole_windows():
+    encoder = models.make_encoder(**models.settings("wav2vec2", "base"))
+    assert [encoder.output_lengths(n) for n in (0, 399, 400, 719, 720, 16_000)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        49,
+    ]
+    np.testing.assert_array_equal(encoder.output_lengths(jnp.array([399, 720])), [0, 2])
+    with pytest.raises(ValueError, match="399 samples, a frame needs 400"):
+        make().init(jax.random.key(0), jnp.zeros((1, 399)), jnp.array([399]), True)
+
+
+def test_scan_and_remat_change_nothing():
+    params = init(make())
+    lengths = jnp.array(LENGTHS)
+    plain, _ = make().apply({"params": params}, waveform(), lengths, True)
+    scanned = make(scan=True, remat=True)
+    found, _ = scanned.apply({"params": stack_layers(params)}, waveform(), lengths, True)
+    np.testing.assert_allclose(found, plain, atol=1e-5)
+
+
+def test_published_sizes():
+    """95.0 M and 317 M parameters: table 1 of the paper, without what pretraining adds."""
+    for size, millions in {"base": 94.4, "large": 315.4}.items():
+        encoder = models.make_encoder(**models.settings("wav2vec2", size))
+        shapes = jax.eval_shape(
+            lambda e=encoder: e.init(
+                jax.random.key(0), jnp.zeros((1, 4_000)), jnp.array([4_000]), True
+            )
+        )
+        count = sum(x.size for x in jax.tree.leaves(shapes["params"])) / 1e6
+        assert count == pytest.approx(millions, abs=0.1), size
+
+
+# ---- Training ----------------------------------------------------------------------------------
+
+
+def test_spans_are_inside_and_of_the_stated_amount():
+    lengths = jnp.array([200, 120, 10, 9, 0])
+    draw = jax.jit(lambda key: wav2vec2.random_spans(key, lengths, 220, 0.65, 10))
+    masks = np.stack([draw(jax.random.key(seed)) for seed in range(200)])
+    valid = np.asarray(masking.length_mask(lengths, 220))
+    assert not (masks & ~valid).any()
+    fraction = masks.mean((0, 2)) * 220 / np.maximum(np.asarray(lengths), 1)
+    # 0.65 if spans did not overlap; at random starts about 1 - exp(-0.65).
+    assert fraction[0] == pytest.approx(1 - np.exp(-0.65), abs=0.04)
+    assert fraction[1] == pytest.approx(1 - np.exp(-0.65), abs=0.04)
+    assert (fraction[2], fraction[3], fraction[4]) == (1.0, 0.0, 0.0)
+    # Every valid position is reached, and the ends no more often than the middle.
+    assert (masks[:, 0, :200].any(0)).all()
+    for row in masks[:, 0]:
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(int), [0]])))
+        assert (edges[1::2] - edges[::2] >= 10).all()
+
+
+def test_masks_are_of_training_and_are_learned():
+    encoder = make(
+        mask_time=0.5, mask_channel=0.2, mask_channel_length=4, dropout=0.0, input_dropout=0.0
+    )
+    params = init(encoder)
+    lengths = jnp.array(LENGTHS)
+
+    def run(params, deterministic, seed=0):
+        return encoder.apply(
+            {"params": params},
+            waveform(),
+            lengths,
+            deterministic,
+            rngs={"dropout": jax.random.key(seed)},
+        )[0]
+
+    plain, _ = make().apply({"params": params}, waveform(), lengths, True)
+    np.testing.assert_array_equal(run(params, True), plain)
+    assert np.abs(run(params, False) - plain).max() > 1e-2
+    assert np.abs(run(params, False, 1) - run(params, False)).max() > 1e-2
+    gradient = jax.grad(lambda p: jnp.square(run(p, False)).sum())(params)
+    assert np.abs(gradient["mask_embedding"]).max() > 0
+
+
+def test_a_given_mask_hides_what_it_covers():
+    encoder = make()
+    params = init(encoder)
+    lengths = jnp.array(LENGTHS)
+    frames = encoder.output_lengths(SAMPLES)
+    everything = jnp.ones((3, frames), bool)
+    masked = [
+        encoder.apply({"params": params}, waveform(seed), lengths, True, mask=everything)[0]
+        for seed in (0, 1)
+    ]
+    np.testing.assert_array_equal(*masked)
+
+
+def test_layer_drop_skips_layers():
+    encoder = make(layer_drop=1.0, dropout=0.0, input_dropout=0.0)
+    params = init(encoder)
+    lengths = jnp.array(LENGTHS)
+    run = lambda e, p: e.apply(
+        {"params": p}, waveform(), lengths, False, rngs={"dropout": jax.random.key(0)}
+    )[0]
+    changed = params | {"layer_0": jax.tree.map(lambda x: 2 * x, params["layer_0"])}
+    np.testing.assert_array_equal(run(encoder, params), run(encoder, changed))
+    kept = make(layer_drop=0.0, dropout=0.0, input_dropout=0.0)
+    assert np.abs(run(kept, params) - run(kept, changed)).max() > 1e-3
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1])
+def test_the_gradient_of_the_extractor_is_scaled(factor):
+    def gradient(encoder, params):
+        return jax.grad(
+            lambda p: jnp.square(
+                encoder.apply({"params": p}, waveform(), jnp.array(LENGTHS), True)[0]
+            )[..., 0].sum()
+        )(params)
+
+    params = init(make())
+    full, scaled = gradient(make(), params), gradient(make(feature_gradient=factor), params)
+    for name, value in full.items():
+        expected = jax.tree.map(lambda x: x * (factor if name == "extractor" else 1.0), value)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+            scaled[name],
+            expected,
+        )
+
+
+def test_bfloat16_computes_in_it_and_stays_close():
+    params = init(make())
+    lengths = jnp.array(LENGTHS)
+    exact, _ = make().apply({"params": params}, waveform(), lengths, True)
+    coarse, _ = make(dtype="bfloat16").apply({"params": params}, waveform(), lengths, True)
+    assert coarse.dtype == jnp.bfloat16
+    difference = np.abs(coarse.astype(jnp.float32) - exact).mean()
+    assert difference < 0.05 * np.abs(exact).mean()
+
+
+def test_wrong_settings_are_named():
+    for settings, message in (
+        ({"conv_norm": "batch"}, "conv_norm must be 'group' or 'layer', got 'batch'"),
+        ({"heads": 3}, "16 features cannot be split into 3 heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**settings).init(jax.random.key(0), waveform(), jnp.array(LENGTHS), True)
