@@ -10,6 +10,7 @@ from speech_jax import models
 def get_config():
     config = defaults.default()
     config.data.source = "synthetic"
+    config.data.arguments = {"utterances": {"train": 3_000, "dev": 200, "test": 300}}
     config.data.train_splits = "train"
     config.data.eval_splits = "dev"
     config.data.test_splits = "test"

@@ -22,8 +22,12 @@ _PREDICTIONS = "predictions"
 class Evaluator:
     """Recognizes splits with a task; shapes that were compiled once stay compiled."""
 
-    def __init__(self, config: ConfigDict, task, tokenizer, mesh, param_shardings):
+    def __init__(
+        self, config: ConfigDict, task, tokenizer, mesh, param_shardings, on_batch=lambda: None
+    ):
+        """`on_batch` is called after every batch."""
         self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
+        self._on_batch = on_batch
         self._predict = jax.jit(
             task.predict,
             in_shardings=(param_shardings, None, NamedSharding(mesh, sharding.BATCH)),
@@ -43,6 +47,7 @@ class Evaluator:
             index = _everywhere(sharding.put_batch({"index": batch["index"]}, self._mesh))["index"]
             found = self._predict(params, state, sharding.put_batch(batch, self._mesh))
             found = _everywhere(found)
+            self._on_batch()
             for row, place in enumerate(index):
                 if place >= 0:
                     labels = found["labels"][row, : found["label_length"][row]]
@@ -114,11 +119,11 @@ def restore(config: ConfigDict, workdir: pathlib.Path, mesh, params, state):
     whole = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), state
     )
-    folder = str(workdir / "checkpoints")
     prefix = "ema" if config.train.ema_decay else "params"
-    params = checkpoint.restore_params(folder, abstract, prefix=prefix)
-    state = checkpoint.restore_params(folder, whole, prefix="model_state") if state else state
-    return params, state
+    found = checkpoint.restore_params(
+        str(workdir / "checkpoints"), {prefix: abstract, "model_state": whole}, prefix=""
+    )
+    return found[prefix], found["model_state"]
 
 
 def score_splits(evaluator, params, state, splits, workdir, report) -> dict[str, dict]:

@@ -74,6 +74,15 @@ def _join_processes(jax) -> None:
         jax.distributed.initialize()
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    """As absl does, but a wrong key of the configuration is one line too."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        sys.exit(f"error: {' '.join(str(message).split())}")
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

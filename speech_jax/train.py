@@ -189,7 +189,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
     )
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     programs = compile_steps(config, task, tx, abstract, buckets, mesh)
-    evaluator = evaluate.Evaluator(config, task, tokenizer, mesh, shardings.params)
+    watchdog = Watchdog(config.checkpoint.watchdog_seconds)
+    evaluator = evaluate.Evaluator(
+        config, task, tokenizer, mesh, shardings.params, on_batch=watchdog.beat
+    )
 
     # ---- Restore -------------------------------------------------------------------------------
     checkpoints = Checkpoints(
@@ -223,8 +226,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
     )
 
     # ---- Loop ----------------------------------------------------------------------------------
-    step = first
-    with report, Watchdog(config.checkpoint.watchdog_seconds) as watchdog:
+    with checkpoints, report, watchdog:
         for step in range(first + 1, steps + 1):
             if stopper.should_stop:
                 break
@@ -252,22 +254,26 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
                         metrics=scores,
                     )
             if leave:
-                checkpoints.close()
                 report.say(f"saved update {step}; the same command goes on from there")
                 return None
         figures = report.finish()
-    checkpoints.close()
     batches.close()
 
     # ---- Results -------------------------------------------------------------------------------
     best = evaluate.restore(config, workdir, mesh, abstract.params, abstract.model_state)
     splits = dict.fromkeys(eval_splits + split_names(config.data.test_splits))
-    scores = evaluate.score_splits(evaluator, *best, splits, workdir, report.say)
+    with watchdog:
+        scores = evaluate.score_splits(evaluator, *best, splits, workdir, report.say)
     seconds += time.monotonic() - started
     return evaluate.write_results(
         workdir,
         scores,
-        training={"seconds": seconds, "steps": step, "parameters": parameters, **figures},
+        training={
+            "seconds": seconds,
+            "steps": int(state.step),
+            "parameters": parameters,
+            **figures,
+        },
         config=json.loads(config.to_json()),
         versions=versions(),
     )
@@ -300,8 +306,9 @@ def compile_steps(config: ConfigDict, task, tx, abstract, buckets, mesh) -> dict
         out_shardings=(shardings, everywhere, everywhere),
         donate_argnums=0,
     )
-    traced = [step.trace(abstract, batch_shapes(bucket, mesh)) for bucket in buckets]
-    lowered = [program.lower() for program in traced]
+    with jax.set_mesh(mesh):  # for what the models say of their activations
+        traced = [step.trace(abstract, batch_shapes(bucket, mesh)) for bucket in buckets]
+        lowered = [program.lower() for program in traced]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda program: program.compile(), lowered))
     return {

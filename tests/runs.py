@@ -26,7 +26,14 @@ def tiny_config(root, **train):
     config.features.mels = 16
     config.features.normalize = "global"  # of its own, an utterance of one tone has no contrast
     config.model = models.settings(
-        "conformer", "tiny", features=16, num_layers=1, heads=2, kernel=5, dropout=0.0, subsampling_channels=4
+        "conformer",
+        "tiny",
+        features=16,
+        num_layers=1,
+        heads=2,
+        kernel=5,
+        dropout=0.0,
+        subsampling_channels=4,
     )
     config.schedule = {"name": "constant", "peak": 1e-2, "warmup": 5}
     config.train.update({"steps": 6, "eval_every": 3, "log_every": 2} | train)

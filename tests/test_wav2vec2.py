@@ -1,4 +1,4 @@
-"""wav2vec2: invariance at every layer, the fast forms against the plain ones, masks and freezing."""
+"""wav2vec2: invariance at every layer, fast forms against plain ones, masks and freezing."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,8 @@ def waveform(seed=0, samples=SAMPLES):
 
 def init(encoder):
     """Random parameters: none is at the zero or one it starts at."""
-    params = encoder.init(jax.random.key(0), waveform(), jnp.array(LENGTHS), True)["params"]
+    key, lengths = jax.random.key(0), jnp.array(LENGTHS)
+    params = jax.jit(lambda: encoder.init(key, waveform(), lengths, True))()["params"]
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda p: p + 0.1 * jnp.asarray(rng.standard_normal(p.shape), p.dtype), params
@@ -38,16 +39,21 @@ def init(encoder):
 
 
 def hidden_states(encoder, params, inputs, lengths):
-    """Every module's output [B, T, ...], by its path."""
-    _, captured = encoder.apply(
+    """Every module's output [B, T, ...], by its path; attention weights are [B, H, T, T]."""
+    run = lambda inputs, lengths: encoder.apply(
         {"params": params}, inputs, lengths, True, capture_intermediates=True
     )
-    leaves = jax.tree_util.tree_leaves_with_path(captured["intermediates"])
-    return {
-        jax.tree_util.keystr(path): leaf
-        for path, leaf in leaves
-        if leaf.ndim >= 3 and "position" not in jax.tree_util.keystr(path)
-    }
+    captured = jax.jit(run)(inputs, lengths)[1]["intermediates"]
+    leaves = jax.tree_util.tree_leaves_with_path(captured)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if leaf.ndim in (3, 5)}
+
+
+def apply(encoder, params, inputs, lengths, deterministic=True, seed=0, mask=None):
+    """The hidden states of a compiled encoder."""
+    run = lambda params, inputs, lengths, key: encoder.apply(
+        {"params": params}, inputs, lengths, deterministic, mask, rngs={"dropout": key}
+    )[0]
+    return jax.jit(run)(params, inputs, jnp.asarray(lengths), jax.random.key(seed))
 
 
 @pytest.mark.parametrize("variant", [{}, LARGE], ids=["group", "layer"])
@@ -74,15 +80,15 @@ def test_no_layer_depends_on_padding_or_neighbours(variant):
 
 
 def test_the_original_group_norm_depends_on_padding():
-    encoder = make(norm_padding=True)
-    params = init(encoder)
+    original = make(norm_padding=True)
+    params, lengths = init(original), [2_900] * 3
     silent = jnp.where(jnp.arange(SAMPLES)[None] < 2_900, waveform(), 0.0)
-    padded, _ = encoder.apply({"params": params}, silent, jnp.array([2_900] * 3), True)
-    alone, _ = encoder.apply({"params": params}, silent[:, :2_900], jnp.array([2_900] * 3), True)
-    frames = encoder.output_lengths(2_900)
-    assert np.abs(padded[:, :frames] - alone).max() > 1e-3
-    same, _ = make().apply({"params": params}, silent, jnp.array([2_900] * 3), True)
-    np.testing.assert_allclose(same[:, :frames], alone, atol=1e-4)
+    frames = original.output_lengths(2_900)
+    padded = apply(original, params, silent, lengths)[:, :frames]
+    alone = apply(original, params, silent[:, :2_900], lengths)
+    assert np.abs(padded - alone).max() > 1e-3
+    ours = apply(make(), params, silent, lengths)[:, :frames]
+    np.testing.assert_allclose(ours, alone, atol=1e-4)
 
 
 def test_group_norm_folded_into_the_convolution_is_a_group_norm():
@@ -95,7 +101,8 @@ def test_group_norm_folded_into_the_convolution_is_a_group_norm():
     found = jnp.matmul(windows, folded) + bias[:, None]
     for row, count in enumerate([50, 31]):
         plain = np.asarray(windows[row, :count]) @ np.asarray(weight)
-        plain = (plain - plain.mean(0)) / np.sqrt(plain.var(0) + 1e-5) * scale + shift
+        plain = (plain - plain.mean(0)) / np.sqrt(plain.var(0) + 1e-5)
+        plain = plain * np.asarray(scale) + np.asarray(shift)
         np.testing.assert_allclose(found[row, :count], plain, atol=1e-4)
 
 
@@ -141,11 +148,9 @@ def test_output_lengths_are_whole_windows():
 
 def test_scan_and_remat_change_nothing():
     params = init(make())
-    lengths = jnp.array(LENGTHS)
-    plain, _ = make().apply({"params": params}, waveform(), lengths, True)
-    scanned = make(scan=True, remat=True)
-    found, _ = scanned.apply({"params": stack_layers(params)}, waveform(), lengths, True)
-    np.testing.assert_allclose(found, plain, atol=1e-5)
+    plain = apply(make(), params, waveform(), LENGTHS)
+    scanned = apply(make(scan=True, remat=True), stack_layers(params), waveform(), LENGTHS)
+    np.testing.assert_allclose(scanned, plain, atol=1e-5)
 
 
 def test_published_sizes():
@@ -182,81 +187,59 @@ def test_spans_are_inside_and_of_the_stated_amount():
         assert (edges[1::2] - edges[::2] >= 10).all()
 
 
+QUIET = {"dropout": 0.0, "input_dropout": 0.0}
+
+
 def test_masks_are_of_training_and_are_learned():
-    encoder = make(
-        mask_time=0.5, mask_channel=0.2, mask_channel_length=4, dropout=0.0, input_dropout=0.0
-    )
+    encoder = make(mask_time=0.5, mask_channel=0.2, mask_channel_length=4, **QUIET)
     params = init(encoder)
-    lengths = jnp.array(LENGTHS)
-
-    def run(params, deterministic, seed=0):
-        return encoder.apply(
-            {"params": params},
-            waveform(),
-            lengths,
-            deterministic,
-            rngs={"dropout": jax.random.key(seed)},
-        )[0]
-
-    plain, _ = make().apply({"params": params}, waveform(), lengths, True)
-    np.testing.assert_array_equal(run(params, True), plain)
-    assert np.abs(run(params, False) - plain).max() > 1e-2
-    assert np.abs(run(params, False, 1) - run(params, False)).max() > 1e-2
-    gradient = jax.grad(lambda p: jnp.square(run(p, False)).sum())(params)
-    assert np.abs(gradient["mask_embedding"]).max() > 0
+    run = lambda *how: apply(encoder, params, waveform(), LENGTHS, *how)
+    np.testing.assert_array_equal(run(True), apply(make(), params, waveform(), LENGTHS))
+    assert np.abs(run(False) - run(True)).max() > 1e-2
+    assert np.abs(run(False, 1) - run(False)).max() > 1e-2
+    learned = jax.grad(lambda p: jnp.square(apply(encoder, p, waveform(), LENGTHS, False)).sum())(
+        params
+    )
+    assert np.abs(learned["mask_embedding"]).max() > 0
 
 
 def test_a_given_mask_hides_what_it_covers():
     encoder = make()
     params = init(encoder)
-    lengths = jnp.array(LENGTHS)
-    frames = encoder.output_lengths(SAMPLES)
-    everything = jnp.ones((3, frames), bool)
-    masked = [
-        encoder.apply({"params": params}, waveform(seed), lengths, True, mask=everything)[0]
-        for seed in (0, 1)
-    ]
-    np.testing.assert_array_equal(*masked)
+    mask = jnp.ones((3, encoder.output_lengths(SAMPLES)), bool)
+    first, second = (apply(encoder, params, waveform(seed), LENGTHS, mask=mask) for seed in (0, 1))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_layer_drop_skips_layers():
-    encoder = make(layer_drop=1.0, dropout=0.0, input_dropout=0.0)
-    params = init(encoder)
-    lengths = jnp.array(LENGTHS)
-    run = lambda e, p: e.apply(
-        {"params": p}, waveform(), lengths, False, rngs={"dropout": jax.random.key(0)}
-    )[0]
-    changed = params | {"layer_0": jax.tree.map(lambda x: 2 * x, params["layer_0"])}
-    np.testing.assert_array_equal(run(encoder, params), run(encoder, changed))
-    kept = make(layer_drop=0.0, dropout=0.0, input_dropout=0.0)
-    assert np.abs(run(kept, params) - run(kept, changed)).max() > 1e-3
-
-
-@pytest.mark.parametrize("factor", [0.0, 0.1])
-def test_the_gradient_of_the_extractor_is_scaled(factor):
-    def gradient(encoder, params):
-        return jax.grad(
-            lambda p: jnp.square(
-                encoder.apply({"params": p}, waveform(), jnp.array(LENGTHS), True)[0]
-            )[..., 0].sum()
-        )(params)
-
     params = init(make())
-    full, scaled = gradient(make(), params), gradient(make(feature_gradient=factor), params)
-    for name, value in full.items():
-        expected = jax.tree.map(lambda x: x * (factor if name == "extractor" else 1.0), value)
+    changed = params | {"layer_0": jax.tree.map(lambda x: 2 * x, params["layer_0"])}
+    for probability, matters in ((1.0, False), (0.0, True)):
+        encoder = make(layer_drop=probability, **QUIET)
+        before, after = (apply(encoder, p, waveform(), LENGTHS, False) for p in (params, changed))
+        assert (np.abs(before - after).max() > 1e-3) == matters
+
+
+def test_the_gradient_of_the_extractor_is_scaled():
+    params = init(make())
+
+    def gradient(factor):
+        encoder = make(feature_gradient=factor)
+        return jax.grad(lambda p: apply(encoder, p, waveform(), LENGTHS)[..., 0].sum())(params)
+
+    full = gradient(1.0)
+    for factor in (0.0, 0.1):
+        scaled = gradient(factor)
+        expected = full | {"extractor": jax.tree.map(lambda x: x * factor, full["extractor"])}
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-            scaled[name],
-            expected,
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), scaled, expected
         )
 
 
 def test_bfloat16_computes_in_it_and_stays_close():
     params = init(make())
-    lengths = jnp.array(LENGTHS)
-    exact, _ = make().apply({"params": params}, waveform(), lengths, True)
-    coarse, _ = make(dtype="bfloat16").apply({"params": params}, waveform(), lengths, True)
+    exact = apply(make(), params, waveform(), LENGTHS)
+    coarse = apply(make(dtype="bfloat16"), params, waveform(), LENGTHS)
     assert coarse.dtype == jnp.bfloat16
     difference = np.abs(coarse.astype(jnp.float32) - exact).mean()
     assert difference < 0.05 * np.abs(exact).mean()

@@ -20,6 +20,8 @@ from typing import BinaryIO, NamedTuple
 import rich.console
 import rich.progress
 
+from speech_jax.errors import UserError
+
 _BLOCK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
 _STALLED = 5  # connections in a row that bring a download no further
@@ -56,7 +58,7 @@ ARCHIVES: dict[str, Archive] = _openslr(
 )
 
 
-class ArchiveError(ValueError):
+class ArchiveError(UserError):
     """An archive that cannot be fetched or must not be unpacked; the message says the cure."""
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from speech_jax.errors import UserError
+
 # Extensions of the formats that soundfile opens from their content alone (no headerless PCM).
 EXTENSIONS = frozenset(
     ["aif", "aifc", "aiff", "au", "caf", "flac", "mp3", "nist", "oga", "ogg", "opus", "rf64", "snd"]
@@ -29,7 +31,7 @@ _UNKNOWN_SIZE = 0x7FFF0000
 _SLACK = 0.1
 
 
-class AudioError(ValueError):
+class AudioError(UserError):
     """An audio file that cannot be used; the message names the file and the reason."""
 
 

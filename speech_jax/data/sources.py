@@ -22,6 +22,7 @@ import rich.progress
 from absl import logging
 
 from speech_jax.data import archive, audio
+from speech_jax.errors import UserError
 
 # With fewer files than this the headers are read before a progress bar could be of use.
 _LARGE = 2000
@@ -39,7 +40,7 @@ class Utterance:
     label: str = ""
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """Data that cannot be used; the message names the thing and the cure."""
 
 

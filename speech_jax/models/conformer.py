@@ -5,8 +5,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from speech_jax.errors import UserError
 from speech_jax.models import layers
-from speech_jax.ops import masking
+from speech_jax.ops import masking, partition
 
 
 class Conformer(nn.Module):
@@ -110,6 +111,7 @@ class Block(nn.Module):
         width = self.expansion * x.shape[-1]
         common = {"dropout": self.dropout, "dtype": self.dtype}
         half = jnp.asarray(0.5, self.dtype)
+        x = partition.split_rows(x)
         x = x + half * layers.FeedForward(width, name="feed_forward_1", **common)(x, deterministic)
         attention = layers.SelfAttention(self.heads, self.position, name="attention", **common)
         x = x + attention(x, mask, deterministic)
@@ -118,7 +120,7 @@ class Block(nn.Module):
         )
         x = x + convolution(x, mask, deterministic)
         x = x + half * layers.FeedForward(width, name="feed_forward_2", **common)(x, deterministic)
-        return layers.LayerNorm(self.dtype, name="norm")(x), None
+        return partition.split_rows(layers.LayerNorm(self.dtype, name="norm")(x)), None
 
 
 class Subsampling(nn.Module):
@@ -145,7 +147,7 @@ class Subsampling(nn.Module):
                 dtype=self.dtype,
                 name=f"convolution_{index}",
             )(x)
-            x = nn.relu(x)
+            x = partition.split_rows(nn.relu(x))
             lengths = (lengths + 1) // 2
         batch, frames = x.shape[:2]
         return nn.Dense(self.features, dtype=self.dtype, name="project")(
@@ -160,5 +162,5 @@ def _zero_past(x, lengths):
 
 def _halvings(subsampling: int) -> int:
     if subsampling not in (4, 8):
-        raise ValueError(f"subsampling must be 4 or 8, got {subsampling}")
+        raise UserError(f"subsampling must be 4 or 8, got {subsampling}")
     return subsampling.bit_length() - 1

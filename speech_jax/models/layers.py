@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from speech_jax.errors import UserError
 from speech_jax.ops import masking
 
 Dtype = Any
@@ -64,7 +65,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x, mask, deterministic: bool):
         features = x.shape[-1]
         if features % self.heads or (features // self.heads) % 2:
-            raise ValueError(
+            raise UserError(
                 f"{features} features cannot be split into {self.heads} heads of even width"
             )
         width = features // self.heads
@@ -76,7 +77,7 @@ class SelfAttention(nn.Module):
         elif self.position == "relative":
             scores = self._relative_scores(query, key)
         else:
-            raise ValueError(f"position must be 'rotary' or 'relative', got {self.position!r}")
+            raise UserError(f"position must be 'rotary' or 'relative', got {self.position!r}")
         scores = scores.astype(jnp.float32) / np.sqrt(width).astype(np.float32)
         # Finite, so that a row without a single valid frame stays free of NaN.
         scores = jnp.where(mask[:, None, None, :], scores, -1e30)
@@ -159,7 +160,7 @@ class ConvolutionModule(nn.Module):
         elif self.norm == "layer":
             x = LayerNorm(self.dtype, name="middle_norm")(x)
         else:
-            raise ValueError(f"conv_norm must be 'layer' or 'batch', got {self.norm!r}")
+            raise UserError(f"conv_norm must be 'layer' or 'batch', got {self.norm!r}")
         x = nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="project")(
             nn.swish(x)
         )

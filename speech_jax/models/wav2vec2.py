@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from speech_jax.models import layers
-from speech_jax.ops import masking
+from speech_jax.ops import masking, partition
 
 _normal = nn.initializers.normal(0.02)
 
@@ -257,7 +257,7 @@ class FeatureExtractor(nn.Module):
             x = x + bias.astype(self.dtype)[:, None]
             if self.norm == "layer":
                 x = layers.LayerNorm(self.dtype, name=f"norm_{index}")(x)
-            x = nn.gelu(x, approximate=False)
+            x = partition.split_rows(nn.gelu(x, approximate=False))
         return x
 
 
@@ -406,6 +406,7 @@ class Block(nn.Module):
         feed_forward_norm = layers.LayerNorm(self.dtype, name="feed_forward_norm")
         attention = Attention(self.heads, self.dropout, self.dtype, name="attention")
         feed_forward = FeedForward(self.width, self.dropout, self.dtype, name="feed_forward")
+        x = partition.split_rows(x)
         if self.pre_norm:
             y = x + attention(attention_norm(x), mask, deterministic)
             y = y + feed_forward(feed_forward_norm(y), deterministic)
@@ -415,7 +416,7 @@ class Block(nn.Module):
         if self.layer_drop and not deterministic:
             skip = jax.random.bernoulli(self.make_rng("dropout"), self.layer_drop)
             y = jnp.where(skip, x, y)
-        return y, None
+        return partition.split_rows(y), None
 
 
 class Attention(nn.Module):

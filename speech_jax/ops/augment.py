@@ -57,7 +57,9 @@ def spec_augment(
         features = _warp(warp_rng, features, lengths, time_warp)
     masked = jnp.zeros((batch, frames, mels), bool)
     if time_masks:
-        width = jnp.minimum(time_width, (time_fraction * lengths.astype(jnp.float32)).astype(jnp.int32))
+        width = jnp.minimum(
+            time_width, (time_fraction * lengths.astype(jnp.float32)).astype(jnp.int32)
+        )
         widths = jnp.broadcast_to(width[:, None], (batch, time_masks))
         masked |= masking.span_mask(time_rng, lengths, widths, frames)[:, :, None]
     if frequency_masks:

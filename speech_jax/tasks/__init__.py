@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from speech_jax.errors import UserError
+
 Pytree = Any
 Batch = dict[str, jax.Array]
 
@@ -68,7 +70,7 @@ def accumulate(function, count: int):
     def accumulated(params, state, batch, rng, step):
         def split(x):
             if x.shape[0] % count:
-                raise ValueError(f"{x.shape[0]} rows cannot be accumulated in {count} parts")
+                raise UserError(f"{x.shape[0]} rows cannot be accumulated in {count} parts")
             return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
 
         def one(carry, part):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from speech_jax.errors import UserError
 from speech_jax.ops import augment, features, masking
 
 
@@ -33,7 +34,7 @@ class FrontEnd:
 
     def __post_init__(self):
         if self.normalize not in ("utterance", "global", "none"):
-            raise ValueError(
+            raise UserError(
                 f"features.normalize must be 'utterance', 'global' or 'none', got {self.normalize!r}"
             )
 

@@ -1,0 +1,34 @@
+"""What the compiler is told of how a batch lies on a mesh; nothing where no mesh is set.
+
+The mesh is that of `jax.set_mesh`, with the axes of sharding.py, data and fsdp being the batch's.
+"""
+
+import jax
+from jax.sharding import PartitionSpec
+
+_ROWS = PartitionSpec(("data", "fsdp"))
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Says that the rows of an activation x [B, ...] stay on the devices that the batch is on.
+
+    Told of the inputs and the parameters alone, the compiler may split activations as the
+    parameters are, and send them around in every layer.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _ROWS)
+
+
+def by_rows(function):
+    """`function` of arrays [B, ...], computed by each device for its rows alone.
+
+    For what works row by row without the compiler knowing: it would send all rows everywhere.
+    """
+
+    def computed(*arrays):
+        if jax.sharding.get_abstract_mesh().empty:
+            return function(*arrays)
+        return jax.shard_map(function, in_specs=_ROWS, out_specs=_ROWS)(*arrays)
+
+    return computed

@@ -1,0 +1,158 @@
+"""A run's parts: every form of a corpus trains alike; what cannot be used is named."""
+
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+import runs
+import soundfile
+
+from speech_jax import checkpoint, evaluate, experiment, sharding, train
+from speech_jax.data import prepare, sources
+from speech_jax.errors import UserError
+
+pytestmark = pytest.mark.optax
+
+
+def as_folder(tones, root):
+    return "librispeech", tones
+
+
+def as_archive(tones, root):
+    for split in ("train", "dev"):
+        with tarfile.open(root / f"{split}.tar.gz", "w:gz") as archive:
+            archive.add(tones / split, f"LibriSpeech/{split}")
+    return "librispeech", root
+
+
+def as_manifest(tones, root):
+    import json
+
+    for split in ("train", "dev"):
+        source = sources.open_source("librispeech", root=tones, split=split)
+        rows = [
+            {
+                "audio_filepath": str(source.open(i)),
+                "duration": u.duration,
+                "text": u.text,
+                "id": u.id,
+            }
+            for i, u in enumerate(source.utterances)
+        ]
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "manifest", root
+
+
+def as_prepared(tones, root):
+    for split in ("train", "dev"):
+        source = sources.open_source("librispeech", root=tones, split=split)
+        prepare.prepare(source, split, root, workers=1)
+    return "prepared", root
+
+
+@pytest.fixture(scope="module")
+def trained(tones, tmp_path_factory):
+    """Parameters after two updates, for each form of the same corpus."""
+
+    def run(form):
+        root, workdir = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("work")
+        kind, where = form(tones, root)
+        config = runs.tiny_config(tones, steps=2, eval_every=2)
+        config.data.source, config.data.root = kind, str(where)
+        results = train.run(config, workdir)
+        mesh = sharding.make_mesh(**config.mesh)
+        tokenizer = experiment.make_tokenizer(config, workdir)
+        task = experiment.make_task(
+            config, tokenizer.vocabulary_size, experiment.feature_statistics(config, workdir)
+        )
+        shapes = jax.eval_shape(task.init, jax.random.key(0), evaluate.probe(config, mesh))
+        return evaluate.restore(config, workdir, mesh, *shapes)[0], results["splits"]
+
+    return {form: run(form) for form in (as_folder, as_archive, as_manifest, as_prepared)}
+
+
+@pytest.mark.parametrize("form", [as_archive, as_manifest, as_prepared])
+def test_every_form_of_a_corpus_trains_to_the_same_parameters(trained, form):
+    params, splits = trained[form]
+    expected, expected_splits = trained[as_folder]
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert splits == expected_splits
+
+
+def test_synthetic_speech_trains(tmp_path):
+    pytest.importorskip("espeakng_loader", reason="the quickstart extra is not installed")
+    config = runs.tiny_config(tmp_path, steps=1, eval_every=1)
+    config.data.source, config.data.root = "synthetic", ""
+    config.data.cache = str(tmp_path)
+    config.data.arguments = {"utterances": 12}
+    config.data.max_seconds = 8.0
+    results = train.run(config, tmp_path / "work")
+    assert results["splits"]["dev"]["utterances"] == 12
+
+
+def test_a_sentencepiece_model_stays_in_the_workdir(tones, tmp_path):
+    config = runs.tiny_config(tones)
+    config.text.tokenizer, config.text.vocabulary_size = "sentencepiece", 8
+    source = experiment.open_splits(config, "train")
+    made = experiment.make_tokenizer(config, tmp_path, source)
+    assert made.vocabulary_size == 8
+    again = experiment.make_tokenizer(config, tmp_path)
+    assert [again.encode(u.text) for u in source.utterances] == [
+        made.encode(u.text) for u in source.utterances
+    ]
+    with pytest.raises(experiment.WorkdirError, match="train there first"):
+        experiment.make_tokenizer(config, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (
+            lambda folder: (folder / "1-1-0000.flac").write_bytes(b"fLaC, but not really"),
+            "1-1-0000",
+        ),
+        (lambda folder: (folder / "1-1-0000.flac").write_bytes(b""), "1-1-0000"),
+        (lambda folder: (folder / "1-1-0000.flac").unlink(), "1-1-0000"),
+        (
+            lambda folder: soundfile.write(folder / "1-1-9999.flac", np.zeros(8_000), 16_000),
+            "1-1-9999",
+        ),
+        (
+            lambda folder: soundfile.write(folder / "1-1-0000.flac", np.zeros(600), 16_000),
+            "1-1-0000.*need",
+        ),
+    ],
+    ids=["not audio", "empty", "no audio", "no transcript", "too short for its text"],
+)
+def test_what_cannot_be_used_is_named_or_left_out(tmp_path, caplog, break_it, message):
+    from conftest import write_tones
+
+    write_tones(tmp_path / "train", 4, seed=0)
+    break_it(tmp_path / "train" / "1" / "1")
+    config = runs.tiny_config(tmp_path)
+    config.data.min_seconds = 0.0
+    config.data.on_error = "raise"
+
+    def corpus():
+        source = experiment.open_splits(config, "train")
+        tokenizer = experiment.make_tokenizer(config, tmp_path, source)
+        task = experiment.make_task(config, tokenizer.vocabulary_size)
+        return experiment.training_corpus(config, source, tokenizer, task)
+
+    with pytest.raises(UserError, match=message):
+        corpus()
+    config.data.on_error = "skip"
+    left = corpus()
+    assert len(left) == (4 if "9999" in message else 3)
+    assert len(left.left_out) == 1
+    assert "left out" in caplog.text
+
+
+def test_restoring_needs_a_checkpoint(tones, tmp_path):
+    config = runs.tiny_config(tones)
+    mesh = sharding.make_mesh(**config.mesh)
+    task = experiment.make_task(config, 5)
+    shapes = jax.eval_shape(task.init, jax.random.key(0), evaluate.probe(config, mesh))
+    with pytest.raises(checkpoint.CheckpointError, match="train first"):
+        evaluate.restore(config, tmp_path, mesh, *shapes)
