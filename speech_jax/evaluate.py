@@ -45,7 +45,8 @@ class Evaluator:
         batches = experiment.evaluation_batches(self._config, self.corpus(split), self._mesh)
         for batch in batches:
             index = _everywhere(sharding.put_batch({"index": batch["index"]}, self._mesh))["index"]
-            found = self._predict(params, state, sharding.put_batch(batch, self._mesh))
+            with jax.set_mesh(self._mesh):
+                found = self._predict(params, state, sharding.put_batch(batch, self._mesh))
             found = _everywhere(found)
             self._on_batch()
             for row, place in enumerate(index):

@@ -3,25 +3,45 @@
 import functools
 import math
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Peak bfloat16 FLOP/s of a device, without sparsity, by a part of its `device_kind`
-# (cloud.google.com/tpu/docs; NVIDIA data sheets).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
+
+class Chip(NamedTuple):
+    """What one device can do, at most."""
+
+    flops: float  # bfloat16 FLOP/s, without sparsity
+    memory: float  # bytes
+    bandwidth: float  # bytes/s of its memory
+    link: (
+        float  # bytes/s that it sends to the other devices of a slice or a host, all links at once
+    )
+    network: float = 0.0  # bytes/s that it sends to other hosts, where that is another way
+
+
+# By a part of `device_kind`; the first that matches holds. TPUs: cloud.google.com/tpu/docs/v4,
+# v5e, v5p, v6e (half of the "bidirectional" interconnect bandwidth). GPUs: NVIDIA's data sheets of
+# the SXM boards (half of the NVLink bandwidth, which is both ways), and the adapter of each GPU in
+# DGX systems: 200 Gbit/s with A100, 400 Gbit/s with H100 and H200.
+CHIPS = {
+    "TPU v4": Chip(275e12, 32 * 2**30, 1.228e12, 300e9),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 0.819e12, 200e9),
+    "TPU v5e": Chip(197e12, 16 * 2**30, 0.819e12, 200e9),
+    "TPU v5": Chip(459e12, 95 * 2**30, 2.765e12, 600e9),
+    "TPU v6": Chip(918e12, 32 * 2**30, 1.638e12, 400e9),
+    "A100": Chip(312e12, 80e9, 2.039e12, 300e9, 25e9),
+    "H100": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
+    "H200": Chip(989e12, 141e9, 4.8e12, 450e9, 50e9),
 }
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The rates of a kind of device; None for one that is not in the table."""
+    kind = device_kind.lower()
+    return next((rates for name, rates in CHIPS.items() if name.lower() in kind), None)
 
 
 def matmul_flops(jaxpr) -> float:
@@ -65,9 +85,8 @@ def _bodies(params):
 def peak_flops() -> float:
     """FLOP/s of one local device: its data sheet's, or what a float32 matrix product gets here."""
     device = jax.local_devices()[0]
-    for kind, peak in PEAK_FLOPS.items():
-        if kind.lower() in device.device_kind.lower():
-            return peak
+    if rates := chip(device.device_kind):
+        return rates.flops
     size = 1024
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.matmul)

@@ -26,9 +26,16 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything 
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "robustness"],
+    ["train", "evaluate", "robustness", "compile"],
     "train: train, or go on training. evaluate: score the best checkpoint of the workdir on "
-    "config.data.eval_splits. robustness: measure it there under attacks and noise.",
+    "config.data.eval_splits. robustness: measure it there under attacks and noise. compile: say "
+    "what a training step needs and how fast it can be, without data or a workdir.",
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    "",
+    "What --mode=compile compiles for, such as v5e:4x4, v4:2x2x2, h200:8, or a100:4x8 for 4 hosts "
+    "of 8. None of it has to be here. Empty: the local devices.",
 )
 
 
@@ -45,6 +52,13 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not the user's
     try:
         config.check(_CONFIG.value)
+        if _MODE.value == "compile":
+            from speech_jax import preflight
+
+            preflight.run(_CONFIG.value, _TOPOLOGY.value)
+            return
+        if not _WORKDIR.value:
+            raise UserError(f"--mode={_MODE.value} needs a --workdir")
         _join_processes(jax)
         workdir = pathlib.Path(_WORKDIR.value).absolute()
         if _MODE.value == "evaluate":
@@ -84,5 +98,5 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(["config"])
     app.run(main, flags_parser=_parse_flags)

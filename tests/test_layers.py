@@ -53,11 +53,11 @@ def test_attention_never_looks_past_the_mask(position):
     module = layers.SelfAttention(2, position)
     x = normal(2, 9, 8)
     mask = masking.length_mask(jnp.array([6, 9]), 9)
-    params = jax.jit(module.init, static_argnums=3)(jax.random.key(0), x, mask, True)
+    params = jax.jit(module.init)(jax.random.key(0), x, mask, None)
     params = jax.tree.map(lambda p: np.asarray(p) + 0.1 * normal(*p.shape), params)
 
     def first_row(x):
-        return module.apply(params, x, mask, True)[0, :6].sum()
+        return module.apply(params, x, mask, None)[0, :6].sum()
 
     gradient = jax.jit(jax.grad(first_row))(x)
     assert np.abs(gradient[0, :6]).min() > 0
@@ -80,11 +80,29 @@ def test_batch_norm_counts_valid_frames_only():
     np.testing.assert_allclose(again[0], out[0], atol=1e-5)
 
 
+def test_dropout_keeps_the_mean_and_draws_independently():
+    x = jnp.ones((4, 100, 50))
+    seed = jnp.array([3, 7], jnp.uint32)
+    drop = jax.jit(layers.dropout, static_argnums=(1, 3))
+    first, second = drop(x, 0.25, seed, 0), drop(x, 0.25, seed, 1)
+    np.testing.assert_array_equal(first, drop(x, 0.25, seed, 0))
+    for out in (first, second, drop(x, 0.25, jnp.array([3, 8], jnp.uint32), 0)):
+        assert abs(float((out == 0).mean()) - 0.25) < 0.01
+        np.testing.assert_allclose(out[out != 0], 1 / 0.75)
+    both = float(((first == 0) & (second == 0)).mean())
+    assert abs(both - 0.25**2) < 0.01
+    flat = np.asarray(first == 0).ravel()
+    for lag in (1, 2, 50, 5_000):
+        assert abs(np.mean(flat[lag:] & flat[:-lag]) - 0.25**2) < 0.012
+    np.testing.assert_array_equal(drop(x, 0.0, seed, 0), x)
+    np.testing.assert_array_equal(layers.dropout(x, 0.5, None), x)
+
+
 def test_impossible_settings_are_named():
     x, mask = jnp.zeros((1, 4, 6)), jnp.ones((1, 4), bool)
     with pytest.raises(ValueError, match="4 heads"):
-        layers.SelfAttention(4).init(jax.random.key(0), x, mask, True)
+        layers.SelfAttention(4).init(jax.random.key(0), x, mask, None)
     with pytest.raises(ValueError, match="absolute"):
-        layers.SelfAttention(3, "absolute").init(jax.random.key(0), x, mask, True)
+        layers.SelfAttention(3, "absolute").init(jax.random.key(0), x, mask, None)
     with pytest.raises(ValueError, match="group"):
-        layers.ConvolutionModule(3, "group").init(jax.random.key(0), x, mask, True)
+        layers.ConvolutionModule(3, "group").init(jax.random.key(0), x, mask, None)

@@ -29,13 +29,17 @@ def waveform(seed=0, samples=SAMPLES):
 
 
 def init(encoder):
-    """Random parameters: none is at the zero or one it starts at."""
-    key, lengths = jax.random.key(0), jnp.array(LENGTHS)
-    params = jax.jit(lambda: encoder.init(key, waveform(), lengths, True))()["params"]
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda p: p + 0.1 * jnp.asarray(rng.standard_normal(p.shape), p.dtype), params
+    """Random parameters of about the size that training starts from; none is exactly 0 or 1."""
+    shapes = jax.eval_shape(
+        lambda: encoder.init(jax.random.key(0), waveform(), jnp.array(LENGTHS), True)["params"]
     )
+    rng = np.random.default_rng(0)
+
+    def leaf(path, shape):
+        ones = path[-1].key.startswith(("scale", "magnitude"))
+        return jnp.asarray(ones + 0.2 * rng.standard_normal(shape.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def hidden_states(encoder, params, inputs, lengths):
@@ -230,7 +234,7 @@ def test_the_gradient_of_the_extractor_is_scaled():
     full = gradient(1.0)
     for factor in (0.0, 0.1):
         scaled = gradient(factor)
-        expected = full | {"extractor": jax.tree.map(lambda x: x * factor, full["extractor"])}
+        expected = full | {"extractor": jax.tree.map(lambda x, f=factor: x * f, full["extractor"])}
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), scaled, expected
         )

@@ -1,8 +1,9 @@
 """Conformer (Gulati et al. 2020): convolution-augmented Transformer encoder over log-mel frames."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from speech_jax.errors import UserError
@@ -43,7 +44,7 @@ class Conformer(nn.Module):
 
     frontend = "log_mel"
     # S, M, L: table 1 of the paper. Tiny is for two CPU cores.
-    VARIANTS = {  # noqa: RUF012: linen modules are dataclasses, and this is not one of the fields
+    VARIANTS: ClassVar = {
         "tiny": {
             "features": 128, "num_layers": 4, "kernel": 15, "subsampling_channels": 32,
             "scan": False,
@@ -70,24 +71,26 @@ class Conformer(nn.Module):
         )(inputs, lengths)
         lengths = self.output_lengths(lengths)
         mask = masking.length_mask(lengths, x.shape[1])
-        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
-        block = (
-            nn.remat(Block, prevent_cse=not self.scan, static_argnums=(3,)) if self.remat else Block
-        )
+        # One draw for all layers: drawing in every dropout would take most of the compile time.
+        seeds = [None] * (self.num_layers + 1)
+        if not deterministic:
+            seeds = jax.random.bits(self.make_rng("dropout"), (len(seeds), 2), jnp.uint32)
+        x = layers.dropout(x, self.dropout, seeds[-1])
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
         if self.scan:
             stack = nn.scan(
                 block,
                 variable_axes={"params": 0, "batch_stats": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast),
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
                 length=self.num_layers,
             )
-            x, _ = stack(**self._block_settings(), name="layers")(x, mask, deterministic)
+            by_layer = None if deterministic else seeds[:-1]
+            x, _ = stack(**self._block_settings(), name="layers")(x, mask, by_layer)
         else:
             for layer in range(self.num_layers):
-                x, _ = block(**self._block_settings(), name=f"layer_{layer}")(
-                    x, mask, deterministic
-                )
+                one = block(**self._block_settings(), name=f"layer_{layer}")
+                x, _ = one(x, mask, seeds[layer])
         return jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype)), lengths
 
     def _block_settings(self):
@@ -107,19 +110,23 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, mask, deterministic: bool):
+    def __call__(self, x, mask, seed):
         width = self.expansion * x.shape[-1]
         common = {"dropout": self.dropout, "dtype": self.dtype}
         half = jnp.asarray(0.5, self.dtype)
         x = partition.split_rows(x)
-        x = x + half * layers.FeedForward(width, name="feed_forward_1", **common)(x, deterministic)
-        attention = layers.SelfAttention(self.heads, self.position, name="attention", **common)
-        x = x + attention(x, mask, deterministic)
-        convolution = layers.ConvolutionModule(
-            self.kernel, self.conv_norm, name="convolution", **common
+        first = layers.FeedForward(width, name="feed_forward_1", site=0, **common)
+        attention = layers.SelfAttention(
+            self.heads, self.position, name="attention", site=2, **common
         )
-        x = x + convolution(x, mask, deterministic)
-        x = x + half * layers.FeedForward(width, name="feed_forward_2", **common)(x, deterministic)
+        convolution = layers.ConvolutionModule(
+            self.kernel, self.conv_norm, name="convolution", site=4, **common
+        )
+        second = layers.FeedForward(width, name="feed_forward_2", site=5, **common)
+        x = x + half * first(x, seed)
+        x = x + attention(x, mask, seed)
+        x = x + convolution(x, mask, seed)
+        x = x + half * second(x, seed)
         return partition.split_rows(layers.LayerNorm(self.dtype, name="norm")(x)), None
 
 

@@ -1,8 +1,9 @@
 """The parts that encoders share: attention, feed-forward, convolution, masked norms.
 
-Parameters are float32; `dtype` is what the arithmetic runs in. Normalizations and softmax are
-float32. The last projection of every residual branch starts at zero, so that a fresh network is
-the identity on its residual stream and trains with a short warm-up (Fixup, Zhang et al. 2019).
+Parameters are float32; `dtype` is what the arithmetic runs in, and `seed` is for dropout (None
+outside of training). Normalizations and softmax are float32. The last projection of every residual
+branch starts at zero, so that a fresh network is the identity on its residual stream and trains with
+a short warm-up (Fixup, Zhang et al. 2019).
 """
 
 from typing import Any
@@ -24,17 +25,42 @@ class FeedForward(nn.Module):
     width: int
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    site: int = 0
 
     @nn.compact
-    def __call__(self, x, deterministic: bool):
+    def __call__(self, x, seed):
         features = x.shape[-1]
         x = LayerNorm(self.dtype, name="norm")(x)
         x = nn.Dense(self.width, dtype=self.dtype, name="expand")(x)
-        x = nn.Dropout(self.dropout)(nn.swish(x), deterministic=deterministic)
+        x = dropout(nn.swish(x), self.dropout, seed, self.site)
         x = nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="project")(
             x
         )
-        return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        return dropout(x, self.dropout, seed, self.site + 1)
+
+
+def dropout(x, rate: float, seed, site: int = 0):
+    """Zeroes each number with probability `rate` and scales the others (Srivastava et al. 2014).
+
+    `seed` is uint32 [2], or None outside of training; `site` tells apart the dropouts that share
+    it. The mask is a hash of a number's place, so it is the same on any mesh. It takes a few
+    integer operations a number and next to nothing to compile, which JAX's generator does not.
+    """
+    if seed is None or not rate:
+        return x
+    place = jnp.full(x.shape, seed[0])
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    bits = _mix(place ^ _mix(seed[1] + jnp.uint32(site)))
+    keep = bits >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(keep, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
+def _mix(x):
+    """A hash of uint32: an input bit flips half of the output bits (lowbias32, C. Wellons)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 class LayerNorm(nn.Module):
@@ -60,9 +86,10 @@ class SelfAttention(nn.Module):
     position: str = "rotary"
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    site: int = 0
 
     @nn.compact
-    def __call__(self, x, mask, deterministic: bool):
+    def __call__(self, x, mask, seed):
         features = x.shape[-1]
         if features % self.heads or (features // self.heads) % 2:
             raise UserError(
@@ -82,7 +109,7 @@ class SelfAttention(nn.Module):
         # Finite, so that a row without a single valid frame stays free of NaN.
         scores = jnp.where(mask[:, None, None, :], scores, -1e30)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        weights = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
+        weights = dropout(weights, self.dropout, seed, self.site)
         context = jnp.einsum("bhts,bshd->bthd", weights, value)
         output = nn.DenseGeneral(
             features,
@@ -91,7 +118,7 @@ class SelfAttention(nn.Module):
             kernel_init=nn.initializers.zeros,
             name="project",
         )(context)
-        return nn.Dropout(self.dropout)(output, deterministic=deterministic)
+        return dropout(output, self.dropout, seed, self.site + 1)
 
     def _relative_scores(self, query, key):
         frames, heads, width = query.shape[1:]
@@ -146,9 +173,10 @@ class ConvolutionModule(nn.Module):
     norm: str = "layer"
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    site: int = 0
 
     @nn.compact
-    def __call__(self, x, mask, deterministic: bool):
+    def __call__(self, x, mask, seed):
         features = x.shape[-1]
         x = LayerNorm(self.dtype, name="norm")(x)
         gated = nn.DenseGeneral((2, features), dtype=self.dtype, name="gate")(x)
@@ -156,7 +184,7 @@ class ConvolutionModule(nn.Module):
         x = jnp.where(mask[:, :, None], x, jnp.zeros((), self.dtype))
         x = DepthwiseConvolution(self.kernel, dtype=self.dtype, name="depthwise")(x)
         if self.norm == "batch":
-            x = MaskedBatchNorm(self.dtype, name="middle_norm")(x, mask, deterministic)
+            x = MaskedBatchNorm(self.dtype, name="middle_norm")(x, mask, seed is None)
         elif self.norm == "layer":
             x = LayerNorm(self.dtype, name="middle_norm")(x)
         else:
@@ -164,7 +192,7 @@ class ConvolutionModule(nn.Module):
         x = nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="project")(
             nn.swish(x)
         )
-        return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        return dropout(x, self.dropout, seed, self.site)
 
 
 class DepthwiseConvolution(nn.Module):

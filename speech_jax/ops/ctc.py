@@ -491,17 +491,17 @@ def _choose(implementation, batch_axes, interpret):
     if implementation is None:
         best = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform, "xla")
         shared = jax.device_count() > 1 and batch_axes is None
-        return "xla" if shared or _obstacle(best, platform) else best
+        return "xla" if shared or obstacle(best, platform) else best
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is none of {IMPLEMENTATIONS} or None")
-    if interpret is None and (obstacle := _obstacle(implementation, platform)):
+    if interpret is None and (reason := obstacle(implementation, platform)):
         raise ValueError(
-            f"implementation {implementation!r} cannot run here: {obstacle}; use 'xla' or None"
+            f"implementation {implementation!r} cannot run here: {reason}; use 'xla' or None"
         )
     return implementation
 
 
-def _obstacle(implementation, platform):
+def obstacle(implementation, platform):
     """Why an implementation cannot run on this platform; '' if it can."""
     if implementation == "xla":
         return ""

@@ -1,0 +1,94 @@
+"""Robustness curves of a model that was trained, from its workdir to the plot."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+from test_adversarial import make_batch, make_task, start
+
+from speech_jax import robustness, sharding, train
+from speech_jax.errors import UserError
+
+
+def make_config(root):
+    """Tones, learned with the method whose updates and steps differ in number."""
+    config = runs.tiny_config(root, steps=12, eval_every=6)
+    config.adversarial.method = "free"
+    config.adversarial.steps = 2
+    config.robustness.epsilons = (0.0002, 0.2)
+    config.robustness.noise_snr_db = (60.0, -30.0)
+    return config
+
+
+@pytest.mark.optax
+def test_a_run_hardened_for_free_is_measured_and_drawn(tones, tmp_path):
+    config = make_config(tones)
+    results = train.run(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss_per_label" in line] == list(range(2, 13, 2))
+    assert lines[-1]["step"] == 12
+
+    curves = robustness.run(config, tmp_path, lambda line: None)["dev"]
+    assert json.loads((tmp_path / "robustness.json").read_text())["dev"] == curves
+    assert (tmp_path / "robustness.png").read_bytes().startswith(b"\x89PNG")
+    scores = {"wer", "cer", "words", "utterances", "insertions", "deletions", "substitutions"}
+    assert set(curves["clean"]) == scores
+    # What is measured without a perturbation is what evaluation measures.
+    assert curves["clean"]["wer"] == results["splits"]["dev"]["wer"]
+    for name, key, levels in (
+        ("fgsm", "epsilon", [0.0002, 0.2]),
+        ("pgd10", "epsilon", [0.0002, 0.2]),
+        ("noise", "snr_db", [60.0, -30.0]),
+    ):
+        assert [point[key] for point in curves[name]] == levels
+        assert {point["utterances"] for point in curves[name]} == {6}
+    assert curves["pgd10"][1]["wer"] >= curves["clean"]["wer"]
+
+
+def test_attacks_of_all_strengths_share_one_program():
+    """And nothing at all changes nothing."""
+    task, batch, (params, state) = make_task(), jax.device_get(make_batch()), start()
+    recognize = robustness.make_recognizer(
+        task, sharding.make_mesh(), space="waveform", norm="linf"
+    )
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    (clean, index), programs = recognize(params, state, batch, 0.0, 0, 0.0, False), len(compiled)
+    for attack in robustness.ATTACKS.values():
+        found, _ = recognize(params, state, batch, 0.05, *attack)
+        assert (np.asarray(found["labels"]) != clean["labels"]).any()
+    assert len(compiled) == programs > 0
+    plain = jax.jit(task.predict)(params, state, batch)
+    np.testing.assert_array_equal(clean["labels"], plain["labels"])
+    np.testing.assert_array_equal(index, batch["index"])
+
+
+def test_noise_is_mixed_at_the_ratio_that_was_asked_for():
+    rng = np.random.default_rng(0)
+    batch = {
+        "audio": np.zeros((3, 5000), np.int16),
+        "audio_length": np.asarray([5000, 4000, 0], np.int32),
+        "index": np.asarray([4, 9, -1], np.int32),
+    }
+    for row, length in enumerate(batch["audio_length"]):
+        batch["audio"][row, :length] = 1000 * rng.standard_normal(length)
+    noises = [(500 * rng.standard_normal(8000)).astype(np.int16) for _ in range(2)]
+    mixed = [robustness._with_noise(batch, noises, 5.0, turn)["audio"] for turn in (0, 1)]
+    added = mixed[0].astype(float) - batch["audio"]
+    assert not added[1, 4000:].any()
+    assert not mixed[0][2].any()
+    for row in (0, 1):
+        power = np.square(batch["audio"][row].astype(float)).sum() / np.square(added[row]).sum()
+        assert 10 * np.log10(power) == pytest.approx(5.0, abs=0.1)
+    assert (mixed[0] != mixed[1]).any()
+    again = robustness._with_noise(batch, noises, 5.0, 0)["audio"]
+    np.testing.assert_array_equal(again, mixed[0])
+
+
+def test_a_workdir_without_a_model_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        robustness.run(make_config(tmp_path), tmp_path)
