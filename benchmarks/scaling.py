@@ -16,6 +16,7 @@ SLICES = {1: "1x1", 4: "2x2", 16: "4x4", 64: "8x8", 128: "8x16", 256: "16x16"}
 
 
 def main():
+    """Prints a row for each slice."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=["v5e", "v6e"], default="v5e")
     parser.add_argument("--chips", type=int, nargs="+", choices=list(SLICES), default=list(SLICES))

@@ -81,7 +81,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
 
     Adds the splits to the workdir's results.json and returns all of it.
     """
-    experiment.claim_workdir(workdir, config, sections=("model", "features", "text"))
+    experiment.check_workdir(workdir, config, sections=("model", "features", "text"))
     mesh = sharding.make_mesh(**config.mesh)
     tokenizer = experiment.make_tokenizer(config, workdir)
     statistics = experiment.feature_statistics(config, workdir)

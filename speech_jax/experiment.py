@@ -5,6 +5,7 @@ Training, evaluation and deployment build the same parts here, so that they cann
 
 import json
 import pathlib
+import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -32,12 +33,15 @@ _FREE = (
 )  # fmt: skip
 
 
+_TOKENIZER, _FEATURES = "tokenizer.json", "features.json"
+
+
 class WorkdirError(UserError):
     """A workdir that this run cannot use; the message says which one would do."""
 
 
-def claim_workdir(workdir: pathlib.Path, config: ConfigDict, *, sections=None) -> None:
-    """Records the configuration in a fresh workdir, or checks that it is the one recorded there.
+def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, sections=None) -> None:
+    """Checks that a workdir is of this configuration, or fresh and writable; in time, before work.
 
     `sections` limits the check (evaluation needs the same model, not the same schedule) and asks
     for a workdir that was trained in.
@@ -46,32 +50,49 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, *, sections=None) -
       WorkdirError: it cannot be written, or holds another configuration.
     """
     path = workdir / "config.json"
-    resolved = json.loads(config.to_json())
     try:
         recorded = json.loads(path.read_text())
     except FileNotFoundError:
         if sections:
             raise WorkdirError(f"{workdir} holds no config.json: train there first") from None
-        recorded = None
+        if jax.process_index() == 0:
+            _prepare(workdir)
+        _barrier("workdir")
+        return
     except (OSError, ValueError) as error:
         raise WorkdirError(f"{path} cannot be read ({error}): use another --workdir") from error
-    if recorded is not None:
-        compared = {name: (recorded.get(name), resolved[name]) for name in sections or resolved}
-        for key, old, new in _differences(compared):
-            raise WorkdirError(
-                f"{workdir} was trained with config.{key}={old!r}, not {new!r}: use another "
-                f"--workdir, or the same value"
-            )
-        return
+    resolved = json.loads(config.to_json())
+    compared = {name: (recorded.get(name), resolved[name]) for name in sections or resolved}
+    for key, old, new in _differences(compared):
+        raise WorkdirError(
+            f"{workdir} was trained with config.{key}={old!r}, not {new!r}: use another "
+            "--workdir, or the same value"
+        )
+
+
+def record_config(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Makes the workdir one of this configuration: from now on there is something to resume."""
     if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(".partial")
-            scratch.write_text(json.dumps(resolved, indent=2) + "\n")
-            scratch.replace(path)
-        except OSError as error:
-            raise WorkdirError(f"cannot write to --workdir={workdir}: {error}") from error
+        _write(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     _barrier("config")
+
+
+def _prepare(workdir: pathlib.Path) -> None:
+    """A folder without what a start that failed has left, which may be of other settings."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name in (_TOKENIZER, _FEATURES):
+            (workdir / name).unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise WorkdirError(f"cannot write to --workdir={workdir}: {error}") from error
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(text)
+    scratch.replace(path)
 
 
 def _differences(pairs, prefix=""):
@@ -108,7 +129,7 @@ def open_splits(config: ConfigDict, names: str) -> sources.Source:
 
 def make_tokenizer(config: ConfigDict, workdir: pathlib.Path, source=None) -> text.Tokenizer:
     """The tokenizer stored in the workdir; where there is none yet, made of a source's transcripts."""
-    path = workdir / "tokenizer.json"
+    path = workdir / _TOKENIZER
     if not path.exists():
         if source is None:
             raise WorkdirError(f"{workdir} holds no tokenizer.json: train there first")
@@ -237,12 +258,12 @@ def feature_statistics(config: ConfigDict, workdir: pathlib.Path, source=None):
     """
     if config.features.normalize != "global":
         return None
-    path = workdir / "features.json"
+    path = workdir / _FEATURES
     if not path.exists():
         if source is None:
             raise WorkdirError(f"{workdir} holds no features.json: train there first")
         if jax.process_index() == 0:
-            path.write_text(json.dumps(_measure(config, source)))
+            _write(path, json.dumps(_measure(config, source)))
         _barrier("features")
     return {
         name: np.asarray(value, np.float32) for name, value in json.loads(path.read_text()).items()

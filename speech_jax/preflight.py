@@ -118,14 +118,14 @@ def find_devices(topology: str) -> Slice:
     )
 
 
-def _describe(topology, platform, name, extra, **arguments) -> list:
+def _describe(asked, platform, name, extra, **arguments) -> list:
     try:
         return list(
             topologies.get_topology_desc(platform=platform, topology_name=name, **arguments).devices
         )
     except Exception as error:  # of many types, some of them for a missing plugin
         raise UserError(
-            f"cannot compile for --topology={topology}: {' '.join(str(error).split())[:200]} "
+            f"cannot compile for --topology={asked}: {' '.join(str(error).split())[:200]} "
             f"(does it exist, and is its compiler installed? pip install 'speech_jax[{extra}]')"
         ) from error
 

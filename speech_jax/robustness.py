@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, say: Callable[[str], None] = 
     Raises:
       UserError: the workdir holds no such model, or what is asked for cannot be done with it.
     """
-    experiment.claim_workdir(workdir, config, sections=("model", "features", "text"))
+    experiment.check_workdir(workdir, config, sections=("model", "features", "text"))
     mesh = sharding.make_mesh(**config.mesh)
     tokenizer = experiment.make_tokenizer(config, workdir)
     statistics = experiment.feature_statistics(config, workdir)

@@ -168,7 +168,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
       TrainingError: too many updates were not finite.
     """
     started = time.monotonic()
-    experiment.claim_workdir(workdir, config)
+    experiment.check_workdir(workdir, config)
     reached_preemption = catch_preemption()
     steps = config.train.steps
 
@@ -195,6 +195,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
     )
 
     # ---- Restore -------------------------------------------------------------------------------
+    experiment.record_config(workdir, config)
     checkpoints = Checkpoints(
         str(workdir / "checkpoints"),
         keep=config.checkpoint.keep,

@@ -216,7 +216,8 @@ def test_equals_torch_on_200_ragged_batches(implementation):
     batches = 2 if implementation == "pallas_gpu" else 200  # its interpreter is slow
     for seed in range(batches):
         logits, frames, labels, lengths, weights = problem(seed, scale=1)
-        x = torch.tensor(logits, requires_grad=True)
+        # In float64: torch's own float32 gradient is off by up to 2e-5.
+        x = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
         want = torch.nn.functional.ctc_loss(
             torch.log_softmax(x, -1).transpose(0, 1),
             *(torch.tensor(y).long() for y in (labels, frames, lengths)),
@@ -226,7 +227,7 @@ def test_equals_torch_on_200_ragged_batches(implementation):
         arrays = logits, frames, labels, lengths, weights
         loss, gradient = evaluator(implementation)(*arrays)
         np.testing.assert_allclose(loss, want.detach().numpy(), rtol=1e-5)
-        assert (errors(gradient, x.grad.numpy()) <= 2e-5).all()
+        assert (errors(gradient, x.grad.numpy()) <= 1e-5).all()
 
 
 @pytest.mark.optax
@@ -323,11 +324,10 @@ def test_gradient_of_a_frame_sums_to_zero(implementation, seed):
     np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-5)
 
 
-@pytest.mark.parametrize("junk", [1e4, np.nan])
-def test_invariances_of_the_gpu_kernel(junk):
+def test_invariances_of_the_gpu_kernel():
     """The properties above, at as many examples as its interpreter has time for."""
     check = lambda test: functools.partial(test.hypothesis.inner_test, "pallas_gpu")
-    check(test_padding_holds_anything_and_rows_are_independent)(seed=1, junk=junk)
+    check(test_padding_holds_anything_and_rows_are_independent)(seed=1, junk=np.nan)
     check(test_gradient_of_a_frame_sums_to_zero)(seed=1)
 
 
@@ -376,7 +376,7 @@ def test_zero_infinity():
     assert (loss[::2] > 0).all()
 
 
-@every_implementation
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_bfloat16(implementation):
     """Computed in float32; the gradient is rounded once, to the dtype of the logits."""
     logits, *rest = problem(8)

@@ -57,7 +57,8 @@ def test_attacks_of_all_strengths_share_one_program():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
     )
-    (clean, index), programs = recognize(params, state, batch, 0.0, 0, 0.0, False), len(compiled)
+    clean, index = jax.device_get(recognize(params, state, batch, 0.0, 0, 0.0, False))
+    programs = len(compiled)
     for attack in robustness.ATTACKS.values():
         found, _ = recognize(params, state, batch, 0.05, *attack)
         assert (np.asarray(found["labels"]) != clean["labels"]).any()

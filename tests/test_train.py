@@ -83,7 +83,21 @@ def test_another_configuration_is_refused(finished, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(experiment.WorkdirError, match="cannot"):
-        experiment.claim_workdir(blocked / "work", config)
+        experiment.check_workdir(blocked / "work", config)
+
+
+def test_a_start_that_failed_does_not_hold_the_workdir(tones, tmp_path):
+    config = runs.tiny_config(tones)
+    experiment.check_workdir(tmp_path, config)
+    (tmp_path / "tokenizer.json").write_text("of other settings")
+    config.text.normalizer = "upper"
+    experiment.check_workdir(tmp_path, config)
+    assert not list(tmp_path.iterdir())
+    experiment.record_config(tmp_path, config)
+    experiment.check_workdir(tmp_path, config)
+    config.text.normalizer = "lower"
+    with pytest.raises(experiment.WorkdirError, match=r"normalizer='upper', not 'lower'"):
+        experiment.check_workdir(tmp_path, config)
 
 
 # ---- One step ----------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+"""The same training on one device, on eight in any arrangement, and on two processes of four."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import follow
+import jax
+import numpy as np
+import pytest
+import runs
+
+from benchmarks import kill_resume
+
+pytestmark = pytest.mark.optax
+
+
+@pytest.fixture(scope="module")
+def reference(tones, tmp_path_factory):
+    """Twenty steps on eight devices (fsdp 4, tensor 2), with a checkpoint after the tenth."""
+    folder = tmp_path_factory.mktemp("reference")
+    run = follow.Run(tones, folder, (1, 4, 2))
+    found = run.go(0, follow.STEPS, save=folder / "checkpoints")
+    return folder, found, run
+
+
+@pytest.fixture(scope="module")
+def alone(tones, reference):
+    """The same on one device."""
+    return follow.Run(tones, reference[0], (1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def two_processes(tones, reference):
+    """What two processes of four devices each found: fresh, and from the checkpoint."""
+    folder = reference[0]
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        address = f"localhost:{taken.getsockname()[1]}"
+    outputs = [folder / f"process_{index}.json" for index in range(2)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(runs.ROOT / "tests" / "follow.py"), str(tones), str(folder)]
+            + [str(folder / "checkpoints"), str(output), address, str(index)],
+            env=runs.environment(4, PYTHONPATH=str(runs.ROOT)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, output in enumerate(outputs)
+    ]
+    errors = [child.communicate(timeout=300)[1] for child in children]
+    for child, error in zip(children, errors, strict=True):
+        assert child.returncode == 0, error[-3000:]
+    first, second = (json.loads(output.read_text()) for output in outputs)
+    for name in ("fresh", "restored"):
+        assert first[name]["losses"] == second[name]["losses"]
+        # Each process loads its half of the rows of every batch.
+        pairs = zip(first[name]["ids"], second[name]["ids"], strict=True)
+        first[name]["ids"] = [a + b for a, b in pairs]
+    return first
+
+
+def test_an_epoch_holds_every_utterance_once(reference):
+    _, found, _ = reference
+    for epoch in (0, 6, 12):
+        ids = [place for batch in found["ids"][epoch : epoch + 6] for place in batch]
+        assert sorted(ids) == list(range(48))
+    assert found["losses"][-1] < 0.7 * found["losses"][0], "a wrong step would not show"
+
+
+def test_one_device_computes_the_same(reference, alone):
+    same(alone.go(0, follow.STEPS), reference[1])
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_every_mesh_computes_the_same(reference, tones, shape):
+    run = follow.Run(tones, reference[0], shape)
+    same(run.go(0, follow.STEPS), reference[1])
+    assert_placed(run)
+
+
+def test_two_processes_compute_the_same(reference, two_processes):
+    same(two_processes["fresh"], reference[1])
+
+
+def test_arrays_are_where_the_rules_say(reference):
+    assert_placed(reference[2])
+
+
+def test_a_checkpoint_of_eight_goes_on_on_one(reference, alone):
+    folder, found, _ = reference
+    continues(alone.go(follow.SAVED, follow.SAVED + 3, restore=folder / "checkpoints"), found)
+
+
+def test_a_checkpoint_of_eight_goes_on_on_two(reference, tones):
+    folder, found, _ = reference
+    run = follow.Run(tones, folder, (1, 1, 2), jax.devices()[:2])
+    continues(run.go(follow.SAVED, follow.SAVED + 3, restore=folder / "checkpoints"), found)
+
+
+def test_a_checkpoint_of_one_process_goes_on_on_two_processes(reference, two_processes):
+    continues(two_processes["restored"], reference[1])
+
+
+def same(found, expected):
+    assert found["ids"] == expected["ids"]
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-4)
+
+
+def continues(found, expected):
+    steps = slice(follow.SAVED, follow.SAVED + 3)
+    assert found["ids"] == expected["ids"][steps]
+    np.testing.assert_allclose(found["losses"], expected["losses"][steps], rtol=1e-5)
+
+
+def assert_placed(run):
+    """The state that came out of a step lies as its abstract one says, the moments as well."""
+    for array, sharding in zip(
+        jax.tree.leaves(run.state), jax.tree.leaves(run.shardings), strict=True
+    ):
+        assert array.sharding.is_equivalent_to(sharding, array.ndim), array.shape
+    split = {x.sharding.spec for x in jax.tree.leaves(run.state.params) if x.size > 1000}
+    moments = {x.sharding.spec for x in jax.tree.leaves(run.state.opt_state) if x.size > 1000}
+    assert split == moments
+
+
+# ---- Killed, and told to leave -----------------------------------------------------------------
+
+
+def test_three_kills_change_nothing(tones, tmp_path):
+    flags = runs.command(tmp_path, tones, steps=24, eval_every=7, log_every=1)[3:]
+    flags = [flag for flag in flags if not flag.startswith("--workdir")]
+    found = kill_resume.compare(flags, tmp_path, kills=3, seed=0, env=runs.environment())
+    assert found["kills"] == 3
+    assert found["differences"] == []
+
+
+def test_sigterm_saves_on_two_processes_and_they_go_on(tones, tmp_path):
+    flags = runs.command(tmp_path, tones, "--config.mesh.data=2", steps=600, eval_every=1000)[3:]
+    command = [str(runs.ROOT / "launch" / "local.sh"), "2", "--", *flags]
+    command.append("--config.checkpoint.every=1000")
+    environment = runs.environment(2, PYTHON=sys.executable)
+    process = subprocess.Popen(
+        command, cwd=runs.ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    lines = []
+    for line in process.stderr:  # what process 0 says of its progress
+        lines.append(line)
+        if re.match(r"step \d+/600", line):
+            break
+    process.send_signal(signal.SIGTERM)
+    lines += process.communicate(timeout=300)[1].splitlines(keepends=True)
+    text = "".join(lines)
+    assert process.returncode == 0, text[-3000:]
+    saved = int(re.search(r"saved update (\d+)", text)[1])
+    assert 0 < saved < 600
+    assert [path.name for path in (tmp_path / "work" / "checkpoints").iterdir()] == [str(saved)]
+    done = runs.run(command, 2, PYTHON=sys.executable)
+    assert f"from update {saved}" in done.stderr
+    assert runs.metrics(tmp_path / "work")[-1]["step"] == 600
