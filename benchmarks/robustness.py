@@ -51,7 +51,7 @@ def _rows(runs):
                 }
                 threshold = curve == "pgd10" and over and level == min(over)
                 note = "threshold" if threshold else ""
-                yield {"split": split, "curve": curve, "level": level, **found, "": note}
+                yield {"split": split, "curve": curve, "level": level, **found, "note": note}
 
 
 def _point(points, place, level):

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_dict
 
 from speech_jax import models
 from speech_jax.errors import UserError
+from speech_jax.ops import augment
 from speech_jax.tasks.adversarial import NORMS, SPACES, Adversary
 
 MODES = {
@@ -64,9 +65,8 @@ def default() -> ConfigDict:
     features.preemphasis = 0.97
     features.normalize = "utterance"  # utterance, global (of the training set) or none
 
-    config.spec_augment = augment = ConfigDict()
-    augment.policy = "conformer"  # a policy of ops/augment.py; empty: off
-    augment.start_step = 0
+    config.spec_augment = ConfigDict(augment.POLICIES["conformer"])  # see ops/augment.py
+    config.spec_augment.start_step = 0
 
     config.model = models.settings("conformer", "s")
 

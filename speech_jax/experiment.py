@@ -19,8 +19,7 @@ from speech_jax import models, sharding
 from speech_jax.config import split_names
 from speech_jax.data import audio, pipeline, sources, text
 from speech_jax.errors import UserError
-from speech_jax.ops import augment, features
-from speech_jax.registry import lookup
+from speech_jax.ops import features
 from speech_jax.tasks.adversarial import Adversary
 from speech_jax.tasks.asr import ASR
 from speech_jax.tasks.frontend import FrontEnd
@@ -233,13 +232,13 @@ def make_task(config: ConfigDict, vocabulary_size: int, statistics=None) -> ASR:
     encoder = models.make_encoder(**config.model)
     settings = dict(config.features)
     normalize = settings.pop("normalize")
-    policy = dict(config.spec_augment)
-    start, name = policy.pop("start_step"), policy.pop("policy")
+    masks = dict(config.spec_augment)
+    start = masks.pop("start_step")
     frontend = FrontEnd(
         kind=encoder.frontend,
         log_mel={"sample_rate": config.data.sample_rate, **settings},
         normalize=normalize,
-        spec_augment=lookup("SpecAugment policy", augment.POLICIES, name) if name else None,
+        spec_augment=masks,
         spec_augment_start=start,
         **(statistics or {}),
     )

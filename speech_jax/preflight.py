@@ -96,8 +96,9 @@ def find_devices(topology: str) -> Slice:
     jax.config.update("jax_platforms", "cpu")  # the devices are not here
     if kind in _GPUS and len(sizes) <= 2:
         hosts, each = sizes if len(sizes) == 2 else (1, *sizes)
-        # Autotuning would run on the device.
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+        # Autotuning would run on the device, and Triton's products want it: cuBLAS does without.
+        wanted = " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + wanted
         rates = flops.CHIPS[kind.upper()]
         target = _GPU.format(
             name=kind.upper(),

@@ -38,7 +38,7 @@ def tiny_config(root, **train):
     config.schedule = {"name": "constant", "peak": 1e-2, "warmup": 5}
     config.train.update({"steps": 6, "eval_every": 3, "log_every": 2} | train)
     config.checkpoint.every = 2
-    config.spec_augment.policy = ""
+    config.spec_augment.update({"time_masks": 0, "frequency_masks": 0})
     config.mesh.data = 1
     config.mesh.fsdp = -1
     return config

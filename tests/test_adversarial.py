@@ -90,7 +90,7 @@ def make_batch():
     loudness = np.asarray([300, 1000, 3000, 8000, 30_000, 500, 1500, 0])[:, None]
     audio = np.clip(loudness * rng.standard_normal((ROWS, SAMPLES)), -32768, 32767)
     audio[np.arange(SAMPLES)[None] >= LENGTHS[:, None]] = 0
-    batch = {
+    return {
         "audio": audio.astype(np.int16),
         "audio_length": LENGTHS,
         "labels": rng.integers(1, 7, (ROWS, 3)).astype(np.int32),
@@ -98,7 +98,6 @@ def make_batch():
         "weight": (LENGTHS > 0).astype(np.float32),
         "index": np.arange(ROWS, dtype=np.int32),
     }
-    return {name: jnp.asarray(value) for name, value in batch.items()}
 
 
 @functools.cache
@@ -109,9 +108,9 @@ def start(name="perceptron"):
 
     def drawn(shape):
         fan_in = math.prod(shape.shape[:-1]) or 1
-        return jnp.asarray(rng.standard_normal(shape.shape) / math.sqrt(fan_in), jnp.float32)
+        return (rng.standard_normal(shape.shape) / math.sqrt(fan_in)).astype(np.float32)
 
-    return jax.tree.map(drawn, shapes[0]), jax.tree.map(lambda x: jnp.abs(drawn(x)), shapes[1])
+    return jax.tree.map(drawn, shapes[0]), jax.tree.map(lambda x: np.abs(drawn(x)), shapes[1])
 
 
 @functools.cache
@@ -143,7 +142,7 @@ def passes():
 
 
 def waveform():
-    return make_batch()["audio"].astype(jnp.float32) / 32768
+    return make_batch()["audio"].astype(np.float32) / np.float32(32768)
 
 
 def valid():

@@ -213,7 +213,7 @@ def test_equals_optax_on_200_ragged_batches():
 @every_implementation
 def test_equals_torch_on_200_ragged_batches(implementation):
     torch = pytest.importorskip("torch", reason="NO TORCH: the comparison with it did not run")
-    batches = 2 if implementation == "pallas_gpu" else 200  # its interpreter is slow
+    batches = 1 if implementation == "pallas_gpu" else 200  # its interpreter is slow
     for seed in range(batches):
         logits, frames, labels, lengths, weights = problem(seed, scale=1)
         # In float64: torch's own float32 gradient is off by up to 2e-5.
@@ -254,8 +254,9 @@ def test_long_and_peaked_logits_against_float64(scale):
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
 def test_kernels_on_peaked_logits_against_float64(implementation):
     """Frames beyond a chunk and labels beyond 128 columns; no room for the path to choose from."""
-    logits, frames, labels, lengths, weights = problem(0, 2, 140, 130, 12, 50)
-    frames[:], lengths[:] = (140, 67), (130, 20)
+    B = 1 if implementation == "pallas_gpu" else 3
+    logits, frames, labels, lengths, weights = problem(0, B, 140, 130, 12, 50)
+    frames[:], lengths[:] = (140, 67, 20)[:B], (130, 20, 0)[:B]
     labels[:] = np.arange(130) % 11 + 1  # no repeats: 130 labels fit into 140 frames
     arrays = logits, frames, labels, lengths, weights
     want, slope = references(*arrays)
@@ -264,12 +265,12 @@ def test_kernels_on_peaked_logits_against_float64(implementation):
     assert (errors(gradient, slope) <= 1e-3).all()
 
 
-@every_implementation
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_finite_differences(implementation):
     arrays = problem(7, scale=1)
     _, gradient = evaluator(implementation)(*arrays)
     rng = np.random.default_rng(0)
-    for _ in range(1 if implementation == "pallas_gpu" else 5):
+    for _ in range(5):
         direction = rng.standard_normal(arrays[0].shape, dtype=np.float32)
         ahead, behind = (
             evaluator(implementation)(arrays[0] + h * direction, *arrays[1:])[0]
@@ -394,7 +395,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "
 
 @pytest.mark.parametrize(
     ("implementation", "batch_axes"),
-    [(None, None), (None, ("data", "fsdp")), ("pallas_tpu", ("data", "fsdp"))],
+    [(None, None), ("pallas_tpu", ("data", "fsdp"))],
 )
 def test_a_batch_sharded_over_a_mesh_stays_where_it_is(implementation, batch_axes):
     arrays = problem(9, B=8)
