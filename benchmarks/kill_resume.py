@@ -65,12 +65,13 @@ def compare(flags, folder: pathlib.Path, kills: int, seed: int, env: dict) -> di
     }
     rng = random.Random(seed)
     whole, killed = folder / "whole", folder / "killed"
-    _finish(_start(flags, whole, env | cache))
+    env = cache | env
+    _finish(_start(flags, whole, env))
     counts = dict.fromkeys(STAGES, 0)
     for number in range(kills):
-        stage = _kill(_start(flags, killed, env | cache), killed, STAGES[number % 3], rng)
+        stage = _kill(_start(flags, killed, env), killed, STAGES[number % 3], rng)
         counts[stage] += 1
-    _finish(_start(flags, killed, env | cache))
+    _finish(_start(flags, killed, env))
     return {"kills": sum(counts.values()), **counts, "differences": _differences(whole, killed)}
 
 
