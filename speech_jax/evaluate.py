@@ -57,7 +57,7 @@ class Evaluator:
     def score(
         self, params, state, split: str, *, predictions: pathlib.Path | None = None
     ) -> ErrorCounts:
-        """Errors of a split; `predictions` is a file for what was recognized, a line an utterance."""
+        """Errors of a split; what was recognized goes to `predictions`, a line an utterance."""
         utterances = self.corpus(split).source.utterances
         total, lines = ErrorCounts(), []
         for place, hypothesis in self.recognize(params, state, split):

@@ -127,7 +127,7 @@ def open_splits(config: ConfigDict, names: str) -> sources.Source:
 
 
 def make_tokenizer(config: ConfigDict, workdir: pathlib.Path, source=None) -> text.Tokenizer:
-    """The tokenizer stored in the workdir; where there is none yet, made of a source's transcripts."""
+    """The tokenizer of the workdir; where there is none yet, made of a source's transcripts."""
     path = workdir / _TOKENIZER
     if not path.exists():
         if source is None:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules counted in steps, and optimizers with rules for weight decay and freezing."""
+"""Learning-rate schedules counted in steps; optimizers with rules for decay and freezing."""
 
 import re
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def exponential(
 
 
 def noam(*, peak: float, steps: int, warmup: int) -> optax.Schedule:
-    """Linear warm-up to `peak`, then falling with the inverse root of the step (Vaswani et al. 2017).
+    """Linear warm-up to `peak`, then down with the inverse root of the step (Vaswani et al. 2017).
 
     A scale s for width d in the paper's notation is a peak of s / sqrt(d * warmup).
     """

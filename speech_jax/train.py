@@ -23,7 +23,6 @@ from speech_jax.report import Report
 from speech_jax.tasks import adversarial
 from speech_jax.watchdog import Watchdog
 
-
 # What every step adds to TrainState.sums; a task adds its own.
 SUMS = ("loss", "weight", "grad_norm", "steps", "skipped", "samples", "padded_samples")
 

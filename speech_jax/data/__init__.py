@@ -1,1 +1,1 @@
-"""From files to batches, in numpy on the host: sources, decoding, text, the batch plan, the loader."""
+"""From files to batches, in numpy on the host: sources, decoding, text, plan, loader."""

@@ -2,8 +2,8 @@
 
 Parameters are float32; `dtype` is what the arithmetic runs in, and `seed` is for dropout (None
 outside of training). Normalizations and softmax are float32. The last projection of every residual
-branch starts at zero, so that a fresh network is the identity on its residual stream and trains with
-a short warm-up (Fixup, Zhang et al. 2019).
+branch starts at zero, so that a fresh network is the identity on its residual stream and trains
+with a short warm-up (Fixup, Zhang et al. 2019).
 """
 
 from typing import Any

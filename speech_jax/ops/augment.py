@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from speech_jax.ops import masking
 
-# Named policies: LB, LD, SM, SS of Park et al. 2019, table 1; the Conformer's of Gulati et al. 2020.
+# LB, LD, SM, SS of Park et al. 2019, table 1; the Conformer's of Gulati et al. 2020.
 POLICIES = {
     "librispeech_basic": {
         "time_warp": 80, "frequency_masks": 1, "frequency_width": 27,

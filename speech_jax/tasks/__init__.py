@@ -29,11 +29,11 @@ Batch = dict[str, jax.Array]
 class Task(Protocol):
     """The contract above; see it for what each function takes and returns."""
 
-    def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]: ...  # noqa: D102
+    def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]: ...
 
-    def loss(self, params, state, batch: Batch, rng=None, step=0): ...  # noqa: D102
+    def loss(self, params, state, batch: Batch, rng=None, step=0): ...
 
-    def predict(self, params, state, batch: Batch) -> dict[str, jax.Array]: ...  # noqa: D102
+    def predict(self, params, state, batch: Batch) -> dict[str, jax.Array]: ...
 
 
 class Loss(NamedTuple):

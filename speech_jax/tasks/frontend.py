@@ -35,7 +35,7 @@ class FrontEnd:
     def __post_init__(self):
         if self.normalize not in ("utterance", "global", "none"):
             raise UserError(
-                f"features.normalize must be 'utterance', 'global' or 'none', got {self.normalize!r}"
+                f"features.normalize={self.normalize!r} must be 'utterance', 'global' or 'none'"
             )
 
     def lengths(self, samples):
@@ -47,7 +47,7 @@ class FrontEnd:
         return features.frame_count(samples, *features.frame_geometry(rate, window_ms, hop_ms))
 
     def __call__(self, batch, rng=None, step=0) -> tuple[jax.Array, jax.Array]:
-        """Inputs ([B, T] or [B, F, mels], float32) and their lengths, augmented if there is a key."""
+        """Inputs ([B, T] or [B, F, mels], float32) and lengths, augmented if there is a key."""
         if self.kind == "waveform":
             waveform, lengths = features.to_waveform(batch["audio"]), batch["audio_length"]
             return self._normalize_waveform(waveform, lengths), lengths
