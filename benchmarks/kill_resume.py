@@ -89,10 +89,10 @@ def _finish(process):
 
 
 def _kill(process, workdir, wanted: str, rng) -> str:
-    """Kills a process some updates after its first one, in the wanted stage; returns the stage."""
+    """Kills a process some updates after its first one, in a wanted stage; returns the stage."""
     start = _last(workdir)
-    ahead = rng.randint(2, 8)
-    while not (_last(workdir) >= start + ahead and _stage(workdir) == wanted):
+    ahead = rng.randint(2, 6)
+    while not (_last(workdir) >= start + ahead and wanted in _stages(workdir)):
         if process.poll() is not None:
             log = pathlib.Path(f"{workdir}.log").read_text()
             raise RuntimeError(f"it ended before it could be killed: {log[-3000:]}")
@@ -100,21 +100,20 @@ def _kill(process, workdir, wanted: str, rng) -> str:
     time.sleep(rng.uniform(0, 0.02))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    return _stage(workdir)
+    return _stages(workdir)[-1]
 
 
-def _stage(workdir) -> str:
-    folder = workdir / "checkpoints"
-    try:
-        if any(ocp.utils.TMP_DIR_SUFFIX in path.name for path in folder.iterdir()):
-            return "saving"
-    except FileNotFoundError:
-        pass
+def _stages(workdir) -> list[str]:
+    """What the run does now: it always trains, saves behind that, and stops to evaluate."""
+    found, folder = ["training"], workdir / "checkpoints"
+    if any(ocp.utils.TMP_DIR_SUFFIX in path.name for path in folder.iterdir()):
+        found.append("saving")
     lines = _lines(workdir)
     every = json.loads((workdir / "config.json").read_text())["train"]["eval_every"]
     # An evaluation's own line comes when it is done.
-    begun = lines and lines[-1]["step"] % every == 0 and "learning_rate" in lines[-1]
-    return "evaluating" if begun else "training"
+    if lines and lines[-1]["step"] % every == 0 and "learning_rate" in lines[-1]:
+        found.append("evaluating")
+    return found
 
 
 def _last(workdir) -> int:

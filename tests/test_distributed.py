@@ -131,7 +131,7 @@ def assert_placed(run):
 
 
 def test_three_kills_change_nothing(tones, tmp_path):
-    flags = runs.command(tmp_path, tones, steps=24, eval_every=7, log_every=1)[3:]
+    flags = runs.command(tmp_path, tones, steps=40, eval_every=5, log_every=1)[3:]
     flags = [flag for flag in flags if not flag.startswith("--workdir")]
     found = kill_resume.compare(flags, tmp_path, kills=3, seed=0, env=runs.environment())
     assert found["kills"] == 3
