@@ -15,7 +15,6 @@ def get_config():
     config = defaults.default()
     config.data.train_splits = "train-clean-100,train-clean-360,train-other-500"
     config.data.batch_seconds = 4_800.0
-    config.spec_augment.policy = ""
     config.model = models.settings("conformer", "m", dtype="bfloat16")
     with config.unlocked():
         config.task = {

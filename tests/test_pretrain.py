@@ -59,9 +59,9 @@ def init(task, batch):
     rng = np.random.default_rng(0)
 
     def leaf(path, shape):
-        names = [key.key for key in path]
-        ones = names[-1].startswith(("scale", "magnitude"))
-        size = 1.0 if "quantizer" in names else 0.2
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        ones = name.rpartition("/")[2].startswith(("scale", "magnitude"))
+        size = 1.0 if "quantizer" in name else 0.2
         return jnp.asarray(ones + size * rng.standard_normal(shape.shape), shape.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)

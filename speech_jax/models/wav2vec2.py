@@ -5,7 +5,7 @@ Parameters map one to one onto those of the released checkpoints (deploy/hf.py).
 
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -71,7 +71,7 @@ class Wav2Vec2(nn.Module):
 
     frontend = "waveform"
     # Base and Large: table 7 of fairseq's release. Tiny is for two CPU cores.
-    VARIANTS = {  # noqa: RUF012 linen modules are dataclasses, and this is not one of the fields
+    VARIANTS: ClassVar = {
         "tiny": {
             "features": 128, "num_layers": 4, "heads": 4, "feed_forward": 512,
             "conv_channels": (64, 96, 96, 128, 128, 128, 128), "position_kernel": 32,
@@ -96,33 +96,26 @@ class Wav2Vec2(nn.Module):
         )
         self.feature_norm = layers.LayerNorm(self.dtype)
         self.projection = nn.Dense(self.features, dtype=self.dtype, kernel_init=_normal)
-        self.input_drop = nn.Dropout(self.input_dropout)
         uniform = nn.initializers.uniform(1.0)
         self.mask_embedding = self.param("mask_embedding", uniform, (self.features,))
         self.position = PositionalConvolution(
             self.position_kernel, self.position_groups, dtype=self.dtype
         )
         self.norm = layers.LayerNorm(self.dtype)
-        self.drop = nn.Dropout(self.dropout)
-        block, settings = (
-            Block,
-            {
-                "heads": self.heads,
-                "width": self.feed_forward,
-                "pre_norm": self.pre_norm,
-                "dropout": self.dropout,
-                "layer_drop": self.layer_drop,
-                "dtype": self.dtype,
-            },
-        )
-        if self.remat:
-            block = nn.remat(Block, prevent_cse=not self.scan, static_argnums=(3,))
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        settings = {
+            "heads": self.heads,
+            "width": self.feed_forward,
+            "pre_norm": self.pre_norm,
+            "dropout": self.dropout,
+            "dtype": self.dtype,
+        }
         if self.scan:
             self.layers = nn.scan(
                 block,
                 variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, nn.broadcast),
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0, 0),
                 length=self.num_layers,
             )(**settings)
         else:
@@ -159,19 +152,27 @@ class Wav2Vec2(nn.Module):
         mask: bool [B, T'], frames to replace by the mask embedding; None draws `mask_time` spans
         in training and masks nothing otherwise.
         """
-        x = self.input_drop(self.projection(features), deterministic=deterministic)
+        # One draw for all layers: drawing in every dropout would take most of the compile time.
+        seeds, skips = [None] * (self.num_layers + 1), [None] * self.num_layers
+        if not deterministic:
+            seeds = jax.random.bits(self.make_rng("dropout"), (len(seeds), 2), jnp.uint32)
+            if self.layer_drop:
+                rng = self.make_rng("dropout")
+                skips = jax.random.bernoulli(rng, self.layer_drop, (len(skips),))
+        x = layers.dropout(self.projection(features), self.input_dropout, seeds[-1], site=0)
         x = self._mask(x, lengths, deterministic, mask)
         valid = masking.length_mask(lengths, x.shape[1])
         x = jnp.where(valid[:, :, None], x, jnp.zeros((), x.dtype))
         x = x + self.position(x)
         if not self.pre_norm:
             x = self.norm(x)
-        x = self.drop(x, deterministic=deterministic)
+        x = layers.dropout(x, self.dropout, seeds[-1], site=1)
         if self.scan:
-            x, _ = self.layers(x, valid, deterministic)
+            by_layer = [None if each[0] is None else each for each in (seeds[:-1], skips)]
+            x, _ = self.layers(x, valid, *by_layer)
         else:
-            for layer in self.layer:
-                x, _ = layer(x, valid, deterministic)
+            for layer, seed, skip in zip(self.layer, seeds[:-1], skips, strict=True):
+                x, _ = layer(x, valid, seed, skip)
         if self.pre_norm:
             x = self.norm(x)
         return jnp.where(valid[:, :, None], x, jnp.zeros((), x.dtype))
@@ -391,30 +392,31 @@ def _weight_gradient(x, gradient, shape, groups):
 
 
 class Block(nn.Module):
-    """A Transformer layer: attention and feed-forward, normalized before or after."""
+    """A Transformer layer: attention and feed-forward, normalized before or after.
+
+    `seed` is that of layers.dropout; `skip`, a bool or None, leaves the layer out.
+    """
 
     heads: int
     width: int
     pre_norm: bool
     dropout: float
-    layer_drop: float
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, mask, deterministic: bool):
+    def __call__(self, x, mask, seed, skip):
+        x = partition.split_rows(x)
         attention_norm = layers.LayerNorm(self.dtype, name="attention_norm")
         feed_forward_norm = layers.LayerNorm(self.dtype, name="feed_forward_norm")
         attention = Attention(self.heads, self.dropout, self.dtype, name="attention")
         feed_forward = FeedForward(self.width, self.dropout, self.dtype, name="feed_forward")
-        x = partition.split_rows(x)
         if self.pre_norm:
-            y = x + attention(attention_norm(x), mask, deterministic)
-            y = y + feed_forward(feed_forward_norm(y), deterministic)
+            y = x + attention(attention_norm(x), mask, seed)
+            y = y + feed_forward(feed_forward_norm(y), seed)
         else:
-            y = attention_norm(x + attention(x, mask, deterministic))
-            y = feed_forward_norm(y + feed_forward(y, deterministic))
-        if self.layer_drop and not deterministic:
-            skip = jax.random.bernoulli(self.make_rng("dropout"), self.layer_drop)
+            y = attention_norm(x + attention(x, mask, seed))
+            y = feed_forward_norm(y + feed_forward(y, seed))
+        if skip is not None:
             y = jnp.where(skip, x, y)
         return partition.split_rows(y), None
 
@@ -427,7 +429,7 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, mask, deterministic: bool):
+    def __call__(self, x, mask, seed):
         features = x.shape[-1]
         if features % self.heads:
             raise ValueError(f"{features} features cannot be split into {self.heads} heads")
@@ -440,10 +442,10 @@ class Attention(nn.Module):
         # Finite, so that a row without a single valid frame stays free of NaN.
         scores = jnp.where(mask[:, None, None, :], scores, -1e30)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        weights = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
+        weights = layers.dropout(weights, self.dropout, seed, site=0)
         context = jnp.einsum("bhts,bshd->bthd", weights, value)
         output = dense(features, axis=(-2, -1), name="project")(context)
-        return nn.Dropout(self.dropout)(output, deterministic=deterministic)
+        return layers.dropout(output, self.dropout, seed, site=1)
 
 
 class FeedForward(nn.Module):
@@ -454,11 +456,11 @@ class FeedForward(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, deterministic: bool):
+    def __call__(self, x, seed):
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
         hidden = nn.gelu(dense(self.width, name="expand")(x), approximate=False)
         x = dense(x.shape[-1], name="project")(hidden)
-        return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        return layers.dropout(x, self.dropout, seed, site=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
