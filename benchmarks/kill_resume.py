@@ -146,8 +146,10 @@ def _state(workdir) -> dict[str, np.ndarray]:
     """All arrays of the newest checkpoint, and its step."""
     folder = workdir / "checkpoints"
     step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-    arrays = ocp.PyTreeCheckpointHandler().restore(folder / str(step) / "state")
-    return {"step": np.asarray(step)} | {name: np.asarray(array) for name, array in arrays.items()}
+    path, handler = folder / str(step) / "state", ocp.PyTreeCheckpointHandler()
+    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in handler.metadata(path)}
+    arrays = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return {"step": np.asarray(step), **arrays}
 
 
 if __name__ == "__main__":

@@ -45,6 +45,6 @@ def _for_two_cores(config):
     config.data.eval_buckets = 2
     config.text.tokenizer = "characters"
     config.model.dtype = "float32"
-    config.schedule = {"name": "cosine", "peak": 2e-3, "warmup": 250}
-    config.spec_augment.update({"time_masks": 2, "start_step": 1_500})
-    config.train.update({"steps": 3_200, "eval_every": 400, "ema_decay": 0.0})
+    config.schedule = {"name": "cosine", "peak": 1e-3, "warmup": 800}
+    config.spec_augment.update({"time_masks": 2, "start_step": 3_000})
+    config.train.update({"steps": 4_000, "eval_every": 500, "ema_decay": 0.0})

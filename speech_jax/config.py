@@ -102,7 +102,7 @@ def default() -> ConfigDict:
     config.robustness = robustness = ConfigDict()  # what --mode=robustness measures
     robustness.space = "waveform"
     robustness.norm = "linf"
-    robustness.epsilons = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01)
+    robustness.epsilons = (0.0001, 0.0003, 0.001, 0.002, 0.003, 0.005, 0.01)
     robustness.noise_root = ""  # a folder of noise; empty: white noise
     robustness.noise_snr_db = (20.0, 10.0, 5.0, 0.0)
 

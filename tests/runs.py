@@ -63,8 +63,8 @@ def command(folder: pathlib.Path, root, *flags: str, **train) -> list[str]:
 
 def environment(devices: int = 1, **others: str) -> dict[str, str]:
     """Of a process with so many CPU devices."""
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"} | others
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | others
 
 
 def run(arguments, devices: int = 1, check: bool = True, **others: str):

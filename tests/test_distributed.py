@@ -139,25 +139,32 @@ def test_three_kills_change_nothing(tones, tmp_path):
 
 
 def test_sigterm_saves_on_two_processes_and_they_go_on(tones, tmp_path):
-    flags = runs.command(tmp_path, tones, "--config.mesh.data=2", steps=600, eval_every=1000)[3:]
+    flags = runs.command(tmp_path, tones, "--config.mesh.data=2", steps=2000, eval_every=5000)[3:]
     command = [str(runs.ROOT / "launch" / "local.sh"), "2", "--", *flags]
-    command.append("--config.checkpoint.every=1000")
+    command.append("--config.checkpoint.every=5000")
+    first = told_to_leave(command)
+    saved = int(re.search(r"saved update (\d+)", first)[1])
+    assert 0 < saved < 2000
+    assert [path.name for path in (tmp_path / "work" / "checkpoints").iterdir()] == [str(saved)]
+    again = told_to_leave(command)
+    assert f"from update {saved}\n" in again
+    assert int(re.search(r"saved update (\d+)", again)[1]) > saved
+    steps = [line["step"] for line in runs.metrics(tmp_path / "work")]
+    assert steps == list(range(2, steps[-1] + 1, 2)), "no logged step is missing or twice there"
+
+
+def told_to_leave(command) -> str:
+    """What a command says until it has exited with 0, a SIGTERM after its first logged step."""
     environment = runs.environment(2, PYTHON=sys.executable)
     process = subprocess.Popen(
         command, cwd=runs.ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
     lines = []
-    for line in process.stderr:  # what process 0 says of its progress
+    for line in process.stderr:
         lines.append(line)
-        if re.match(r"step \d+/600", line):
+        if re.match(r"step \d+/2000", line):
             break
     process.send_signal(signal.SIGTERM)
-    lines += process.communicate(timeout=300)[1].splitlines(keepends=True)
-    text = "".join(lines)
+    text = "".join(lines) + process.communicate(timeout=300)[1]
     assert process.returncode == 0, text[-3000:]
-    saved = int(re.search(r"saved update (\d+)", text)[1])
-    assert 0 < saved < 600
-    assert [path.name for path in (tmp_path / "work" / "checkpoints").iterdir()] == [str(saved)]
-    done = runs.run(command, 2, PYTHON=sys.executable)
-    assert f"from update {saved}" in done.stderr
-    assert runs.metrics(tmp_path / "work")[-1]["step"] == 600
+    return text
