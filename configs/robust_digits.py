@@ -1,4 +1,4 @@
-"""Spoken digits, hardened with FGSM from random starts: as many updates as configs/spoken_digits.py.
+"""Spoken digits, hardened with FGSM from random starts; updates as in configs/spoken_digits.py.
 
   python -m speech_jax.main --config=configs/robust_digits.py --workdir=runs/robust_digits \\
       --config.data.root=/path/to/SpokenDigits

@@ -15,6 +15,7 @@ results.json. Every setting and its meaning: speech_jax/config.py; override any 
 import os
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -69,8 +70,17 @@ def main(argv: list[str]) -> None:
             robustness.run(_CONFIG.value, workdir)
         else:
             train.run(_CONFIG.value, workdir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        expected, together = isinstance(error, UserError), jax.distributed.is_initialized()
+        if expected:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif together:
+            traceback.print_exc()
+        else:
+            raise
+        if together:
+            # A proper end waits for the other processes, which wait for this one in a collective.
+            os._exit(1)
         sys.exit(1)
 
 

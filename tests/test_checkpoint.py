@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from speech_jax.checkpoint import (
@@ -409,13 +410,13 @@ def test_sigterm_is_noticed_in_a_single_process():
 
 
 def start(role, directory, devices, *args):
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
     command = [sys.executable, __file__, role, str(directory), *map(str, args)]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=runs.environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

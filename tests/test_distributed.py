@@ -17,6 +17,10 @@ from benchmarks import kill_resume
 
 pytestmark = pytest.mark.optax
 
+# Only the first of two processes would find its program in the cache, and gloo waits for the other
+# no longer than 30 seconds.
+COMPILE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+
 
 @pytest.fixture(scope="module")
 def reference(tones, tmp_path_factory):
@@ -45,7 +49,7 @@ def two_processes(tones, reference):
         subprocess.Popen(
             [sys.executable, str(runs.ROOT / "tests" / "follow.py"), str(tones), str(folder)]
             + [str(folder / "checkpoints"), str(output), address, str(index)],
-            env=runs.environment(4, PYTHONPATH=str(runs.ROOT)),
+            env=runs.environment(4, PYTHONPATH=str(runs.ROOT), **COMPILE),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -155,7 +159,7 @@ def test_sigterm_saves_on_two_processes_and_they_go_on(tones, tmp_path):
 
 def told_to_leave(command) -> str:
     """What a command says until it has exited with 0, a SIGTERM after its first logged step."""
-    environment = runs.environment(2, PYTHON=sys.executable)
+    environment = runs.environment(2, PYTHON=sys.executable, **COMPILE)
     process = subprocess.Popen(
         command, cwd=runs.ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
