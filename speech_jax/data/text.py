@@ -223,7 +223,7 @@ def _train_sentencepiece(texts: Sequence[str], vocabulary_size: int, algorithm: 
             vocab_size=vocabulary_size,
             model_type=algorithm,
             character_coverage=1.0,
-            max_sentence_length=max(len(text.encode()) for text in texts) + 1,
+            max_sentence_length=max(10, max(len(text.encode()) for text in texts) + 1),
             normalization_rule_name="identity",  # normalized already
             num_threads=4,  # fixed, for sums of floats depend on how they are split
             unk_id=BLANK,  # what no text encodes to; there are no other special pieces
