@@ -129,18 +129,17 @@ def open_splits(config: ConfigDict, names: str) -> sources.Source:
 def make_tokenizer(config: ConfigDict, workdir: pathlib.Path, source=None) -> text.Tokenizer:
     """The tokenizer of the workdir; where there is none yet, made of a source's transcripts."""
     path = workdir / _TOKENIZER
-    if not path.exists():
-        if source is None:
-            raise WorkdirError(f"{workdir} holds no tokenizer.json: train there first")
-        if jax.process_index() == 0:
-            made = text.make_tokenizer(
-                config.text.tokenizer,
-                [utterance.text for utterance in source.utterances],
-                normalizer=config.text.normalizer,
-                vocabulary_size=config.text.vocabulary_size,
-            )
-            made.save(path)
-        _barrier("tokenizer")
+    if source is None and not path.exists():
+        raise WorkdirError(f"{workdir} holds no {_TOKENIZER}: train there first")
+    if jax.process_index() == 0 and not path.exists():
+        made = text.make_tokenizer(
+            config.text.tokenizer,
+            [utterance.text for utterance in source.utterances],
+            normalizer=config.text.normalizer,
+            vocabulary_size=config.text.vocabulary_size,
+        )
+        made.save(path)
+    _barrier("tokenizer")
     return text.load_tokenizer(path)
 
 
@@ -258,12 +257,11 @@ def feature_statistics(config: ConfigDict, workdir: pathlib.Path, source=None):
     if config.features.normalize != "global":
         return None
     path = workdir / _FEATURES
-    if not path.exists():
-        if source is None:
-            raise WorkdirError(f"{workdir} holds no features.json: train there first")
-        if jax.process_index() == 0:
-            _write(path, json.dumps(_measure(config, source)))
-        _barrier("features")
+    if source is None and not path.exists():
+        raise WorkdirError(f"{workdir} holds no {_FEATURES}: train there first")
+    if jax.process_index() == 0 and not path.exists():
+        _write(path, json.dumps(_measure(config, source)))
+    _barrier("features")
     return {
         name: np.asarray(value, np.float32) for name, value in json.loads(path.read_text()).items()
     }
