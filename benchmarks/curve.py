@@ -33,7 +33,7 @@ def main(workdir: str, picture: str) -> None:
         rate_axis.plot(
             *zip(*rates, strict=True), "o-", color=color, label=f"{kind.upper()}, {split}"
         )
-    rate_axis.set(ylabel="error rate (%)", ylim=(0, 105))
+    rate_axis.set(ylabel="error rate (%)", ylim=(0, None))
     figure.legend(loc="outside upper center", ncols=1 + len(names))
     pathlib.Path(picture).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
