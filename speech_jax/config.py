@@ -10,7 +10,7 @@ import difflib
 
 from ml_collections import ConfigDict, config_dict
 
-from speech_jax import models
+from speech_jax import models, tasks
 from speech_jax.errors import UserError
 from speech_jax.ops import augment
 from speech_jax.tasks.adversarial import NORMS, SPACES, Adversary
@@ -35,13 +35,14 @@ def default() -> ConfigDict:
     data.root = ""  # the folder that holds the splits
     data.cache = ""  # for what is derived from the data; empty: ~/.cache/speech_jax
     data.train_splits = ""  # names joined by commas
-    data.eval_splits = ""  # scored while training; the first one's WER picks the best checkpoint
+    data.train_minutes = 0.0  # of the training splits, drawn with the seed; 0: all of them
+    data.eval_splits = ""  # scored while training; the first one picks the best checkpoint
     data.test_splits = ""  # scored once, at the end, with the best checkpoint
     data.arguments = ConfigDict()  # further arguments of the source
     data.on_error = "skip"  # utterances that cannot be used: 'skip' (counted, named) or 'raise'
     data.sample_rate = 16_000
     data.min_seconds = 0.1
-    data.max_seconds = 20.0  # longer training utterances are left out
+    data.max_seconds = 20.0  # longer training utterances are left out, or cropped if unlabelled
     data.batch_seconds = 120.0  # audio in a global batch, padding included
     data.buckets = 6  # batch shapes, each compiled once
     data.eval_buckets = 3
@@ -59,7 +60,7 @@ def default() -> ConfigDict:
     config.features = features = ConfigDict()
     features.mels = 80
     features.low_hz = 20.0
-    features.high_hz = None  # None: half the sample rate
+    features.high_hz = config_dict.placeholder(float)  # None: half the sample rate
     features.window_ms = 25.0
     features.hop_ms = 10.0
     features.preemphasis = 0.97
@@ -68,7 +69,12 @@ def default() -> ConfigDict:
     config.spec_augment = ConfigDict(augment.POLICIES["conformer"])  # see ops/augment.py
     config.spec_augment.start_step = 0
 
+    config.task = ConfigDict(tasks.settings("asr"))  # asr, contrastive or best_rq: see tasks/
+
     config.model = models.settings("conformer", "s")
+
+    config.init = ConfigDict()
+    config.init.folder = ""  # pretrained weights of the encoder: a workdir, or of Hugging Face
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adam, adamw, nadamw, sgd, lion
@@ -77,9 +83,10 @@ def default() -> ConfigDict:
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 1e-3
     config.optimizer.no_decay = "(bias|scale)$"
+    config.optimizer.frozen = ()  # (regular expression, updates that it stands still for or -1)
 
     config.schedule = ConfigDict()
-    config.schedule.name = "noam"  # constant, cosine, exponential, noam, tri_stage
+    config.schedule.name = "noam"  # constant, cosine, exponential, noam, polynomial, tri_stage
     config.schedule.peak = 1e-3
     config.schedule.warmup = 10_000
 
@@ -167,7 +174,7 @@ def check(config: ConfigDict) -> None:
 
 
 # Sections that are some constructor's keyword arguments: it checks their keys itself.
-_FREE = ("model", "optimizer", "schedule", "data.arguments")
+_FREE = ("task", "model", "optimizer", "schedule", "data.arguments")
 
 
 def _check_keys(config, reference, prefix):

@@ -1,4 +1,4 @@
-"""Word and character error rates of a split; padding and filler rows never count."""
+"""Scores of a split, whatever the task; padding and filler rows never count."""
 
 import json
 import pathlib
@@ -13,20 +13,20 @@ from ml_collections import ConfigDict
 
 from speech_jax import checkpoint, experiment, sharding
 from speech_jax.config import split_names
-from speech_jax.data import text
-from speech_jax.metrics import ErrorCounts, count_errors
+from speech_jax.errors import UserError
 
 _PREDICTIONS = "predictions"
 
 
 class Evaluator:
-    """Recognizes splits with a task; shapes that were compiled once stay compiled."""
+    """Scores splits with a task; shapes that were compiled once stay compiled."""
 
     def __init__(
         self, config: ConfigDict, task, tokenizer, mesh, param_shardings, on_batch=lambda: None
     ):
         """`on_batch` is called after every batch."""
-        self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
+        self._config, self._mesh = config, mesh
+        self._task, self._tokenizer = task, tokenizer
         self._on_batch = on_batch
         self._predict = jax.jit(
             task.predict,
@@ -40,8 +40,8 @@ class Evaluator:
             self._corpora[split] = experiment.evaluation_corpus(self._config, split)
         return self._corpora[split]
 
-    def recognize(self, params, state, split: str) -> Iterator[tuple[int, str]]:
-        """(place in the source, hypothesis) of every utterance; the same on every process."""
+    def predict(self, params, state, split: str) -> Iterator[tuple[int, dict]]:
+        """(place in the source, row of the task's prediction); the same on every process."""
         batches = experiment.evaluation_batches(self._config, self.corpus(split), self._mesh)
         for batch in batches:
             index = _everywhere(sharding.put_batch({"index": batch["index"]}, self._mesh))["index"]
@@ -51,28 +51,25 @@ class Evaluator:
             self._on_batch()
             for row, place in enumerate(index):
                 if place >= 0:
-                    labels = found["labels"][row, : found["label_length"][row]]
-                    yield int(place), self._tokenizer.decode(labels)
+                    yield int(place), {name: rows[row] for name, rows in found.items()}
 
-    def score(
-        self, params, state, split: str, *, predictions: pathlib.Path | None = None
-    ) -> ErrorCounts:
-        """Errors of a split; what was recognized goes to `predictions`, a line an utterance."""
+    def score(self, params, state, split: str, *, predictions: pathlib.Path | None = None):
+        """Counts of a split (metrics.py); details go to `predictions`, a line an utterance."""
         utterances = self.corpus(split).source.utterances
-        total, lines = ErrorCounts(), []
-        for place, hypothesis in self.recognize(params, state, split):
-            utterance = utterances[place]
-            reference = text.normalize(utterance.text, self._tokenizer.normalizer)
-            errors = count_errors(reference, hypothesis)
-            total += errors
-            line = {"id": utterance.id, "reference": reference, "hypothesis": hypothesis}
-            lines.append(json.dumps(line | {"wer": round(errors.wer, 4)}, ensure_ascii=False))
+        total, lines = None, []
+        for place, row in self.predict(params, state, split):
+            counts, details = self._task.score(row, utterances[place], self._tokenizer)
+            total = counts if total is None else total + counts
+            line = {"id": utterances[place].id, **details}
+            lines.append(json.dumps(line, ensure_ascii=False))
         skipped = self.corpus(split).skipped
         if skipped:
             logging.warning("%s: %d utterances could not be read: %s", split, len(skipped), skipped)
         if predictions and jax.process_index() == 0:
             predictions.parent.mkdir(exist_ok=True)
             predictions.write_text("\n".join(lines) + "\n")
+        if total is None:
+            raise UserError(f"{split}: no utterance could be read")
         return total
 
 
@@ -81,11 +78,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
 
     Adds the splits to the workdir's results.json and returns all of it.
     """
-    experiment.check_workdir(workdir, config, sections=("model", "features", "text"))
+    experiment.check_workdir(workdir, config, trained=True)
     mesh = sharding.make_mesh(**config.mesh)
-    tokenizer = experiment.make_tokenizer(config, workdir)
-    statistics = experiment.feature_statistics(config, workdir)
-    task = experiment.make_task(config, tokenizer.vocabulary_size, statistics)
+    task, tokenizer = experiment.open_task(config, workdir)
     shapes = jax.eval_shape(task.init, jax.random.key(0), probe(config, mesh))
     params, state = restore(config, workdir, mesh, *shapes)
     shardings = jax.tree.map(lambda x: x.sharding, params)
@@ -128,16 +123,13 @@ def restore(config: ConfigDict, workdir: pathlib.Path, mesh, params, state):
 
 
 def score_splits(evaluator, params, state, splits, workdir, report) -> dict[str, dict]:
-    """results.json's entry of each split; hypotheses go to workdir/predictions/SPLIT.jsonl."""
+    """results.json's entry of each split; details go to workdir/predictions/SPLIT.jsonl."""
     results = {}
     for split in splits:
         path = workdir / _PREDICTIONS / f"{split}.jsonl"
-        errors = evaluator.score(params, state, split, predictions=path)
-        results[split] = errors.results()
-        report(
-            f"{split}: WER {100 * errors.wer:.2f}%, CER {100 * errors.cer:.2f}% "
-            f"({errors.utterances} utterances, {errors.words} words)"
-        )
+        counts = evaluator.score(params, state, split, predictions=path)
+        results[split] = counts.results()
+        report(f"{split}: {counts}  ({len(evaluator.corpus(split))} utterances)")
     return results
 
 

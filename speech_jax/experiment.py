@@ -15,35 +15,37 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from speech_jax import models, sharding
+from speech_jax import models, registry, sharding, tasks
 from speech_jax.config import split_names
 from speech_jax.data import audio, pipeline, sources, text
 from speech_jax.errors import UserError
 from speech_jax.ops import features
 from speech_jax.tasks.adversarial import Adversary
-from speech_jax.tasks.asr import ASR
 from speech_jax.tasks.frontend import FrontEnd
 
 # What may change between the runs that share a workdir: where things are and how fast they go,
 # never what is computed.
 _FREE = (
     "data.root", "data.cache", "data.threads", "data.eval_splits", "data.test_splits",
-    "data.eval_buckets", "data.noise_root", "robustness", "train.log_every", "checkpoint", "mesh",
+    "data.eval_buckets", "data.noise_root", "robustness", "train.log_every", "checkpoint",
+    "mesh",
 )  # fmt: skip
 
 
 _TOKENIZER, _FEATURES = "tokenizer.json", "features.json"
+# What a workdir's parameters are good for.
+_MODEL = ("task", "model", "features", "text")
 
 
 class WorkdirError(UserError):
     """A workdir that this run cannot use; the message says which one would do."""
 
 
-def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, sections=None) -> None:
+def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, trained: bool = False) -> None:
     """Checks that a workdir is of this configuration, or fresh and writable; in time, before work.
 
-    `sections` limits the check (evaluation needs the same model, not the same schedule) and asks
-    for a workdir that was trained in.
+    `trained` asks for one that was trained in, by whatever schedule and on whatever data: the model
+    is to be used, not trained further.
 
     Raises:
       WorkdirError: it cannot be written, or holds another configuration.
@@ -52,7 +54,7 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, sections=None) -
     try:
         recorded = json.loads(path.read_text())
     except FileNotFoundError:
-        if sections:
+        if trained:
             raise WorkdirError(f"{workdir} holds no config.json: train there first") from None
         if jax.process_index() == 0:
             _prepare(workdir)
@@ -61,7 +63,9 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, sections=None) -
     except (OSError, ValueError) as error:
         raise WorkdirError(f"{path} cannot be read ({error}): use another --workdir") from error
     resolved = json.loads(config.to_json())
-    compared = {name: (recorded.get(name), resolved[name]) for name in sections or resolved}
+    compared = {
+        name: (recorded.get(name), resolved[name]) for name in (_MODEL if trained else resolved)
+    }
     for key, old, new in _differences(compared):
         raise WorkdirError(
             f"{workdir} was trained with config.{key}={old!r}, not {new!r}: use another "
@@ -126,8 +130,20 @@ def open_splits(config: ConfigDict, names: str) -> sources.Source:
     return opened[0] if len(opened) == 1 else sources.concatenate(opened)
 
 
-def make_tokenizer(config: ConfigDict, workdir: pathlib.Path, source=None) -> text.Tokenizer:
-    """The tokenizer of the workdir; where there is none yet, made of a source's transcripts."""
+def open_training(config: ConfigDict) -> sources.Source:
+    """The training splits, or as much of them as is asked for."""
+    source = open_splits(config, config.data.train_splits)
+    minutes = config.data.train_minutes
+    return sources.draw(source, 60 * minutes, config.seed) if minutes else source
+
+
+def make_tokenizer(config: ConfigDict, workdir: pathlib.Path, source=None) -> text.Tokenizer | None:
+    """The tokenizer of the workdir; where there is none yet, made of a source's transcripts.
+
+    None for a task without transcripts.
+    """
+    if not tasks.constructor(config.task.name).labelled:
+        return None
     path = workdir / _TOKENIZER
     if source is None and not path.exists():
         raise WorkdirError(f"{workdir} holds no {_TOKENIZER}: train there first")
@@ -143,8 +159,11 @@ def make_tokenizer(config: ConfigDict, workdir: pathlib.Path, source=None) -> te
     return text.load_tokenizer(path)
 
 
-def training_corpus(config: ConfigDict, source, tokenizer, task: ASR) -> pipeline.Corpus:
-    """The utterances of `source` that can be trained on; the others are counted in the log."""
+def training_corpus(config: ConfigDict, source, tokenizer, task) -> pipeline.Corpus:
+    """The utterances of `source` that can be trained on; the others are counted in the log.
+
+    What has no transcript to fit is cropped where it is too long, at a new place in each epoch.
+    """
     data = config.data
     corpus = pipeline.encode_corpus(
         source,
@@ -154,6 +173,7 @@ def training_corpus(config: ConfigDict, source, tokenizer, task: ASR) -> pipelin
         max_seconds=data.max_seconds,
         output_lengths=lambda samples: task.encoder.output_lengths(task.frontend.lengths(samples)),
         max_speed=max(data.speeds),
+        crop=not task.labelled,
         on_error=data.on_error,
     )
     for name, reason in list(corpus.left_out.items())[:5]:
@@ -226,8 +246,18 @@ def evaluation_batches(config: ConfigDict, corpus: pipeline.Corpus, mesh) -> Ite
 # ---- Task --------------------------------------------------------------------------------------
 
 
-def make_task(config: ConfigDict, vocabulary_size: int, statistics=None) -> ASR:
-    """The task that the configuration names, around its encoder and front end."""
+def open_task(config: ConfigDict, workdir: pathlib.Path, source=None):
+    """(task, tokenizer or None) of a workdir; what it does not hold yet is made of `source`."""
+    tokenizer = make_tokenizer(config, workdir, source)
+    statistics = feature_statistics(config, workdir, source)
+    return make_task(config, tokenizer and tokenizer.vocabulary_size, statistics), tokenizer
+
+
+def make_task(config: ConfigDict, vocabulary_size: int | None, statistics=None):
+    """The task that the configuration names, around its encoder and front end.
+
+    `vocabulary_size` is of a task with transcripts, `statistics` what `feature_statistics` returns.
+    """
     encoder = models.make_encoder(**config.model)
     settings = dict(config.features)
     normalize = settings.pop("normalize")
@@ -241,7 +271,12 @@ def make_task(config: ConfigDict, vocabulary_size: int, statistics=None) -> ASR:
         spec_augment_start=start,
         **(statistics or {}),
     )
-    return ASR(encoder, frontend, vocabulary_size)
+    arguments = dict(config.task)
+    name = arguments.pop("name")
+    arguments |= {"encoder": encoder, "frontend": frontend}
+    if tasks.constructor(name).labelled:
+        arguments["vocabulary_size"] = vocabulary_size
+    return registry.call(tasks.constructor(name), arguments, what=f"task ({name})")
 
 
 def make_adversary(config: ConfigDict) -> Adversary:

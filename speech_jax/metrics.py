@@ -1,9 +1,14 @@
-"""Scores as sums that can be merged, and the writers that metrics go to."""
+"""Scores as sums that can be merged, and the writers that metrics go to.
+
+Counts of two corpora add up to those of both. `results()` is what results.json holds of a split;
+`RATES` names those of its values that are logged while training.
+"""
 
 import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
+from typing import ClassVar
 
 from rapidfuzz.distance import Levenshtein
 from tensorboardX import SummaryWriter
@@ -24,9 +29,10 @@ class ErrorCounts:
     characters: int = 0
     character_errors: int = 0
 
+    RATES: ClassVar = ("wer", "cer")
+
     def __add__(self, other: "ErrorCounts") -> "ErrorCounts":
-        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-        return ErrorCounts(*(a + b for a, b in zip(mine, theirs, strict=True)))
+        return _merge(self, other)
 
     @property
     def wer(self) -> float:
@@ -42,6 +48,43 @@ class ErrorCounts:
         """What results.json holds of a split."""
         names = ("insertions", "deletions", "substitutions", "words", "utterances")
         return {"wer": self.wer, "cer": self.cer} | {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        return f"WER {100 * self.wer:.2f}%  CER {100 * self.cer:.2f}%"
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedCounts:
+    """How well masked frames were told apart, as sums over them."""
+
+    nats: float = 0.0
+    correct: float = 0.0
+    masked: float = 0.0
+
+    RATES: ClassVar = ("error_rate", "loss_per_frame")
+
+    def __add__(self, other: "MaskedCounts") -> "MaskedCounts":
+        return _merge(self, other)
+
+    def results(self) -> dict[str, float]:
+        """What results.json holds of a split; error_rate is 1 - accuracy."""
+        count = max(self.masked, 1.0)
+        accuracy = self.correct / count
+        return {
+            "error_rate": 1 - accuracy,
+            "accuracy": accuracy,
+            "loss_per_frame": self.nats / count,
+            "masked_frames": self.masked,
+        }
+
+    def __str__(self) -> str:
+        results = self.results()
+        return f"accuracy {results['accuracy']:.4f}  loss {results['loss_per_frame']:.3f}"
+
+
+def _merge(one, other):
+    sums = zip(dataclasses.astuple(one), dataclasses.astuple(other), strict=True)
+    return type(one)(*(a + b for a, b in sums))
 
 
 def count_errors(reference: str, hypothesis: str) -> ErrorCounts:

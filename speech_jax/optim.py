@@ -33,6 +33,14 @@ def exponential(
     return _after_warmup(decay, peak, warmup)
 
 
+def polynomial(
+    *, peak: float, steps: int, warmup: int = 0, power: float = 1.0, final: float = 0.0
+) -> optax.Schedule:
+    """Linear warm-up to `peak`, then down to `final` * peak at `steps`; of power 1, a line."""
+    decay = optax.polynomial_schedule(peak, peak * final, power, max(1, steps - warmup))
+    return _after_warmup(decay, peak, warmup)
+
+
 def noam(*, peak: float, steps: int, warmup: int) -> optax.Schedule:
     """Linear warm-up to `peak`, then down with the inverse root of the step (Vaswani et al. 2017).
 
@@ -84,6 +92,7 @@ SCHEDULES = {
     "cosine": cosine,
     "exponential": exponential,
     "noam": noam,
+    "polynomial": polynomial,
     "tri_stage": tri_stage,
 }
 

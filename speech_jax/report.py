@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from speech_jax import flops
 from speech_jax.errors import UserError
-from speech_jax.metrics import ErrorCounts, Writer
+from speech_jax.metrics import Writer
 
 
 class TrainingError(UserError):
@@ -34,10 +34,12 @@ class Report:
         max_skipped: int,
         schedule,
         corpus,
+        task,
     ):
         """`first` updates are done of `steps`; `corpus` names utterances and gives the rate."""
         self._steps, self._first, self._log_every = steps, first, log_every
-        self._max_skipped, self._schedule, self._corpus = max_skipped, schedule, corpus
+        self._max_skipped, self._schedule = max_skipped, schedule
+        self._corpus, self._task = corpus, task
         main = jax.process_index() == 0
         self._writer = Writer(workdir) if main else None
         if self._writer:
@@ -53,11 +55,11 @@ class Report:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=steps, completed=first, figures="")
+        self._line = self._bar.add_task("", total=steps, completed=first, figures="")
         self._pending = None
         self._window = _Window()
         self._total = _Window()
-        self._wer: float | None = None
+        self._score = ""
         self._skipped = 0
         self._compiles = 0
         jax.monitoring.register_event_duration_secs_listener(self._count_compilations)
@@ -90,18 +92,21 @@ class Report:
         yield
         self._window.start()
 
-    def scores(self, step: int, counts: dict[str, ErrorCounts]) -> dict[str, float]:
-        """Writes an evaluation; returns the first split's rates as {'wer', 'cer'}."""
-        values = {}
-        for split, errors in counts.items():
-            values |= {f"{split}/wer": errors.wer, f"{split}/cer": errors.cer}
-            self.say(
-                f"step {step}  {split}: WER {100 * errors.wer:.2f}%  CER {100 * errors.cer:.2f}%"
-            )
-        self._write(step, values)
-        first = next(iter(counts.values()))
-        self._wer = first.wer
-        return {"wer": first.wer, "cer": first.cer}
+    def scores(self, step: int, counts: dict) -> dict[str, float]:
+        """Writes an evaluation's counts; returns the first split's rates."""
+        rates = {
+            split: {name: found.results()[name] for name in found.RATES}
+            for split, found in counts.items()
+        }
+        for split, found in counts.items():
+            self.say(f"step {step}  {split}: {found}")
+        self._write(
+            step,
+            {f"{split}/{name}": x for split, values in rates.items() for name, x in values.items()},
+        )
+        first = next(iter(counts))
+        self._score = f"  {first}: {counts[first]}"
+        return rates[first]
 
     def finish(self) -> dict:
         """Reads the last step; returns the run's figures for results.json."""
@@ -125,7 +130,7 @@ class Report:
     def _read(self, step, sums, finite, index, program_flops):
         self._window.flops += program_flops
         self._window.steps += 1
-        self._bar.update(self._task, completed=step)
+        self._bar.update(self._line, completed=step)
         if not bool(finite):
             self._skipped += 1
             names = [self._corpus.source.utterances[place].id for place in index if place >= 0]
@@ -145,12 +150,11 @@ class Report:
         self._window.audio_seconds = sums["samples"] / rate * self._window.steps / done
         self._window.stop()
         updates = max(sums["steps"], 1.0)
-        values = {
-            "loss_per_label": sums["loss"] / max(sums["weight"], 1.0),
+        found = self._task.figures(sums, step)
+        values = found | {
             "grad_norm": sums["grad_norm"] / updates,
             "learning_rate": float(self._schedule(step - 1)),
             "padding_fraction": 1 - sums["samples"] / max(sums["padded_samples"], 1.0),
-            "infeasible": sums["infeasible"],
             "skipped_updates": sums["skipped"],
             "unreadable": len(self._corpus.skipped),
             "audio_seconds_per_second": self._window.rate(self._window.audio_seconds),
@@ -162,20 +166,21 @@ class Report:
         self._window = _Window()
         self._window.start()
         self._write(step, values)
-        self._show(step, values)
+        loss = next(iter(found.values()))
+        accuracy = f"  accuracy {found['accuracy']:.3f}" if "accuracy" in found else ""
+        self._show(step, f"loss {loss:.3f}{accuracy}", values)
 
-    def _show(self, step, values):
+    def _show(self, step, progress, values):
         figures = (
-            f"loss {values['loss_per_label']:.3f}  grad {values['grad_norm']:.2f}  "
+            f"{progress}  grad {values['grad_norm']:.2f}  "
             f"lr {values['learning_rate']:.1e}  {values['audio_seconds_per_second']:.0f} audio s/s"
         )
-        if self._wer is not None:
-            figures += f"  WER {100 * self._wer:.2f}%"
+        figures += self._score
         if self._bar.disable:
             eta = (self._steps - step) * self._total.seconds / max(self._total.steps, 1)
             self.say(f"step {step}/{self._steps}  {figures}  ETA {eta // 60:.0f}:{eta % 60:02.0f}")
         else:
-            self._bar.update(self._task, figures=figures)
+            self._bar.update(self._line, figures=figures)
 
     def _write(self, step, values):
         if self._writer:

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from speech_jax import evaluate, experiment, sharding
 from speech_jax.config import split_names
-from speech_jax.data import audio, pipeline, text
+from speech_jax.data import audio, pipeline
 from speech_jax.errors import UserError
-from speech_jax.metrics import ErrorCounts, count_errors
+from speech_jax.metrics import ErrorCounts
 from speech_jax.tasks.adversarial import Ball
 
 # Ascents, their size as a fraction of epsilon, and whether they begin at a random point.
@@ -39,11 +39,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, say: Callable[[str], None] = 
     Raises:
       UserError: the workdir holds no such model, or what is asked for cannot be done with it.
     """
-    experiment.check_workdir(workdir, config, sections=("model", "features", "text"))
+    experiment.check_workdir(workdir, config, trained=True)
     mesh = sharding.make_mesh(**config.mesh)
-    tokenizer = experiment.make_tokenizer(config, workdir)
-    statistics = experiment.feature_statistics(config, workdir)
-    task = experiment.make_task(config, tokenizer.vocabulary_size, statistics)
+    task, tokenizer = experiment.open_task(config, workdir)
+    if not task.labelled:
+        raise UserError(
+            f"--mode=robustness counts word errors, and {config.task.name} has no words"
+        )
     shapes = jax.eval_shape(task.init, jax.random.key(0), evaluate.probe(config, mesh))
     params, state = evaluate.restore(config, workdir, mesh, *shapes)
     recognize = make_recognizer(task, mesh, **_space(config))
@@ -58,7 +60,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, say: Callable[[str], None] = 
             output_lengths=lambda n: task.encoder.output_lengths(task.frontend.lengths(n)),
             on_error=config.data.on_error,
         )
-        counts = _measure(config, mesh, tokenizer, corpus, lambda *a: recognize(params, state, *a))
+        attacked = lambda *arguments: recognize(params, state, *arguments)
+        counts = _measure(config, mesh, task, tokenizer, corpus, attacked)
         curves[split] = _arrange(counts)
         for line in _table(split, curves[split]):
             say(line)
@@ -98,7 +101,7 @@ def _space(config):
     return {"space": config.robustness.space, "norm": config.robustness.norm}
 
 
-def _measure(config, mesh, tokenizer, corpus, recognize) -> dict[tuple, ErrorCounts]:
+def _measure(config, mesh, task, tokenizer, corpus, recognize) -> dict[tuple, ErrorCounts]:
     """Errors of a corpus by (curve, level)."""
     settings = config.robustness
     noises = _open_noises(settings.noise_root, corpus.sample_rate, config.seed)
@@ -107,12 +110,10 @@ def _measure(config, mesh, tokenizer, corpus, recognize) -> dict[tuple, ErrorCou
     def count(curve, level, batch, attack):
         found, index = jax.device_get(recognize(batch, *attack))
         errors = ErrorCounts()
-        for row, place in enumerate(index):
+        for number, place in enumerate(index):
             if place >= 0:
-                hypothesis = tokenizer.decode(found["labels"][row, : found["label_length"][row]])
-                utterance = corpus.source.utterances[place]
-                reference = text.normalize(utterance.text, tokenizer.normalizer)
-                errors += count_errors(reference, hypothesis)
+                row = {name: rows[number] for name, rows in found.items()}
+                errors += task.score(row, corpus.source.utterances[place], tokenizer)[0]
         total[curve, level] = total.get((curve, level), ErrorCounts()) + errors
 
     for batch in experiment.evaluation_batches(config, corpus, mesh):

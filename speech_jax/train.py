@@ -16,7 +16,7 @@ import optax
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from speech_jax import evaluate, experiment, flops, optim, sharding, tasks
+from speech_jax import evaluate, experiment, flops, optim, pretrained, sharding, tasks
 from speech_jax.checkpoint import Checkpoints, EarlyStopping, catch_preemption
 from speech_jax.config import split_names
 from speech_jax.report import Report
@@ -173,10 +173,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
 
     # ---- Data ----------------------------------------------------------------------------------
     mesh = sharding.make_mesh(**config.mesh)
-    source = experiment.open_splits(config, config.data.train_splits)
-    tokenizer = experiment.make_tokenizer(config, workdir, source)
-    statistics = experiment.feature_statistics(config, workdir, source)
-    task = experiment.make_task(config, tokenizer.vocabulary_size, statistics)
+    source = experiment.open_training(config)
+    task, tokenizer = experiment.open_task(config, workdir, source)
     corpus = experiment.training_corpus(config, source, tokenizer, task)
     buckets = experiment.training_buckets(config, corpus, mesh)
     eval_splits = split_names(config.data.eval_splits)
@@ -198,12 +196,16 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
     checkpoints = Checkpoints(
         str(workdir / "checkpoints"),
         keep=config.checkpoint.keep,
-        best_metric="wer" if eval_splits else None,
+        best_metric=task.metric if eval_splits else None,
     )
     stopper = EarlyStopping(config.checkpoint.patience)
     restored = checkpoints.restore(abstract)
     if restored is None:
         state, first, seconds = jax.jit(init, out_shardings=shardings)(), 0, 0.0
+        if config.init.folder:
+            params = pretrained.with_encoder(state.params, config)
+            ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay else {}
+            state = state.replace(params=params, ema=ema)
     else:
         state, first = restored.state, restored.data["next_batch"]
         seconds = restored.data["seconds"]
@@ -217,11 +219,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
         max_skipped=config.train.max_skipped,
         schedule=schedule,
         corpus=corpus,
+        task=task,
     )
     parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
     report.say(
         f"{corpus.seconds / 3600:.2f} h of speech in {len(corpus)} utterances, "
-        f"{tokenizer.vocabulary_size} labels, {parameters / 1e6:.2f} M parameters, "
+        f"{tokenizer.vocabulary_size if tokenizer else 'no'} labels, "
+        f"{parameters / 1e6:.2f} M parameters, "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, from update {first}"
     )
 
@@ -241,7 +245,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
                 with report.pause():
                     counts = score(evaluator, state, eval_splits)
                     scores = report.scores(step, counts)
-                    stopper.update(scores["wer"])
+                    stopper.update(scores[task.metric])
             leave = reached_preemption(step)
             if scores or leave or step % config.checkpoint.every == 0 or step == steps:
                 with report.pause():
@@ -323,7 +327,7 @@ def jit_step(config: ConfigDict, task, tx, abstract, mesh):
 
 
 def score(evaluator, state: TrainState, splits) -> dict:
-    """Error counts of each split with the averaged parameters, if there are any."""
+    """Counts of each split with the averaged parameters, if there are any."""
     params = state.ema or state.params
     return {split: evaluator.score(params, state.model_state, split) for split in splits}
 

@@ -9,8 +9,8 @@ import pathlib
 import sys
 
 import jax
-import runs
 
+import runs
 from speech_jax import checkpoint, experiment, optim, sharding, train
 
 STEPS, SAVED = 20, 10
@@ -26,9 +26,7 @@ class Run:
         # Rows for eight devices, and no more on one.
         longest = math.ceil(10 * max(one.duration for one in source.utterances)) / 10
         self.config.data.batch_seconds = 8 * longest
-        tokenizer = experiment.make_tokenizer(self.config, workdir, source)
-        statistics = experiment.feature_statistics(self.config, workdir, source)
-        task = experiment.make_task(self.config, tokenizer.vocabulary_size, statistics)
+        task, tokenizer = experiment.open_task(self.config, workdir, source)
         self.corpus = experiment.training_corpus(self.config, source, tokenizer, task)
         self.buckets = experiment.training_buckets(self.config, self.corpus, mesh)
         schedule = optim.make_schedule(steps=STEPS, **self.config.schedule)

@@ -199,7 +199,7 @@ def our_pretraining(model: hf.Model, config, batch, draws):
     )
 
     def loss(params):
-        total, _, sums = task.score(params, batch["audio"], batch["audio_length"], draws)
+        total, _, sums = task.compare(params, batch["audio"], batch["audio_length"], draws)
         return total, sums
 
     (total, sums), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import runs
 from speech_jax.checkpoint import (
     CheckpointError,
     Checkpoints,

@@ -11,8 +11,8 @@ import follow
 import jax
 import numpy as np
 import pytest
-import runs
 
+import runs
 from benchmarks import kill_resume
 
 pytestmark = pytest.mark.optax

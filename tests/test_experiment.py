@@ -5,9 +5,9 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-import runs
 import soundfile
 
+import runs
 from speech_jax import checkpoint, evaluate, experiment, sharding, train
 from speech_jax.data import prepare, sources
 from speech_jax.errors import UserError

@@ -199,10 +199,10 @@ def test_the_tokenizer_has_the_ids_of_the_vocabulary(folder, tmp_path):
 
 def test_layers_stack_and_unstack():
     params = hf.read(GOLDEN / "wav2vec2_large").params["encoder"]
-    stacked = hf.stack_layers(params)
+    stacked = models.stack_layers(params)
     assert stacked["layers"]["attention"]["qkv"]["kernel"].shape[0] == 2
-    assert_trees_equal(hf.unstack_layers(stacked), params)
-    assert_trees_equal(hf.unstack_layers(params), params)
+    assert_trees_equal(models.unstack_layers(stacked), params)
+    assert_trees_equal(models.unstack_layers(params), params)
 
 
 def test_command_line(folder, tmp_path, capsys):

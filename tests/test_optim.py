@@ -21,7 +21,7 @@ def rates(name, steps, **kwargs):
 
 
 def test_schedules_warm_up_reach_their_peak_and_decay():
-    for name in ("constant", "cosine", "exponential", "noam"):
+    for name in ("constant", "cosine", "exponential", "noam", "polynomial"):
         values = rates(name, 100, warmup=10)
         assert 0 < values[0] <= 0.2 + 1e-6, name
         assert values[9] == pytest.approx(2.0), name
@@ -33,6 +33,8 @@ def test_schedules_warm_up_reach_their_peak_and_decay():
     assert rates("cosine", 100, warmup=10, final=0.1)[100] == pytest.approx(0.2)
     assert rates("exponential", 100, warmup=10, hold=20)[29] == pytest.approx(2.0)
     assert rates("exponential", 100, warmup=10, hold=20)[100] == pytest.approx(0.02)
+    assert rates("polynomial", 110, warmup=10)[60] == pytest.approx(1.0)
+    assert rates("polynomial", 110, warmup=10, power=2.0)[60] == pytest.approx(0.5)
     assert rates("noam", 100, warmup=10)[39] == pytest.approx(2.0 * (10 / 40) ** 0.5)
 
 

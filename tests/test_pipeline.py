@@ -316,6 +316,28 @@ def test_audio_alone(folder):
     assert corpus.seconds == pytest.approx(sum(u.duration for u in source.utterances))
 
 
+def test_audio_alone_is_cropped_at_a_new_place_in_each_epoch(folder):
+    source = _source(folder)
+    limits = {"sample_rate": _RATE, "max_seconds": 0.5}
+    corpus = pipeline.encode_corpus(source, None, crop=True, **limits)
+    assert len(corpus) == 24 > len(pipeline.encode_corpus(source, None, **limits))
+    assert corpus.samples.max() == _RATE // 2
+    heard = {}
+    for batch in _take(corpus, 40, speeds=(1.0,)):
+        for place, row, length in zip(
+            batch["index"], batch["audio"], batch["audio_length"], strict=True
+        ):
+            if place >= 0:
+                heard.setdefault(int(place), []).append(row[:length])
+    longest = max(heard, key=lambda place: source.utterances[place].duration)
+    whole = audio.decode(source.open(longest), _RATE)
+    windows = np.lib.stride_tricks.sliding_window_view(whole, _RATE // 2)
+    # A tone repeats itself: windows are told apart by their phase, so by where they start.
+    places = {tuple(np.flatnonzero((windows == part).all(1))) for part in heard[longest]}
+    assert () not in places
+    assert len(places) > 1
+
+
 def test_a_rounded_duration_is_not_a_fault(folder, tmp_path):
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     longest = max(rows, key=lambda row: row["duration"])

@@ -5,8 +5,8 @@ import sys
 
 import jax
 import pytest
-import runs
 
+import runs
 from speech_jax import flops, hlo, preflight
 from speech_jax.errors import UserError
 

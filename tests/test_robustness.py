@@ -5,9 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
-import runs
 from test_adversarial import make_batch, make_task, start
 
+import runs
 from speech_jax import robustness, sharding, train
 from speech_jax.errors import UserError
 

@@ -472,6 +472,22 @@ def test_a_bad_archive_is_a_source_error_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train.tar.gz"]
 
 
+def test_a_part_is_drawn_with_the_seed(tmp_path):
+    write_corpus(tmp_path, "train")
+    source = open_folder(tmp_path)
+    total = sum(utterance.duration for utterance in source.utterances)
+    part = sources.draw(source, total / 2, seed=0)
+    lasting = sum(utterance.duration for utterance in part.utterances)
+    assert total / 2 <= lasting < total
+    assert [u.id for u in part.utterances] == sorted(u.id for u in part.utterances)
+    for place, utterance in enumerate(part.utterances):
+        assert utterance.id in str(part.open(place))
+    assert part.utterances == sources.draw(source, total / 2, seed=0).utterances
+    drawn = {sources.draw(source, 0.01, seed).utterances for seed in range(9)}
+    assert len(drawn) > 1
+    assert sources.draw(source, 2 * total, seed=0).utterances == tuple(source.utterances)
+
+
 def test_a_split_named_twice_is_an_error(tmp_path):
     write_corpus(tmp_path, "train")
     source = open_folder(tmp_path)

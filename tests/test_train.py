@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import runs
 
+import runs
 from speech_jax import checkpoint, evaluate, experiment, tasks, train
 from speech_jax.data.plan import Bucket
 

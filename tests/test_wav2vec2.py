@@ -7,8 +7,7 @@ import pytest
 from jax import lax
 
 from speech_jax import models
-from speech_jax.deploy.hf import stack_layers
-from speech_jax.models import wav2vec2
+from speech_jax.models import stack_layers, wav2vec2
 from speech_jax.ops import masking
 
 SMALL = {

@@ -51,6 +51,7 @@ class Corpus:
       samples: int64 [n], length of each utterance in samples at `sample_rate`.
       labels: int32 [sum], all label sequences end to end.
       label_ends: int64 [n + 1], where each label sequence starts and the last one ends.
+      crop: audio that is longer than `samples` is cut there, not a fault.
       left_out: utterance id -> why it is not in the corpus, starting with the kind of reason and a
         colon; what the source skipped included, in its own words.
     """
@@ -61,6 +62,7 @@ class Corpus:
     samples: np.ndarray
     labels: np.ndarray
     label_ends: np.ndarray
+    crop: bool
     left_out: Mapping[str, str]
     _skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
@@ -99,6 +101,7 @@ def encode_corpus(
     max_seconds: float = float("inf"),
     output_lengths: Callable[[np.ndarray], np.ndarray] | None = None,
     max_speed: float = 1.0,
+    crop: bool = False,
     on_error: str = "raise",
 ) -> Corpus:
     """Encodes every transcript and leaves out the utterances that cannot be used.
@@ -113,10 +116,11 @@ def encode_corpus(
       tokenizer: encodes transcripts; None for audio alone (label sequences are then empty).
       sample_rate: of the batches, in Hz.
       min_seconds: shorter utterances are left out.
-      max_seconds: longer utterances are left out.
+      max_seconds: longer utterances are left out, or with `crop` cut to so much of themselves.
       output_lengths: the encoder's count of frames for a count of samples (int [n] -> int [n]);
         None if the task needs no alignment.
       max_speed: the largest speed factor that will be used: the frames must suffice then.
+      crop: for audio alone, whose parts are as good as the whole.
       on_error: 'raise' or 'skip'.
 
     Raises:
@@ -126,6 +130,8 @@ def encode_corpus(
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
     utterances = source.utterances
     seconds = np.asarray([utterance.duration for utterance in utterances], np.float64)
+    if crop:
+        seconds = np.minimum(seconds, max_seconds)
     samples = np.ceil(np.round(seconds * sample_rate, 3)).astype(np.int64)
     frames = np.full(len(samples), np.iinfo(np.int64).max)
     if output_lengths is not None and len(samples):
@@ -162,6 +168,7 @@ def encode_corpus(
         samples=samples[index],
         labels=np.concatenate(labels),
         label_ends=np.cumsum([0] + [len(encoded) for encoded in labels]),
+        crop=crop,
         left_out=dict(source.skipped) | left_out,
     )
 
@@ -367,21 +374,23 @@ def _load(element, *, corpus, seed, process_index, process_count, noise, on_erro
 
 
 def _load_audio(corpus, i, speed, noise, key) -> np.ndarray:
-    """Decodes utterance i, then changes its speed and adds noise, drawn from `key`. int16 [T]."""
+    """Decodes utterance i, crops it, changes its speed, adds noise as `key` says. int16 [T]."""
+    rng = np.random.default_rng(key)
     utterance = corpus.source.utterances[corpus.index[i]]
     samples = audio.decode(corpus.source.open(int(corpus.index[i])), corpus.sample_rate)
-    if abs(len(samples) - corpus.samples[i]) > LENGTH_TOLERANCE_SECONDS * corpus.sample_rate:
+    length = int(corpus.samples[i])
+    if corpus.crop and len(samples) > length:
+        samples = samples[rng.integers(len(samples) - length + 1) :][:length]
+    if abs(len(samples) - length) > LENGTH_TOLERANCE_SECONDS * corpus.sample_rate:
         raise audio.AudioError(
             f"utterance {utterance.id}: its audio lasts {len(samples) / corpus.sample_rate:.2f} s, "
             f"its source states {utterance.duration:.2f} s; correct the one that is wrong"
         )
     samples = audio.change_speed(samples, speed)
-    if noise is not None:
-        rng = np.random.default_rng(key)
-        if rng.random() < noise.probability:
-            extra = _decode_noise(noise.files[rng.integers(len(noise.files))], corpus.sample_rate)
-            snr_db = rng.uniform(*noise.snr_db)
-            samples = audio.add_noise(samples, extra, snr_db, int(rng.integers(len(extra))))
+    if noise is not None and rng.random() < noise.probability:
+        extra = _decode_noise(noise.files[rng.integers(len(noise.files))], corpus.sample_rate)
+        snr_db = rng.uniform(*noise.snr_db)
+        samples = audio.add_noise(samples, extra, snr_db, int(rng.integers(len(extra))))
     return samples
 
 

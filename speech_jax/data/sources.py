@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import BinaryIO, Protocol
 
+import numpy as np
 import rich.console
 import rich.progress
 from absl import logging
@@ -145,6 +146,27 @@ class _Concatenated:
                 return source.open(index)
             index -= len(source.utterances)
         raise IndexError(f"the source has {len(self.utterances)} utterances")
+
+
+def draw(source: Source, seconds: float, seed: int) -> Source:
+    """Returns a source of utterances drawn with `seed` until they last `seconds` or more."""
+    order = np.random.default_rng(seed).permutation(len(source.utterances))
+    lasting = np.cumsum([source.utterances[place].duration for place in order])
+    count = int(np.searchsorted(lasting, seconds)) + 1
+    places = tuple(sorted(int(place) for place in order[:count]))
+    chosen = tuple(source.utterances[place] for place in places)
+    return _Drawn(chosen, source.skipped, source, places)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    utterances: Sequence[Utterance]
+    skipped: dict[str, str]
+    source: Source
+    places: Sequence[int]
+
+    def open(self, index: int) -> str | BinaryIO:
+        return self.source.open(self.places[index])
 
 
 # ---- LibriSpeech -------------------------------------------------------------------------------

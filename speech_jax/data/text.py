@@ -85,6 +85,10 @@ class Tokenizer(Protocol):
         """Number of ids, the blank included."""
         ...
 
+    def normalize(self, text: str) -> str:
+        """Returns `text` as the tokenizer's normalizer writes it."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Normalizes `text` and returns its ids, never 0. Raises UnknownCharacterError."""
         ...
@@ -120,9 +124,12 @@ class CharacterTokenizer:
     def vocabulary_size(self) -> int:
         return len(self.alphabet) + 1
 
+    def normalize(self, text: str) -> str:
+        return normalize(text, self.normalizer)
+
     def encode(self, text: str) -> list[int]:
         try:
-            return [self._ids[character] for character in normalize(text, self.normalizer)]
+            return [self._ids[character] for character in self.normalize(text)]
         except KeyError as error:
             raise UnknownCharacterError(error.args[0], self.alphabet) from None
 
@@ -152,8 +159,11 @@ class SentencePieceTokenizer:
     def vocabulary_size(self) -> int:
         return self._processor.vocab_size()
 
+    def normalize(self, text: str) -> str:
+        return normalize(text, self.normalizer)
+
     def encode(self, text: str) -> list[int]:
-        text = normalize(text, self.normalizer)
+        text = self.normalize(text)
         ids = self._processor.encode(text)
         if BLANK in ids:  # the unknown piece: no text may become a blank
             pieces = map(self._processor.id_to_piece, range(1, self.vocabulary_size))

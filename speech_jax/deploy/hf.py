@@ -631,28 +631,6 @@ def load(folder) -> Model:
     return dataclasses.replace(model, encoder=model.encoder | sequences)
 
 
-def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """An encoder's parameters for scan=True: layer_0, layer_1, ... become one tree, layers."""
-    count = sum(name.startswith("layer_") for name in params)
-    each = [params[f"layer_{i}"] for i in range(count)]
-    rest = {name: value for name, value in params.items() if not name.startswith("layer_")}
-    return rest | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *each)}
-
-
-def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `stack_layers`; parameters that are not stacked come back as they are."""
-    rest = dict(params)
-    stacked = rest.pop("layers", None)
-    if stacked is None:
-        return rest
-    count = jax.tree.leaves(stacked)[0].shape[0]
-    layers = {
-        f"layer_{i}": jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), stacked)
-        for i in range(count)
-    }
-    return rest | layers
-
-
 # The symbols that stand for no text; in our alphabet, characters that no transcript holds.
 _SPECIAL = ("<s>", "</s>", "<unk>", "<pad>")
 

@@ -67,7 +67,7 @@ class Wav2Vec2(nn.Module):
     feature_gradient: float = 1.0
     scan: bool = True
     remat: bool = False
-    dtype: Any = jnp.float32
+    dtype: Any = "float32"
 
     frontend = "waveform"
     # Base and Large: table 7 of fairseq's release. Tiny is for two CPU cores.

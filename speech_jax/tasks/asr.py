@@ -1,12 +1,13 @@
 """Speech recognition with an encoder and CTC (Graves et al. 2006)."""
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from speech_jax import decoding
+from speech_jax import decoding, metrics
 from speech_jax.ops import ctc
 from speech_jax.tasks.frontend import FrontEnd
 
@@ -31,6 +32,9 @@ class ASR:
     encoder: nn.Module
     frontend: FrontEnd
     vocabulary_size: int
+
+    labelled: ClassVar = True
+    metric: ClassVar = "wer"
 
     @property
     def model(self) -> CTCModel:
@@ -75,3 +79,17 @@ class ASR:
         logits, lengths, _ = self.logits(params, state, batch)
         labels, count = decoding.greedy(logits, lengths)
         return {"labels": labels, "label_length": count}
+
+    def figures(self, sums, step):
+        """The loss in nats a label, and the utterances whose alignment did not fit."""
+        del step
+        loss = sums["loss"] / max(sums["weight"], 1.0)
+        return {"loss_per_label": loss, "infeasible": sums["infeasible"]}
+
+    def score(self, row, utterance, tokenizer):
+        """Word and character errors of a hypothesis, and both texts."""
+        reference = tokenizer.normalize(utterance.text)
+        hypothesis = tokenizer.decode(row["labels"][: row["label_length"]])
+        counts = metrics.count_errors(reference, hypothesis)
+        details = {"reference": reference, "hypothesis": hypothesis, "wer": round(counts.wer, 4)}
+        return counts, details

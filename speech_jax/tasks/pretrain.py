@@ -8,13 +8,14 @@ part.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from speech_jax import metrics
 from speech_jax.errors import UserError
 from speech_jax.models.wav2vec2 import random_spans, receptive_field
 from speech_jax.ops import features
@@ -202,11 +203,14 @@ class Contrastive:
     collapse_fraction: float = 0.02
     collapse_after: int = 1_000
 
+    labelled: ClassVar = False
+    metric: ClassVar = "error_rate"
+
     def __post_init__(self):
         if not hasattr(self.encoder, "contextualize"):
-            raise ValueError(
-                f"the contrastive objective needs a wav2vec2 encoder, not a "
-                f"{type(self.encoder).__name__}: use the best_rq objective for it"
+            raise UserError(
+                f"the contrastive task needs a wav2vec2 encoder, not a "
+                f"{type(self.encoder).__name__}: use config.task.name='best_rq' for it"
             )
 
     @property
@@ -236,30 +240,34 @@ class Contrastive:
     def loss(self, params, state, batch, rng=None, step=0):
         """Nats, diversity and penalty over masked frames; without a key, the likeliest codes."""
         inputs, lengths, draws, dropout_rng = self._prepare(batch, rng)
-        total, rows, sums = self.score(params, inputs, lengths, draws, step, dropout_rng)
+        total, rows, sums = self.compare(params, inputs, lengths, draws, step, dropout_rng)
         return total, rows["masked"].sum(), {"state": state, "sums": sums}
 
     def predict(self, params, state, batch):
         """How well masked frames are told apart: {'nats', 'correct', 'masked'}, sums of [B]."""
         del state
         inputs, lengths, draws, _ = self._prepare(batch, None)
-        return self.score(params, inputs, lengths, draws)[1]
+        return self.compare(params, inputs, lengths, draws)[1]
 
-    def figures(self, sums, updates: float, step: int) -> dict[str, float]:
-        """What is logged of the sums of so many updates.
+    def figures(self, sums, step: int) -> dict[str, float]:
+        """Losses in nats a masked frame, accuracy, and the means of what is not of frames.
 
         Raises:
           CollapseError: the codebook is hardly used.
         """
-        values = _figures(sums, updates, ("code_perplexity", "soft_code_perplexity"))
+        means = ("code_perplexity", "soft_code_perplexity", "feature_penalty", "gumbel_temperature")
+        values = _figures(sums, means)
         values["contrastive"] = sums["contrastive"] / max(sums["masked"], 1.0)
-        values["feature_penalty"] = sums["feature_penalty"] / max(updates, 1.0)
-        values["gumbel_temperature"] = sums["gumbel_temperature"] / max(updates, 1.0)
         codes = self.groups * self.codes
         _check_collapse(self, values["code_perplexity"], codes, step, "code_perplexity")
         return values
 
-    def score(self, params, inputs, lengths, draws, step=0, dropout_rng=None):
+    def score(self, row, utterance, tokenizer):
+        """Sums over an utterance's masked frames."""
+        del utterance, tokenizer
+        return _score(row)
+
+    def compare(self, params, inputs, lengths, draws, step=0, dropout_rng=None):
         """The loss of waveforms [B, T] for given draws, with dropout where there is a key.
 
         Returns:
@@ -290,6 +298,7 @@ class Contrastive:
         diversity = (codes - (hard if draws.noise is None else soft)) / codes
         extra = self.diversity_weight * diversity + self.penalty_weight * outputs["penalty"]
         sums = {
+            "parts": jnp.ones(()),
             "masked": masked,
             "contrastive": nats,
             "correct": rows["correct"].sum(),
@@ -374,6 +383,9 @@ class BestRQ:
     collapse_fraction: float = 0.0005
     collapse_after: int = 1_000
 
+    labelled: ClassVar = False
+    metric: ClassVar = "error_rate"
+
     @property
     def model(self) -> ClassifierModel:
         """Its parameters are {"encoder", "codes"}."""
@@ -400,6 +412,7 @@ class BestRQ:
         rows, logits, targets, mask, state = self._predict(params, state, batch, rng)
         hard = jax.nn.one_hot(targets, self.codes)[:, :, None]
         sums = {
+            "parts": jnp.ones(()),
             "masked": rows["masked"].sum(),
             "correct": rows["correct"].sum(),
             "target_perplexity": perplexity(hard, mask),
@@ -411,12 +424,17 @@ class BestRQ:
         """How well masked frames are named: {'nats', 'correct', 'masked'}, sums of [B]."""
         return self._predict(params, state, batch, None)[0]
 
-    def figures(self, sums, updates: float, step: int) -> dict[str, float]:
+    def figures(self, sums, step: int) -> dict[str, float]:
         """As in Contrastive."""
-        values = _figures(sums, updates, ("target_perplexity", "prediction_perplexity"))
+        values = _figures(sums, ("target_perplexity", "prediction_perplexity"))
         predicted = values["prediction_perplexity"]
         _check_collapse(self, predicted, self.codes, step, "prediction_perplexity")
         return values
+
+    def score(self, row, utterance, tokenizer):
+        """Sums over an utterance's masked frames."""
+        del utterance, tokenizer
+        return _score(row)
 
     def _predict(self, params, state, batch, rng):
         train = rng is not None
@@ -493,13 +511,16 @@ def nearest_code(x, projection, codebook):
 
 # ---- Either ------------------------------------------------------------------------------------
 
-OBJECTIVES: dict[str, Any] = {"contrastive": Contrastive, "best_rq": BestRQ}
+
+def _figures(sums, means) -> dict[str, float]:
+    values = {"loss_per_frame": sums["loss"] / max(sums["weight"], 1.0)}
+    values["accuracy"] = sums["correct"] / max(sums["masked"], 1.0)
+    return values | {name: sums[name] / max(sums["parts"], 1.0) for name in means}
 
 
-def _figures(sums, updates, means) -> dict[str, float]:
-    masked = max(sums["masked"], 1.0)
-    values = {name: sums[name] / max(updates, 1.0) for name in means}
-    return values | {"accuracy": sums["correct"] / masked, "masked_frames": sums["masked"]}
+def _score(row):
+    counts = metrics.MaskedCounts(*(float(row[name]) for name in ("nats", "correct", "masked")))
+    return counts, counts.results()
 
 
 def _check_collapse(task, value, codes, step, name):

@@ -1,0 +1,35 @@
+"""BEST-RQ (Chiu et al. 2022): a Conformer that names random codes of hidden log-mel frames.
+
+  python -m speech_jax.main --config=configs/pretrain_best_rq.py --workdir=runs/best_rq \\
+      --config.data.root=/data/LibriSpeech
+
+The encoder is the paper's idea at Conformer M (27 M parameters) or the size given as argument
+(:conformer_tiny for two cores); spans of 400 ms. Not yet run to its end by us. Transcripts are not
+used; a run of configs/librispeech.py with the same model and features starts from what is learned
+with --config.init.folder=runs/best_rq.
+"""
+
+from speech_jax import config as defaults
+from speech_jax import models, tasks
+
+
+def get_config(model: str = "conformer_m"):
+    config = defaults.default()
+    size = model.removeprefix("conformer_")
+    config.data.train_splits = "train-clean-100,train-clean-360,train-other-500"
+    config.data.eval_splits = "dev-clean"
+    config.data.batch_seconds = 4_800.0
+    config.task = tasks.settings("best_rq")
+    config.model = models.settings("conformer", size, dtype="bfloat16")
+    config.schedule = {"name": "noam", "peak": 4e-3, "warmup": 25_000}
+    config.train.steps = 300_000
+    if size == "tiny":
+        config.data.batch_seconds = 60.0
+        config.data.buckets = 4
+        config.data.eval_buckets = 2
+        config.task.codes = 512
+        config.model.dtype = "float32"
+        config.schedule = {"name": "cosine", "peak": 1e-3, "warmup": 300}
+        config.train.update({"steps": 3_000, "eval_every": 300})
+        config.checkpoint.every = 300
+    return config

@@ -1,0 +1,114 @@
+"""Pretrain, then fine-tune: the encoder goes over as it is, and one that does not fit is named."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import runs
+from speech_jax import experiment, models, pretrained, tasks, train
+from speech_jax.config import default
+from speech_jax.deploy import hf
+from speech_jax.errors import UserError
+
+pytestmark = pytest.mark.optax
+GOLDEN = pathlib.Path(__file__).parent / "data" / "wav2vec2_base"
+
+
+@pytest.fixture(scope="module")
+def finished(tones, tmp_path_factory):
+    """(workdir, results) of a pretraining run of the command's own loop."""
+    workdir = tmp_path_factory.mktemp("pretrained")
+    config = runs.tiny_config(tones, steps=4, eval_every=2, ema_decay=0.5)
+    config.task = tasks.settings("best_rq", codes=20, mask_length=2)
+    config.data.max_seconds = 1.0  # most are longer: they are cropped, not left out
+    return workdir, train.run(config, workdir)
+
+
+def fine_tuning(tones, folder):
+    config = runs.tiny_config(tones, steps=1)
+    config.init.folder = str(folder)
+    return config
+
+
+def init(config):
+    task = experiment.make_task(config, 5, {"mean": np.zeros(16), "std": np.ones(16)})
+    batch = {"audio": jnp.zeros((1, 16_000), jnp.int16), "audio_length": jnp.array([16_000])}
+    return jax.jit(task.init)(jax.random.key(1), batch)[0]
+
+
+def test_pretraining_runs_in_the_loop(finished):
+    workdir, results = finished
+    assert results["training"]["left_out"] == 0
+    assert set(results["splits"]["dev"]) == {
+        "error_rate",
+        "accuracy",
+        "loss_per_frame",
+        "masked_frames",
+    }
+    assert results["splits"]["dev"]["masked_frames"] > 0
+    logged = [line for line in runs.metrics(workdir) if "grad_norm" in line]
+    assert {"loss_per_frame", "accuracy", "prediction_perplexity"} <= logged[-1].keys()
+    assert not (workdir / "tokenizer.json").exists()
+
+
+def test_a_run_starts_from_the_encoder_of_another(finished, tones, tmp_path):
+    workdir = finished[0]
+    config = fine_tuning(tones, workdir)
+    fresh = init(config)
+    started = pretrained.with_encoder(fresh, config)
+    jax.tree.map(np.testing.assert_array_equal, started["head"], fresh["head"])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), started["encoder"], fresh["encoder"])
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    # The same weights, whichever way their layers are kept.
+    config.model.scan = True
+    scanned = pretrained.with_encoder(init(config), config)["encoder"]
+    jax.tree.map(np.testing.assert_array_equal, models.unstack_layers(scanned), started["encoder"])
+    # And the loop takes them up.
+    config.model.scan = False
+    config.schedule.peak = 1e-12
+    train.run(config, tmp_path / "finetuned")
+    again = fine_tuning(tones, tmp_path / "finetuned")
+    ended = pretrained.with_encoder(fresh, again)["encoder"]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ended, started["encoder"]
+    )
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_hugging_face_folder_is_taken_up(scan):
+    model = hf.read(GOLDEN)
+    config = default()
+    with config.unlocked():
+        config.model = {**model.encoder, "scan": scan}
+    config.init.folder = str(GOLDEN)
+    started = pretrained.with_encoder(init(config), config)["encoder"]
+    jax.tree.map(
+        np.testing.assert_array_equal, models.unstack_layers(started), model.params["encoder"]
+    )
+    config.model.heads = 1
+    with pytest.raises(UserError, match=r"has model.heads=\d+, and this run config.model.heads=1"):
+        pretrained.with_encoder({}, config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.features", 32, "has model.features=16"),
+        ("model.kernel", 7, "has model.kernel=5"),
+        ("features.hop_ms", 20.0, "has features.hop_ms=10.0"),
+        ("model.name", "wav2vec2", "has model.name='conformer'"),
+    ],
+)
+def test_another_model_is_refused(finished, tones, key, value, message):
+    config = fine_tuning(tones, finished[0])
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        pretrained.with_encoder({}, config)
+
+
+def test_a_folder_without_a_model_is_named(tones, tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path)):
+        pretrained.with_encoder({}, fine_tuning(tones, tmp_path))
