@@ -41,7 +41,6 @@ def get_config(labels: str = "100h"):
     if labels == "960h":
         config.data.train_splits += ",train-clean-360,train-other-500"
     config.data.eval_splits = "dev-clean,dev-other"
-    config.data.test_splits = "test-clean,test-other"
     config.data.batch_seconds = 1_600.0
     config.model = models.settings(
         "wav2vec2",

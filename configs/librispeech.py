@@ -3,9 +3,11 @@
   python -m speech_jax.main --config=configs/librispeech.py --workdir=runs/s \\
       --config.data.root=/data/LibriSpeech
   python -m speech_jax.main --config=configs/librispeech.py:conformer_l --workdir=runs/l ...
+  python -m speech_jax.main --config=configs/librispeech.py --workdir=runs/s --mode=evaluate \\
+      --config.data.root=/data/LibriSpeech --config.data.eval_splits=test-clean,test-other
   python -m speech_jax.main --config=configs/librispeech.py:conformer_tiny --workdir=runs/tiny \\
       --config.data.root=/data/LibriSpeech --config.data.train_splits=train-clean-5 \\
-      --config.data.eval_splits=dev-clean-5 --config.data.test_splits=   (20 minutes on two cores)
+      --config.data.eval_splits=dev-clean-5   (20 minutes on two cores)
 
 The argument is the model: conformer_s (default, 9 M parameters), conformer_m (27 M) or
 conformer_l (111 M). Splits that the root lacks are downloaded. Trained by 8 accelerators of
@@ -24,7 +26,6 @@ def get_config(model: str = "conformer_s"):
     size = model.removeprefix("conformer_")
     config.data.train_splits = "train-clean-100,train-clean-360,train-other-500"
     config.data.eval_splits = "dev-clean,dev-other"
-    config.data.test_splits = "test-clean,test-other"
     config.data.speeds = (0.9, 1.0, 1.1)
     config.data.batch_seconds = 2_400.0
     config.text.tokenizer = "sentencepiece"

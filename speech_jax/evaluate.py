@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,16 +22,13 @@ _PREDICTIONS = "predictions"
 class Evaluator:
     """Scores splits with a task; shapes that were compiled once stay compiled."""
 
-    def __init__(
-        self, config: ConfigDict, task, tokenizer, mesh, param_shardings, on_batch=lambda: None
-    ):
+    def __init__(self, config: ConfigDict, task, tokenizer, mesh, on_batch=lambda: None):
         """`on_batch` is called after every batch."""
         self._config, self._mesh = config, mesh
         self._task, self._tokenizer = task, tokenizer
         self._on_batch = on_batch
         self._predict = jax.jit(
-            task.predict,
-            in_shardings=(param_shardings, None, NamedSharding(mesh, sharding.BATCH)),
+            task.predict, in_shardings=(None, None, NamedSharding(mesh, sharding.BATCH))
         )
         self._corpora = {}
 
@@ -83,12 +81,32 @@ def run(config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
     task, tokenizer = experiment.open_task(config, workdir)
     shapes = jax.eval_shape(task.init, jax.random.key(0), probe(config, mesh))
     params, state = restore(config, workdir, mesh, *shapes)
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    evaluator = Evaluator(config, task, tokenizer, mesh, shardings)
+    evaluator = Evaluator(config, task, tokenizer, mesh)
     splits = score_splits(
         evaluator, params, state, split_names(config.data.eval_splits), workdir, report
     )
     return write_results(workdir, splits)
+
+
+class Run(NamedTuple):
+    """A trained model: its configuration, its task, and the best parameters as numpy arrays."""
+
+    config: ConfigDict
+    task: Any
+    tokenizer: Any  # None for a task without transcripts
+    params: Any
+    state: Any
+
+
+def open_run(workdir: pathlib.Path) -> Run:
+    """The best model of a workdir, as it was trained."""
+    config = experiment.recorded_config(workdir)
+    mesh = sharding.make_mesh()
+    task, tokenizer = experiment.open_task(config, workdir)
+    shapes = jax.eval_shape(task.init, jax.random.key(0), probe(config, mesh))
+    found = restore(config, workdir, mesh, *shapes)
+    here = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), found)
+    return Run(config, task, tokenizer, *here)
 
 
 def probe(config: ConfigDict, mesh) -> dict[str, jax.ShapeDtypeStruct]:

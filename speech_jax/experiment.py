@@ -73,6 +73,18 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, trained: bool = 
         )
 
 
+def recorded_config(workdir: pathlib.Path) -> ConfigDict:
+    """What a workdir was trained with.
+
+    Raises:
+      WorkdirError: it was not trained in.
+    """
+    try:
+        return ConfigDict(json.loads((workdir / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"{workdir / 'config.json'} cannot be read: {error}") from error
+
+
 def record_config(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Makes the workdir one of this configuration: from now on there is something to resume."""
     if jax.process_index() == 0:

@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
 
 
 def _keep_memory() -> None:
-    """Has glibc keep the memory that a step frees: on CPU, to hand it back takes longer than CTC."""
+    """Has glibc keep what a step frees: a CPU step would spend a quarter of its time on that."""
     keep = {-1: 2**31 - 1, -2: 2**28, -3: 2**30}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")

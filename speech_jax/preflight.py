@@ -180,15 +180,8 @@ def measure(config: ConfigDict, where: Slice) -> dict:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return figures | {"fits": False, "why": " ".join(str(error).split())[:300]}
-    sizes = compiled.memory_analysis()
-    total = (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        - sizes.alias_size_in_bytes
-        + sizes.temp_size_in_bytes
-        + sizes.generated_code_size_in_bytes
-    )
-    figures |= {"temporary": sizes.temp_size_in_bytes, "total": total}
+    total = hlo.memory_needed(compiled)
+    figures |= {"temporary": compiled.memory_analysis().temp_size_in_bytes, "total": total}
     if chip and total > chip.memory:
         figures |= {"fits": False, "why": f"{total / 2**30:.1f} of {chip.memory / 2**30:.1f} GiB"}
     moved = hlo.traffic(compiled.as_text(), count)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import time
@@ -16,10 +17,10 @@ import optax
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from speech_jax import evaluate, experiment, flops, optim, pretrained, sharding, tasks
+from speech_jax import evaluate, experiment, flops, hlo, optim, pretrained, sharding, tasks
 from speech_jax.checkpoint import Checkpoints, EarlyStopping, catch_preemption
 from speech_jax.config import split_names
-from speech_jax.report import Report
+from speech_jax.report import Report, TrainingError
 from speech_jax.tasks import adversarial
 from speech_jax.watchdog import Watchdog
 
@@ -178,6 +179,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
     corpus = experiment.training_corpus(config, source, tokenizer, task)
     buckets = experiment.training_buckets(config, corpus, mesh)
     eval_splits = split_names(config.data.eval_splits)
+    splits = dict.fromkeys(eval_splits + split_names(config.data.test_splits))
+    watchdog = Watchdog(config.checkpoint.watchdog_seconds)
+    evaluator = evaluate.Evaluator(config, task, tokenizer, mesh, on_batch=watchdog.beat)
+    for split in splits:
+        evaluator.corpus(split)  # what is missing is said before the training, not after it
 
     # ---- State and step ------------------------------------------------------------------------
     schedule = optim.make_schedule(steps=steps, **config.schedule)
@@ -186,10 +192,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
     )
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     programs = compile_steps(config, task, tx, abstract, buckets, mesh)
-    watchdog = Watchdog(config.checkpoint.watchdog_seconds)
-    evaluator = evaluate.Evaluator(
-        config, task, tokenizer, mesh, shardings.params, on_batch=watchdog.beat
-    )
 
     # ---- Restore -------------------------------------------------------------------------------
     experiment.record_config(workdir, config)
@@ -265,7 +267,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
 
     # ---- Results -------------------------------------------------------------------------------
     best = evaluate.restore(config, workdir, mesh, abstract.params, abstract.model_state)
-    splits = dict.fromkeys(eval_splits + split_names(config.data.test_splits))
     with watchdog:
         scores = evaluate.score_splits(evaluator, *best, splits, workdir, report.say)
     seconds += time.monotonic() - started
@@ -301,10 +302,26 @@ def compile_steps(config: ConfigDict, task, tx, abstract, buckets, mesh) -> dict
         lowered = [program.lower() for program in traced]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda program: program.compile(), lowered))
+    for bucket, program in zip(buckets, compiled, strict=True):
+        _check_memory(bucket, program)
     return {
         bucket.samples: Program(run, flops.matmul_flops(program.jaxpr))
         for bucket, program, run in zip(buckets, traced, compiled, strict=True)
     }
+
+
+def _check_memory(bucket, program) -> None:
+    # An accelerator's compiler refuses by itself; a CPU's leaves it to the kernel to kill the run.
+    if jax.devices()[0].platform != "cpu":
+        return
+    needed = hlo.memory_needed(program) * jax.local_device_count()
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise TrainingError(
+            f"a batch of {bucket.rows} x {bucket.samples} samples needs {needed / 2**30:.0f} GiB, "
+            f"and this machine has {there / 2**30:.0f}: lower config.data.batch_seconds, raise "
+            "config.train.accumulate, set config.model.remat=True or take a smaller model"
+        )
 
 
 def jit_step(config: ConfigDict, task, tx, abstract, mesh):

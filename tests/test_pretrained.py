@@ -93,6 +93,34 @@ def test_a_hugging_face_folder_is_taken_up(scan):
         pretrained.with_encoder({}, config)
 
 
+def test_fine_tuned_and_exported(tones, tmp_path):
+    """From their folder through our loop to their folder."""
+    config = fine_tuning(tones, GOLDEN)
+    config.features.normalize = "utterance"
+    config.optimizer.frozen = (("^encoder/extractor/", -1),)
+    with config.unlocked():
+        config.model = models.settings("wav2vec2", "tiny", **_without_name(hf.read(GOLDEN).encoder))
+    train.run(config, tmp_path / "run")
+    model = hf.load(tmp_path / "run")
+    hf.write(model, tmp_path / "theirs")
+    again = hf.read(tmp_path / "theirs")
+    assert again.vocabulary == model.vocabulary == ["<pad>", "|", "A", "B", "C"]
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    # What was frozen is what it started from, the rest is not.
+    start, end = hf.read(GOLDEN).params["encoder"], model.params["encoder"]
+    jax.tree.map(np.testing.assert_array_equal, end["extractor"], start["extractor"])
+    assert not np.array_equal(end["projection"]["kernel"], start["projection"]["kernel"])
+
+
+def _without_name(settings):
+    return {key: value for key, value in settings.items() if key != "name"}
+
+
+def test_what_transformers_does_not_know_is_not_exported(finished):
+    with pytest.raises(UserError, match="task best_rq with a conformer"):
+        hf.load(finished[0])
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -1,7 +1,7 @@
 """wav2vec 2.0 checkpoints of Hugging Face transformers, read and written without PyTorch.
 
   python -m speech_jax.deploy.hf import SRC DST    # a Hugging Face folder to a model folder
-  python -m speech_jax.deploy.hf export SRC DST    # and back
+  python -m speech_jax.deploy.hf export SRC DST    # and back, or from the workdir of a run
 
 A model folder is what fine-tuning starts from:
 
@@ -39,7 +39,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from speech_jax import models
+from speech_jax import evaluate, models
 from speech_jax.data import text
 from speech_jax.errors import UserError
 
@@ -610,12 +610,14 @@ def save(model: Model, folder) -> None:
 
 
 def load(folder) -> Model:
-    """Reads a model folder, or a Hugging Face folder.
+    """Reads a model folder, a Hugging Face folder, or the best checkpoint of a workdir.
 
     Raises:
       ModelFolderError: naming the file or key that is missing, damaged or unsupported.
     """
     folder = pathlib.Path(folder)
+    if (folder / "checkpoints").is_dir():
+        return _from_run(folder)
     if not (folder / "model.json").exists() and (folder / "config.json").exists():
         return read(folder)
     described = _read_json(folder / "model.json")
@@ -629,6 +631,29 @@ def load(folder) -> Model:
         raise ModelFolderError(f"{folder / 'model.json'} describes no model: {error}") from error
     sequences = {k: tuple(v) for k, v in model.encoder.items() if isinstance(v, list)}
     return dataclasses.replace(model, encoder=model.encoder | sequences)
+
+
+_HEAD_OF_TASK = {"asr": "ctc", "contrastive": "pretraining"}
+_ARCHITECTURE = tuple(_encoder_settings(_DEFAULTS))
+
+
+def _from_run(workdir) -> Model:
+    run = evaluate.open_run(workdir)
+    name, settings = run.config.task.name, run.config.model.to_dict()
+    if name not in _HEAD_OF_TASK or settings["name"] != "wav2vec2":
+        raise ModelFolderError(
+            f"{workdir} is of task {name} with a {settings['name']}: what transformers knows is "
+            f"wav2vec2 with {' or '.join(_HEAD_OF_TASK)}"
+        )
+    alphabet = getattr(run.tokenizer, "alphabet", None)  # pieces of words are not for their class
+    encoder = models.unstack_layers(run.params["encoder"])
+    return Model(
+        encoder={key: settings[key] for key in _ARCHITECTURE},
+        params={**run.params, "encoder": encoder},
+        head=_HEAD_OF_TASK[name],
+        normalize=run.config.features.normalize,
+        vocabulary=alphabet and ["<pad>", *alphabet.replace(" ", "|")],
+    )
 
 
 # The symbols that stand for no text; in our alphabet, characters that no transcript holds.
