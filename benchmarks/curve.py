@@ -1,45 +1,37 @@
-"""Draws a run's training curve: loss per label and error rates against updates.
+"""Draws a run's curves against updates: a panel for each metric, in training and on each split.
 
-python -m benchmarks.curve runs/librispeech benchmarks/curves/librispeech.png
+python -m benchmarks.curve runs/librispeech librispeech.png loss_per_label cer wer
+python -m benchmarks.curve runs/wav2vec2 wav2vec2.png loss_per_frame accuracy code_perplexity
 """
 
 import json
 import pathlib
 import sys
 
-import matplotlib
-
-matplotlib.use("agg")
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 
-def main(workdir: str, picture: str) -> None:
+def main(workdir: str, picture: str, *metrics: str) -> None:
     """Reads metrics.jsonl in `workdir`, writes `picture`."""
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
     points = [json.loads(line) for line in lines]
-    figure, loss_axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    losses = [
-        (point["step"], point["loss_per_label"]) for point in points if "loss_per_label" in point
-    ]
-    loss_axis.plot(*zip(*losses, strict=True), color="tab:blue", label="training loss")
-    loss_axis.set(xlabel="update", ylabel="loss (nats per label)", ylim=(0, None))
-    rate_axis = loss_axis.twinx()
-    names = sorted({name for point in points for name in point if "/" in name})
-    for name, color in zip(
-        names, ("tab:orange", "tab:red", "tab:green", "tab:purple"), strict=False
-    ):
-        rates = [(point["step"], 100 * point[name]) for point in points if name in point]
-        split, kind = name.split("/")
-        rate_axis.plot(
-            *zip(*rates, strict=True), "o-", color=color, label=f"{kind.upper()}, {split}"
-        )
-    rate_axis.set(ylabel="error rate (%)", ylim=(0, None))
-    figure.legend(loc="outside upper center", ncols=1 + len(names))
+    figure = Figure(figsize=(4.2 * len(metrics), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for panel, metric in zip(panels, metrics, strict=True):
+        names = {name for point in points for name in point if name.split("/")[-1] == metric}
+        if not names:
+            sys.exit(f"error: no {metric} in {workdir}/metrics.jsonl")
+        for name in sorted(names):
+            curve = [(point["step"], point[name]) for point in points if name in point]
+            split = name.rpartition("/")[0]
+            panel.plot(*zip(*curve, strict=True), "o-" if split else "-", label=split or "training")
+        panel.set(xlabel="update", ylabel=metric.replace("_", " "), ylim=(0, None))
+        panel.legend()
     pathlib.Path(picture).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 4:
         sys.exit(__doc__)
     main(*sys.argv[1:])

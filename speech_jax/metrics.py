@@ -61,7 +61,7 @@ class MaskedCounts:
     correct: float = 0.0
     masked: float = 0.0
 
-    RATES: ClassVar = ("error_rate", "loss_per_frame")
+    RATES: ClassVar = ("error_rate", "accuracy", "loss_per_frame")
 
     def __add__(self, other: "MaskedCounts") -> "MaskedCounts":
         return _merge(self, other)

@@ -317,6 +317,10 @@ def test_vat_needs_no_labels():
     assert extra[0][1] > 0.01 * clean_loss.sum
 
 
+def test_vat_hardens_pretraining():
+    assert_hardened("best_rq", method="vat", epsilon=0.002, steps=1, alpha=2.0, warmup=1)
+
+
 @pytest.mark.parametrize("name", [*models.ENCODERS, "best_rq", "contrastive"])
 def test_every_encoder_and_task_is_hardened(name):
     """The loss without a perturbation (at step 0) is less than with one."""

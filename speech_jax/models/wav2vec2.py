@@ -74,7 +74,7 @@ class Wav2Vec2(nn.Module):
     VARIANTS: ClassVar = {
         "tiny": {
             "features": 128, "num_layers": 4, "heads": 4, "feed_forward": 512,
-            "conv_channels": (64, 96, 96, 128, 128, 128, 128), "position_kernel": 32,
+            "conv_channels": (32, 64, 64, 96, 96, 128, 128), "position_kernel": 32,
             "position_groups": 8, "scan": False,
         },
         "base": {},

@@ -406,6 +406,13 @@ class BestRQ:
         }
         return variables["params"], state
 
+    def logits(self, params, state, batch, rng=None, step=0):
+        """(logits [B, T', codes], frames [B], new state) under the masks of `rng`."""
+        del step
+        _, logits, _, _, state = self._predict(params, state, batch, rng)
+        frames = self.encoder.output_lengths(self.frontend.lengths(batch["audio_length"]))
+        return logits, frames, state
+
     def loss(self, params, state, batch, rng=None, step=0):
         """Cross-entropy in nats over masked frames."""
         del step
