@@ -20,30 +20,37 @@ class PretrainedError(UserError):
     """A folder that this run cannot start from; the message names what differs."""
 
 
-def with_encoder(params, config: ConfigDict):
-    """`params` (arrays, {"encoder": ..., ...}) with the encoder of `config.init.folder`.
+def with_encoder(params, state, config: ConfigDict):
+    """A task's `params` and `state` (arrays) with the encoder of `config.init.folder` in them.
 
-    The folder is a workdir (its best checkpoint, averaged if it was trained so), a model folder or
-    a Hugging Face folder (deploy/hf.py). Running statistics of batch norm start anew.
+    That is `params["encoder"]` and, with batch norm, its statistics. The folder is a workdir (its
+    best checkpoint, averaged if it was trained so), a model folder or a Hugging Face folder
+    (deploy/hf.py).
 
     Raises:
       PretrainedError: there is no such model, or it is not of `config.model`, naming the setting.
     """
     folder = pathlib.Path(config.init.folder).expanduser()
     if (folder / "checkpoints").is_dir():
-        run = evaluate.open_run(folder)
-        _compare(folder, "model", run.config.model, config)
-        if run.task.encoder.frontend == "log_mel":
-            _compare(folder, "features", run.config.features, config)
-        encoder = run.params["encoder"]
+        found = evaluate.open_run(folder)
+        _compare(folder, "model", found.config.model, config)
+        if found.task.encoder.frontend == "log_mel":
+            _compare(folder, "features", found.config.features, config)
     else:
-        model = _read_hugging_face(folder)
-        _compare(folder, "model", model.encoder, config)
-        encoder = model.params["encoder"]
-    encoder = models.stack_layers(encoder) if config.model.scan else models.unstack_layers(encoder)
-    old, new = (
-        flax.traverse_util.flatten_dict(tree, sep="/") for tree in (params["encoder"], encoder)
-    )
+        found = _read_hugging_face(folder)
+        _compare(folder, "model", found.encoder, config)
+    fit = lambda theirs, ours: _fit(folder, theirs["encoder"], ours["encoder"], config.model.scan)
+    params = {**params, "encoder": fit(found.params, params)}
+    if "batch_stats" in state:
+        statistics = fit(found.state["batch_stats"], state["batch_stats"])
+        state = {**state, "batch_stats": {"encoder": statistics}}
+    return params, state
+
+
+def _fit(folder, found, ours, scan: bool):
+    """What was found in a folder, placed and stacked as ours."""
+    found = models.stack_layers(found) if scan else models.unstack_layers(found)
+    old, new = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (ours, found))
     for name in sorted(old.keys() | new.keys()):
         shapes = [tree[name].shape if name in tree else None for tree in (old, new)]
         if shapes[0] != shapes[1]:
@@ -51,7 +58,7 @@ def with_encoder(params, config: ConfigDict):
                 f"{folder}: parameter {name} has the shape {shapes[1]}, and config.model asks for "
                 f"{shapes[0]}"
             )
-    return {**params, "encoder": jax.tree.map(_place, encoder, params["encoder"])}
+    return jax.tree.map(_place, found, ours)
 
 
 def _place(value, like: jax.Array) -> jax.Array:

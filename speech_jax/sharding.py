@@ -21,10 +21,10 @@ BATCH = PartitionSpec(("data", "fsdp"))
 # (regular expression over a parameter's path, mesh axes of its last dimensions). The first that
 # matches holds; dimensions in front, such as the layers of a scan, are not split.
 RULES = (
-    (r"attention/qkv/kernel$", ("fsdp", None, "tensor", None)),
-    (r"attention/qkv/bias$", (None, "tensor", None)),
-    (r"attention/position/kernel$", ("fsdp", "tensor", None)),
-    (r"attention/(content|position)_bias$", ("tensor", None)),
+    (r"attention/qkv?/kernel$", ("fsdp", None, "tensor", None)),
+    (r"attention/qkv?/bias$", (None, "tensor", None)),
+    (r"attention/(position|value)/kernel$", ("fsdp", "tensor", None)),
+    (r"attention/(content_bias|position_bias|value/bias)$", ("tensor", None)),
     (r"attention/project/kernel$", ("tensor", None, "fsdp")),
     (r"feed_forward(_\d)?/expand/kernel$", ("fsdp", "tensor")),
     (r"feed_forward(_\d)?/expand/bias$", ("tensor",)),

@@ -205,9 +205,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
     if restored is None:
         state, first, seconds = jax.jit(init, out_shardings=shardings)(), 0, 0.0
         if config.init.folder:
-            params = pretrained.with_encoder(state.params, config)
+            params, stats = pretrained.with_encoder(state.params, state.model_state, config)
             ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay else {}
-            state = state.replace(params=params, ema=ema)
+            state = state.replace(params=params, model_state=stats, ema=ema)
     else:
         state, first = restored.state, restored.data["next_batch"]
         seconds = restored.data["seconds"]

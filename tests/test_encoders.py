@@ -8,6 +8,11 @@ import pytest
 from speech_jax import models
 
 SMALL = {"features": 16, "num_layers": 2, "heads": 2, "kernel": 5, "dropout": 0.1}
+WAVEFORM = {
+    "features": 16, "num_layers": 2, "heads": 2, "feed_forward": 24, "dropout": 0.1,
+    "conv_channels": (8, 8, 12), "conv_kernels": (10, 8, 8), "conv_strides": (5, 8, 8),
+    "mask_time": 0.3, "mask_time_length": 4,
+}  # fmt: skip
 CASES = {
     "conformer": ("conformer", "tiny", {**SMALL, "scan": False}),
     "conformer-scan": ("conformer", "s", {**SMALL, "scan": True, "remat": True}),
@@ -16,8 +21,14 @@ CASES = {
         "tiny",
         {**SMALL, "position": "relative", "conv_norm": "batch", "subsampling": 8},
     ),
+    "wav2vec2": ("wav2vec2", "tiny", WAVEFORM | {"position_kernel": 8, "position_groups": 4}),
+    "wav2vec2-conformer": ("wav2vec2_conformer", "tiny", WAVEFORM | {"kernel": 5}),
+    "wav2vec2-conformer-rotary-scan": (
+        "wav2vec2_conformer",
+        "tiny",
+        WAVEFORM | {"kernel": 5, "attention": "rotary_input", "scan": True, "remat": True},
+    ),
 }
-LENGTHS = [61, 37, 0]
 
 
 class Case:
@@ -26,8 +37,12 @@ class Case:
     def __init__(self, name, variant, settings):
         self.encoder = models.make_encoder(**models.settings(name, variant, **settings))
         rng = np.random.default_rng(0)
-        self.lengths = jnp.array(LENGTHS)
-        self.inputs = jnp.asarray(rng.standard_normal((3, 64, 40)), jnp.float32)
+        # Frames of 40 log-mel bands, or samples.
+        waveform = self.encoder.frontend == "waveform"
+        self.size, self.known = (6_400, [6_100, 3_700, 0]) if waveform else (64, [61, 37, 0])
+        self.lengths = jnp.array(self.known)
+        shape = (3, self.size) if waveform else (3, self.size, 40)
+        self.inputs = jnp.asarray(rng.standard_normal(shape), jnp.float32)
         init = jax.jit(self.encoder.init, static_argnums=3)
         variables = init(jax.random.key(0), self.inputs, self.lengths, True)
         self.params = jax.tree.map(
@@ -61,9 +76,9 @@ def case(request):
 
 def test_output_lengths_are_what_comes_out(case):
     hidden, lengths = case.apply(case.params, case.inputs, case.lengths)
-    expected = [int(case.encoder.output_lengths(length)) for length in LENGTHS]
+    expected = [int(case.encoder.output_lengths(length)) for length in case.known]
     assert lengths.tolist() == expected
-    assert hidden.shape[1] == int(case.encoder.output_lengths(64))
+    assert hidden.shape[1] == int(case.encoder.output_lengths(case.size))
     assert np.isfinite(hidden).all()
     for row, length in enumerate(expected):
         assert not np.any(hidden[row, length:])
@@ -72,14 +87,15 @@ def test_output_lengths_are_what_comes_out(case):
 
 def test_padding_and_neighbours_change_nothing(case):
     hidden, lengths = case.apply(case.params, case.inputs, case.lengths)
-    garbage = jnp.arange(64)[None, :] >= case.lengths[:, None]
-    dirty = jnp.where(garbage[:, :, None], 1e3, case.inputs)
+    garbage = jnp.arange(case.size)[None, :] >= case.lengths[:, None]
+    dirty = jnp.where(garbage.reshape(3, -1, *[1] * (case.inputs.ndim - 2)), 1e3, case.inputs)
     np.testing.assert_allclose(case.apply(case.params, dirty, case.lengths)[0], hidden, atol=1e-5)
     others = case.inputs.at[1:].set(jnp.flip(case.inputs[1:], axis=1))
-    changed = case.apply(case.params, others, jnp.array([LENGTHS[0], 50, 64]))[0]
+    longer = jnp.array([case.known[0], case.size * 25 // 32, case.size])
+    changed = case.apply(case.params, others, longer)[0]
     count = int(lengths[0])
     np.testing.assert_allclose(changed[0, :count], hidden[0, :count], atol=1e-5)
-    alone = case.apply(case.params, case.inputs[1:2, : LENGTHS[1]], case.lengths[1:2])[0]
+    alone = case.apply(case.params, case.inputs[1:2, : case.known[1]], case.lengths[1:2])[0]
     np.testing.assert_allclose(alone[0], hidden[1, : int(lengths[1])], atol=2e-4)
 
 
@@ -89,7 +105,7 @@ def test_every_parameter_learns(case):
         assert np.isfinite(leaf).all(), path
         name = jax.tree_util.keystr(path)
         # A constant added to every key moves no softmax.
-        if "qkv" not in name:
+        if "'qk" not in name:
             assert np.abs(leaf).max() > 0, path
 
 

@@ -32,6 +32,16 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
+# Encoders of theirs, as ours.
+KINDS = {
+    "wav2vec2": {
+        "name": "wav2vec2", "pre_norm": True, "position_kernel": 4, "position_groups": 2,
+    },
+    "conformer": {"name": "wav2vec2_conformer", "kernel": 3, "attention": "relative"},
+    "conformer-rotary": {"name": "wav2vec2_conformer", "kernel": 5, "attention": "rotary_input"},
+}  # fmt: skip
+
+
 def expected(name):
     arrays = np.load(GOLDEN / f"wav2vec2_{name}" / "expected.npz")
     tree = flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
@@ -51,7 +61,7 @@ def assert_trees_equal(ours, theirs):
 # ---- The same numbers --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["base", "large"])
+@pytest.mark.parametrize("name", ["base", "large", "conformer", "conformer_rotary"])
 def test_ctc_matches_transformers(name):
     stored, config = expected(name)
     model = hf.read(GOLDEN / f"wav2vec2_{name}")
@@ -67,7 +77,7 @@ def test_ctc_matches_transformers(name):
 def test_pretraining_matches_transformers():
     stored, config = expected("pretraining")
     model = hf.read(GOLDEN / "wav2vec2_pretraining")
-    ours, gradients = hf_reference.our_pretraining(
+    ours, gradients, _ = hf_reference.our_pretraining(
         model, config, stored["batch"], Draws(**stored["draws"])
     )
     for name, value in stored["value"].items():
@@ -78,28 +88,35 @@ def test_pretraining_matches_transformers():
 
 @live
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["tiny", "tiny-layer-norm"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "tiny-layer-norm", "tiny-conformer", "tiny-conformer-rotary"]
+)
 def test_transformers_live(name, tmp_path):
     outputs, gradients = hf_reference.check(name, 8_000, tmp_path / "ctc")
     assert outputs.pop("loss") < 1e-4
     assert max(outputs.values()) < 2e-4
     assert max(gradients.values()) < 1e-3
     values, gradients = hf_reference.check_pretraining(name, 8_000, tmp_path / "pretraining")
+    assert values.pop("variance", 0.0) < 1e-2
     assert max(values.values()) < 1e-4
     assert max(gradients.values()) < 1e-3
 
 
 @live
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head", hf.HEADS)
-def test_transformers_loads_what_we_write(head, tmp_path):
-    model = random_model(head)
+def test_transformers_loads_what_we_write(kind, head, tmp_path):
+    model = random_model(head, kind)
     hf.write(model, tmp_path / "ours")
-    constructor = getattr(hf_reference.transformers, hf.HEADS[head])
+    name = hf.architecture(head, model.encoder["name"])
+    constructor = getattr(hf_reference.transformers, name)
     loaded, info = constructor.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     loaded.save_pretrained(tmp_path / "theirs")
-    assert_trees_equal(hf.read(tmp_path / "theirs").params, model.params)
+    back = hf.read(tmp_path / "theirs")
+    assert_trees_equal(back.params, model.params)
+    assert_trees_equal(back.state, model.state)
     if head == "ctc":
         processor = hf_reference.transformers.Wav2Vec2Processor.from_pretrained(tmp_path / "ours")
         assert processor.tokenizer.decode([3, 3, 0, 1, 2], group_tokens=True) == "b a"
@@ -108,23 +125,24 @@ def test_transformers_loads_what_we_write(head, tmp_path):
 # ---- Round trips -------------------------------------------------------------------------------
 
 
-def random_model(head):
+def random_model(head, kind="wav2vec2"):
     """A model of ours with random parameters and a vocabulary of '|', 'a', 'b'."""
     small = {
         "features": 8, "num_layers": 2, "heads": 2, "feed_forward": 12,
-        "conv_channels": (4,) * 6 + (6,), "position_kernel": 4, "position_groups": 2,
+        "conv_channels": (4,) * 6 + (6,), "conv_kernels": (10, 3, 3, 3, 3, 2, 2),
     }  # fmt: skip
-    settings = {"name": "wav2vec2", **small, "conv_kernels": (10, 3, 3, 3, 3, 2, 2)}
-    settings |= {"conv_strides": (5, 2, 2, 2, 2, 2, 2), "conv_norm": "layer", "conv_bias": True}
-    settings |= {"pre_norm": True}
+    settings = {**small, "conv_strides": (5, 2, 2, 2, 2, 2, 2), "conv_norm": "layer"}
+    settings |= {"conv_bias": True, **KINDS[kind]}
     rng = np.random.default_rng(0)
     encoder = models.make_encoder(**settings, scan=False)
     shapes = jax.eval_shape(
         lambda: encoder.init(
             jax.random.key(0), np.zeros((1, 800), np.float32), np.array([800], np.int32), True
-        )["params"]
+        )
     )
-    params = {"encoder": jax.tree.map(lambda x: rng.random(x.shape, np.float32), shapes)}
+    random = jax.tree.map(lambda x: rng.random(x.shape, np.float32), shapes)
+    params = {"encoder": random.pop("params")}
+    state = {collection: {"encoder": tree} for collection, tree in random.items()}
     dense = lambda a, b: {"kernel": rng.random((a, b), np.float32), "bias": np.ones(b, np.float32)}
     labels = ["yes", "no", "maybe"] if head == "classification" else None
     if head == "ctc":
@@ -136,21 +154,25 @@ def random_model(head):
         params["quantizer"] = {"codebook": codebook, "project": dense(6, 10)}
         params |= {"project_hidden": dense(8, 7), "project_target": dense(6, 7)}
     vocabulary = ["<pad>", "|", "a", "b"] if head == "ctc" else None
-    return hf.Model(settings, params, head, vocabulary=vocabulary, labels=labels)
+    return hf.Model(settings, params, head, vocabulary=vocabulary, labels=labels, state=state)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head", hf.HEADS)
-def test_round_trip_is_bit_equal(head, tmp_path):
-    model = random_model(head)
+def test_round_trip_is_bit_equal(kind, head, tmp_path):
+    model = random_model(head, kind)
     hf.write(model, tmp_path / "theirs")
     back = hf.read(tmp_path / "theirs")
     assert_trees_equal(back.params, model.params)
+    assert_trees_equal(back.state, model.state)
     for field in ("encoder", "head", "normalize", "vocabulary", "labels"):
         assert getattr(back, field) == getattr(model, field)
     hf.save(back, tmp_path / "ours")
     again = hf.load(tmp_path / "ours")
     assert_trees_equal(again.params, model.params)
-    assert dataclasses.replace(again, params={}) == dataclasses.replace(back, params={})
+    assert_trees_equal(again.state, model.state)
+    empty = {"params": {}, "state": {}}
+    assert dataclasses.replace(again, **empty) == dataclasses.replace(back, **empty)
     assert hf.load(tmp_path / "theirs").head == head
 
 
@@ -249,6 +271,39 @@ BROKEN = {
         "model.safetensors cannot be read",
     ),
 }
+
+
+BROKEN_CONFORMER = {
+    "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    "activation by default": ({"hidden_act": None}, "hidden_act='gelu'"),
+    "no position": ({"position_embeddings_type": None}, "position_embeddings_type=None"),
+    "rotary base": ({"rotary_embedding_base": 500}, "rotary_embedding_base=500"),
+    "adapter": ({"add_adapter": True}, "add_adapter=True"),
+    "another head": (
+        {"architectures": ["Wav2Vec2ConformerForXVector"]},
+        "only Wav2Vec2ConformerModel, Wav2Vec2ConformerForCTC, ",
+    ),
+    "Transformer's head": ({"architectures": ["Wav2Vec2ForCTC"]}, "'Wav2Vec2ForCTC' is not"),
+    "no vocabulary": ({"vocab_size": None}, "vocab_size is missing"),
+    "kernel": ({"conv_depthwise_kernel_size": 7}, "depthwise_conv.weight' has the shape"),
+    "rotary": (
+        {"position_embeddings_type": "rotary"},
+        r"linear_pos.weight' \(of \d+ such\) has no place in a Wav2Vec2ConformerForCTC",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CONFORMER)
+def test_a_conformer_that_cannot_be_read_is_named(case, tmp_path):
+    shutil.copytree(GOLDEN / "wav2vec2_conformer", tmp_path / "model")
+    changes, message = BROKEN_CONFORMER[case]
+    edit(tmp_path / "model", **changes)
+    if case == "activation by default":
+        path = tmp_path / "model" / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in config.items() if k != "hidden_act"}))
+    with pytest.raises(hf.ModelFolderError, match=message):
+        hf.read(tmp_path / "model")
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -48,7 +48,7 @@ def test_relative_shift_indexes_by_distance():
             np.testing.assert_array_equal(shifted[:, :, t, s], by_distance[:, :, t, column])
 
 
-@pytest.mark.parametrize("position", ["rotary", "relative"])
+@pytest.mark.parametrize("position", ["rotary", "rotary_input", "relative"])
 def test_attention_never_looks_past_the_mask(position):
     module = layers.SelfAttention(2, position)
     x = normal(2, 9, 8)

@@ -11,27 +11,30 @@ from speech_jax.tasks import pretrain
 from speech_jax.tasks.frontend import FrontEnd
 
 LOG_MEL = {"sample_rate": 16_000, "mels": 20, "window_ms": 25.0, "hop_ms": 10.0}
-WAV2VEC2 = {
-    "features": 16, "num_layers": 1, "heads": 2, "feed_forward": 24,
+SMALL = {"features": 16, "num_layers": 1, "heads": 2, "scan": False, "dropout": 0.0}
+WAVEFORM = SMALL | {
+    "feed_forward": 24, "input_dropout": 0.0,
     "conv_channels": (8, 8, 12), "conv_kernels": (10, 8, 8), "conv_strides": (5, 8, 8),
-    "position_kernel": 8, "position_groups": 4,
-    "scan": False, "dropout": 0.0, "input_dropout": 0.0,
 }  # fmt: skip
-CONFORMER = {
-    "features": 16, "num_layers": 1, "heads": 2, "kernel": 5, "subsampling_channels": 8,
-    "scan": False, "dropout": 0.0,
-}  # fmt: skip
+ENCODERS = {
+    "wav2vec2": WAVEFORM | {"position_kernel": 8, "position_groups": 4},
+    "wav2vec2_conformer": WAVEFORM | {"kernel": 5},
+    "conformer": SMALL | {"kernel": 5, "subsampling_channels": 8},
+}
 LENGTHS = [16_000, 11_000, 9_000, 0]
 
 
 def make(objective, encoder="wav2vec2", **settings):
-    encoder = models.make_encoder(encoder, **WAV2VEC2 if encoder == "wav2vec2" else CONFORMER)
+    encoder = models.make_encoder(encoder, **ENCODERS[encoder])
     frontend = FrontEnd(encoder.frontend, LOG_MEL)
     return tasks.constructor(objective)(encoder, frontend, codes=20, mask_length=4, **settings)
 
 
 TASKS = {
     "contrastive": lambda: make("contrastive", negatives=10, feature_dropout=0.0),
+    "contrastive-conformer": lambda: make(
+        "contrastive", "wav2vec2_conformer", negatives=10, feature_dropout=0.0
+    ),
     "best-rq-wav2vec2": lambda: make("best_rq"),
     "best-rq-conformer": lambda: make("best_rq", "conformer"),
 }

@@ -14,7 +14,7 @@ from speech_jax.deploy import hf
 from speech_jax.errors import UserError
 
 pytestmark = pytest.mark.optax
-GOLDEN = pathlib.Path(__file__).parent / "data" / "wav2vec2_base"
+GOLDEN = pathlib.Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,7 @@ def finished(tones, tmp_path_factory):
     """(workdir, results) of a pretraining run of the command's own loop."""
     workdir = tmp_path_factory.mktemp("pretrained")
     config = runs.tiny_config(tones, steps=4, eval_every=2, ema_decay=0.5)
+    config.model.conv_norm = "batch"
     config.task = tasks.settings("best_rq", codes=20, mask_length=2)
     config.data.max_seconds = 1.0  # most are longer: they are cropped, not left out
     return workdir, train.run(config, workdir)
@@ -29,6 +30,7 @@ def finished(tones, tmp_path_factory):
 
 def fine_tuning(tones, folder):
     config = runs.tiny_config(tones, steps=1)
+    config.model.conv_norm = "batch"
     config.init.folder = str(folder)
     return config
 
@@ -36,7 +38,7 @@ def fine_tuning(tones, folder):
 def init(config):
     task = experiment.make_task(config, 5, {"mean": np.zeros(16), "std": np.ones(16)})
     batch = {"audio": jnp.zeros((1, 16_000), jnp.int16), "audio_length": jnp.array([16_000])}
-    return jax.jit(task.init)(jax.random.key(1), batch)[0]
+    return jax.jit(task.init)(jax.random.key(1), batch)
 
 
 def test_pretraining_runs_in_the_loop(finished):
@@ -57,63 +59,74 @@ def test_pretraining_runs_in_the_loop(finished):
 def test_a_run_starts_from_the_encoder_of_another(finished, tones, tmp_path):
     workdir = finished[0]
     config = fine_tuning(tones, workdir)
-    fresh = init(config)
-    started = pretrained.with_encoder(fresh, config)
+    fresh, new = init(config)
+    started, state = pretrained.with_encoder(fresh, new, config)
     jax.tree.map(np.testing.assert_array_equal, started["head"], fresh["head"])
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), started["encoder"], fresh["encoder"])
-    assert max(jax.tree.leaves(moved)) > 1e-3
+    moved = lambda old, new: max(
+        jax.tree.leaves(jax.tree.map(lambda a, b: abs(a - b).max(), old, new))
+    )
+    assert moved(started["encoder"], fresh["encoder"]) > 1e-3
+    assert moved(state, new) > 1e-3
     # The same weights, whichever way their layers are kept.
     config.model.scan = True
-    scanned = pretrained.with_encoder(init(config), config)["encoder"]
-    jax.tree.map(np.testing.assert_array_equal, models.unstack_layers(scanned), started["encoder"])
+    scanned, stacked = pretrained.with_encoder(*init(config), config)
+    for theirs, ours in ((scanned, started), (stacked["batch_stats"], state["batch_stats"])):
+        unstacked = models.unstack_layers(theirs["encoder"])
+        jax.tree.map(np.testing.assert_array_equal, unstacked, ours["encoder"])
     # And the loop takes them up.
     config.model.scan = False
     config.schedule.peak = 1e-12
     train.run(config, tmp_path / "finetuned")
     again = fine_tuning(tones, tmp_path / "finetuned")
-    ended = pretrained.with_encoder(fresh, again)["encoder"]
+    ended = pretrained.with_encoder(fresh, new, again)[0]["encoder"]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ended, started["encoder"]
     )
 
 
+@pytest.mark.parametrize("name", ["wav2vec2_base", "wav2vec2_conformer"])
 @pytest.mark.parametrize("scan", [True, False])
-def test_a_hugging_face_folder_is_taken_up(scan):
-    model = hf.read(GOLDEN)
+def test_a_hugging_face_folder_is_taken_up(scan, name):
+    model = hf.read(GOLDEN / name)
     config = default()
     with config.unlocked():
         config.model = {**model.encoder, "scan": scan}
-    config.init.folder = str(GOLDEN)
-    started = pretrained.with_encoder(init(config), config)["encoder"]
-    jax.tree.map(
-        np.testing.assert_array_equal, models.unstack_layers(started), model.params["encoder"]
-    )
+    config.init.folder = str(GOLDEN / name)
+    params, state = pretrained.with_encoder(*init(config), config)
+    assert state.keys() == model.state.keys()
+    pairs = [(params, model.params)] + [(state[key], model.state[key]) for key in state]
+    for ours, theirs in pairs:
+        unstacked = models.unstack_layers(ours["encoder"])
+        jax.tree.map(np.testing.assert_array_equal, unstacked, theirs["encoder"])
     config.model.heads = 1
     with pytest.raises(UserError, match=r"has model.heads=\d+, and this run config.model.heads=1"):
-        pretrained.with_encoder({}, config)
+        pretrained.with_encoder({}, {}, config)
 
 
-def test_fine_tuned_and_exported(tones, tmp_path):
+@pytest.mark.parametrize("name", ["wav2vec2_base", "wav2vec2_conformer"])
+def test_fine_tuned_and_exported(name, tones, tmp_path):
     """From their folder through our loop to their folder."""
-    config = fine_tuning(tones, GOLDEN)
+    began = hf.read(GOLDEN / name)
+    config = fine_tuning(tones, GOLDEN / name)
     config.features.normalize = "utterance"
     config.optimizer.frozen = (("^encoder/extractor/", -1),)
     with config.unlocked():
-        config.model = models.settings("wav2vec2", "tiny", **_without_name(hf.read(GOLDEN).encoder))
+        settings = dict(began.encoder)
+        config.model = models.settings(settings.pop("name"), "tiny", **settings)
     train.run(config, tmp_path / "run")
     model = hf.load(tmp_path / "run")
     hf.write(model, tmp_path / "theirs")
     again = hf.read(tmp_path / "theirs")
     assert again.vocabulary == model.vocabulary == ["<pad>", "|", "A", "B", "C"]
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    jax.tree.map(np.testing.assert_array_equal, again.state, model.state)
     # What was frozen is what it started from, the rest is not.
-    start, end = hf.read(GOLDEN).params["encoder"], model.params["encoder"]
+    start, end = began.params["encoder"], model.params["encoder"]
     jax.tree.map(np.testing.assert_array_equal, end["extractor"], start["extractor"])
     assert not np.array_equal(end["projection"]["kernel"], start["projection"]["kernel"])
-
-
-def _without_name(settings):
-    return {key: value for key, value in settings.items() if key != "name"}
+    # Statistics moved by a tenth of the way to those of the one batch.
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), model.state, began.state)
+    assert all(0 < distance < 1 for distance in jax.tree.leaves(moved))
 
 
 def test_what_transformers_does_not_know_is_not_exported(finished):
@@ -134,9 +147,9 @@ def test_another_model_is_refused(finished, tones, key, value, message):
     config = fine_tuning(tones, finished[0])
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
-        pretrained.with_encoder({}, config)
+        pretrained.with_encoder({}, {}, config)
 
 
 def test_a_folder_without_a_model_is_named(tones, tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
-        pretrained.with_encoder({}, fine_tuning(tones, tmp_path))
+        pretrained.with_encoder({}, {}, fine_tuning(tones, tmp_path))

@@ -1,17 +1,19 @@
 """wav2vec 2.0 checkpoints of Hugging Face transformers, read and written without PyTorch.
 
+Those of Transformer layers (Wav2Vec2*) and of Conformer layers (Wav2Vec2Conformer*).
+
   python -m speech_jax.deploy.hf import SRC DST    # a Hugging Face folder to a model folder
   python -m speech_jax.deploy.hf export SRC DST    # and back, or from the workdir of a run
 
 A model folder is what fine-tuning starts from:
 
   model.json          {"encoder": keyword arguments of models.make_encoder (architecture only),
-                      "head": a name of HEADS, "normalize": of the waveform, as in
+                      "head": a name of hf_names.HEADS, "normalize": of the waveform, as in
                       config.features.normalize, "vocabulary": symbols by id, the CTC blank
                       first, or null, "labels": names by id, or null, "source": the config.json
                       that the model was imported with, or null}
   params.safetensors  float32 parameters by their path ("encoder/layer_0/attention/qkv/kernel"),
-                      the encoder's layers unrolled
+                      the encoder's layers unrolled; model state too, under "state/"
   tokenizer.json      where the vocabulary is one of characters (data/text.py)
 """
 
@@ -28,8 +30,7 @@ import sys
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.traverse_util
 import jax
@@ -41,6 +42,8 @@ import safetensors.numpy
 
 from speech_jax import evaluate, models
 from speech_jax.data import text
+from speech_jax.deploy import hf_names
+from speech_jax.deploy.hf_names import HEADS, architecture
 from speech_jax.errors import UserError
 
 
@@ -52,7 +55,9 @@ class ModelFolderError(UserError):
 class Model:
     """A model as plain data: see the module's docstring for the fields.
 
-    `params` is a nested dict of float32 numpy arrays: {"encoder": ..., and the head's own}.
+    `params` is a nested dict of float32 numpy arrays: {"encoder": ..., and the head's own};
+    `state` likewise, of the collections that are no parameters: {"batch_stats": {"encoder": ...}}
+    with batch norm, else {}.
     """
 
     encoder: dict[str, Any]
@@ -62,133 +67,7 @@ class Model:
     vocabulary: list[str] | None = None
     labels: list[str] | None = None
     source: dict[str, Any] | None = None
-
-
-# The transformers class of each head.
-HEADS = {
-    "none": "Wav2Vec2Model",
-    "ctc": "Wav2Vec2ForCTC",
-    "pretraining": "Wav2Vec2ForPreTraining",
-    "classification": "Wav2Vec2ForSequenceClassification",
-}
-
-# ---- Names and layouts -------------------------------------------------------------------------
-
-
-class Entry(NamedTuple):
-    """One parameter of ours and the tensors of theirs that it is made of."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    load: Callable[..., np.ndarray]  # their tensors to ours
-    dump: Callable[[np.ndarray], tuple[np.ndarray, ...]]  # the inverse
-
-
-def _same(ours, theirs):
-    return Entry(ours, (theirs,), lambda x: x, lambda x: (x,))
-
-
-def _transposed(ours, theirs, order):
-    inverse = tuple(np.argsort(order))
-    return Entry(ours, (theirs,), lambda x: x.transpose(order), lambda x: (x.transpose(inverse),))
-
-
-def _dense(ours, theirs):
-    yield _transposed(f"{ours}/kernel", f"{theirs}.weight", (1, 0))
-    yield _same(f"{ours}/bias", f"{theirs}.bias")
-
-
-def _norm(ours, theirs):
-    yield _same(f"{ours}/layer/scale", f"{theirs}.weight")
-    yield _same(f"{ours}/layer/bias", f"{theirs}.bias")
-
-
-def _attention(ours, theirs, heads):
-    projections = [f"{theirs}.{name}_proj" for name in "qkv"]
-
-    def load_kernels(*tensors):  # each [heads * width, D]; to [D, 3, heads, width]
-        return np.stack([x.T.reshape(x.shape[1], heads, -1) for x in tensors], axis=1)
-
-    yield Entry(
-        f"{ours}/qkv/kernel",
-        tuple(f"{name}.weight" for name in projections),
-        load_kernels,
-        lambda x: tuple(x[:, i].reshape(x.shape[0], -1).T for i in range(3)),
-    )
-    yield Entry(
-        f"{ours}/qkv/bias",
-        tuple(f"{name}.bias" for name in projections),
-        lambda *tensors: np.stack([x.reshape(heads, -1) for x in tensors]),
-        lambda x: tuple(x[i].reshape(-1) for i in range(3)),
-    )
-    yield Entry(
-        f"{ours}/project/kernel",
-        (f"{theirs}.out_proj.weight",),
-        lambda x: x.T.reshape(heads, -1, x.shape[0]),
-        lambda x: (x.reshape(-1, x.shape[2]).T,),
-    )
-    yield _same(f"{ours}/project/bias", f"{theirs}.out_proj.bias")
-
-
-def _encoder_entries(settings) -> Iterator[Entry]:
-    for index in range(len(settings["conv_channels"])):
-        theirs = f"feature_extractor.conv_layers.{index}"
-        yield _transposed(f"extractor/kernel_{index}", f"{theirs}.conv.weight", (2, 1, 0))
-        if settings["conv_bias"]:
-            yield _same(f"extractor/bias_{index}", f"{theirs}.conv.bias")
-        if settings["conv_norm"] == "layer":
-            yield from _norm(f"extractor/norm_{index}", f"{theirs}.layer_norm")
-        elif index == 0:
-            yield _same("extractor/scale_0", f"{theirs}.layer_norm.weight")
-            yield _same("extractor/shift_0", f"{theirs}.layer_norm.bias")
-    yield from _norm("feature_norm", "feature_projection.layer_norm")
-    yield from _dense("projection", "feature_projection.projection")
-    yield _same("mask_embedding", "masked_spec_embed")
-    position = "encoder.pos_conv_embed.conv"
-    yield Entry(
-        "position/magnitude",
-        (f"{position}.weight_g",),
-        lambda x: x.reshape(-1),
-        lambda x: (x.reshape(1, 1, -1),),
-    )
-    yield _transposed("position/direction", f"{position}.weight_v", (2, 1, 0))
-    yield _same("position/bias", f"{position}.bias")
-    yield from _norm("norm", "encoder.layer_norm")
-    for index in range(settings["num_layers"]):
-        ours, theirs = f"layer_{index}", f"encoder.layers.{index}"
-        yield from _attention(f"{ours}/attention", f"{theirs}.attention", settings["heads"])
-        yield from _norm(f"{ours}/attention_norm", f"{theirs}.layer_norm")
-        yield from _dense(
-            f"{ours}/feed_forward/expand", f"{theirs}.feed_forward.intermediate_dense"
-        )
-        yield from _dense(f"{ours}/feed_forward/project", f"{theirs}.feed_forward.output_dense")
-        yield from _norm(f"{ours}/feed_forward_norm", f"{theirs}.final_layer_norm")
-
-
-def _entries(settings, head, groups=None, weighted=False) -> Iterator[Entry]:
-    """All entries of a model, under full names."""
-    prefix = "" if head == "none" else "wav2vec2."
-    for entry in _encoder_entries(settings):
-        yield entry._replace(
-            ours=f"encoder/{entry.ours}", theirs=tuple(prefix + name for name in entry.theirs)
-        )
-    if head == "ctc":
-        yield from _dense("head", "lm_head")
-    elif head == "classification":
-        yield from _dense("projector", "projector")
-        yield from _dense("classifier", "classifier")
-        if weighted:
-            yield _same("layer_weights", "layer_weights")
-    elif head == "pretraining":
-        yield Entry(
-            "quantizer/codebook",
-            ("quantizer.codevectors",),
-            lambda x: x.reshape(groups, -1, x.shape[-1]),
-            lambda x: (x.reshape(1, -1, x.shape[-1]),),
-        )
-        yield from _dense("quantizer/project", "quantizer.weight_proj")
-        yield from _dense("project_hidden", "project_hid")
-        yield from _dense("project_target", "project_q")
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 # ---- From Hugging Face -------------------------------------------------------------------------
@@ -203,15 +82,27 @@ _DEFAULTS = {
     "proj_codevector_dim": 256, "classifier_proj_size": 256, "use_weighted_layer_sum": False,
 }  # fmt: skip
 
-# Settings that ours has one value of.
-_REQUIRED = {
-    "model_type": ("wav2vec2",),
-    "hidden_act": ("gelu",),
+# What a Wav2Vec2Conformer has besides, or of another default.
+_CONFORMER_DEFAULTS = {
+    "hidden_act": "gelu", "position_embeddings_type": "relative", "rotary_embedding_base": 10_000,
+    "conv_depthwise_kernel_size": 31, "vocab_size": None,
+}  # fmt: skip
+
+# By model type, settings that ours has one value of, or few.
+_COMMON = {
     "feat_extract_activation": ("gelu",),
     "feat_extract_norm": ("group", "layer"),
     "layer_norm_eps": (1e-5,),
     "add_adapter": (False,),
-    "adapter_attn_dim": (None,),
+}
+_REQUIRED = {
+    "wav2vec2": _COMMON | {"hidden_act": ("gelu",), "adapter_attn_dim": (None,)},
+    "wav2vec2-conformer": _COMMON
+    | {
+        "hidden_act": ("swish", "silu"),
+        "position_embeddings_type": tuple(hf_names.ATTENTION),
+        "rotary_embedding_base": (10_000,),
+    },
 }
 
 
@@ -224,16 +115,13 @@ def read(folder) -> Model:
     """
     folder = pathlib.Path(folder)
     source = _read_json(folder / "config.json")
-    for key, allowed in _REQUIRED.items():
-        if key in source and source[key] not in allowed:
-            raise ModelFolderError(
-                f"{folder / 'config.json'}: {key}={source[key]!r} is not supported, "
-                f"only {' or '.join(map(repr, allowed))}"
-            )
-    config = _DEFAULTS | source
+    config = _complete(source, folder)
     tensors = _read_tensors(folder)
-    head = _head(folder, source, tensors)
+    head = _head(folder, config, tensors)
+    if head == "ctc" and config["vocab_size"] is None:
+        raise ModelFolderError(f"{folder / 'config.json'}: vocab_size is missing")
     params = convert(tensors, config, head, folder)
+    state = params.pop("state", {})
     vocabulary = _read_vocabulary(folder, config) if head == "ctc" else None
     if head == "ctc":
         order = _blank_first(config["pad_token_id"], config["vocab_size"], folder)
@@ -250,30 +138,55 @@ def read(folder) -> Model:
         vocabulary=vocabulary,
         labels=labels and [labels[str(i)] for i in range(len(labels))],
         source=source,
+        state=state,
     )
 
 
+def _complete(source, folder) -> dict[str, Any]:
+    """A config.json with the defaults of what it leaves out; all that is in it is supported."""
+    config = {"model_type": "wav2vec2", **source}
+    kind = config["model_type"]
+    if kind == "wav2vec2-conformer":
+        config = _CONFORMER_DEFAULTS | config
+    for key, allowed in {"model_type": tuple(_REQUIRED), **_REQUIRED.get(kind, {})}.items():
+        if key in config and config[key] not in allowed:
+            raise ModelFolderError(
+                f"{folder / 'config.json'}: {key}={config[key]!r} is not supported, "
+                f"only {' or '.join(map(repr, allowed))}"
+            )
+    return _DEFAULTS | config
+
+
 def _encoder_settings(config) -> dict[str, Any]:
-    return {
+    settings = {
         "name": "wav2vec2",
         "features": config["hidden_size"],
         "num_layers": config["num_hidden_layers"],
         "heads": config["num_attention_heads"],
         "feed_forward": config["intermediate_size"],
-        "pre_norm": config["do_stable_layer_norm"],
         "conv_channels": tuple(config["conv_dim"]),
         "conv_kernels": tuple(config["conv_kernel"]),
         "conv_strides": tuple(config["conv_stride"]),
         "conv_norm": config["feat_extract_norm"],
         "conv_bias": config["conv_bias"],
+    }
+    if config["model_type"] == "wav2vec2-conformer":
+        return settings | {
+            "name": "wav2vec2_conformer",
+            "kernel": config["conv_depthwise_kernel_size"],
+            "attention": hf_names.ATTENTION[config["position_embeddings_type"]],
+        }
+    return settings | {
+        "pre_norm": config["do_stable_layer_norm"],
         "position_kernel": config["num_conv_pos_embeddings"],
         "position_groups": config["num_conv_pos_embedding_groups"],
     }
 
 
-def _head(folder, source, tensors) -> str:
-    named = {architecture: head for head, architecture in HEADS.items()}
-    architectures = source.get("architectures") or []
+def _head(folder, config, tensors) -> str:
+    encoder = _encoder_settings(config)["name"]
+    named = {architecture(head, encoder): head for head in HEADS}
+    architectures = config.get("architectures") or []
     if architectures:
         if architectures[0] not in named:
             raise ModelFolderError(
@@ -289,18 +202,21 @@ def _head(folder, source, tensors) -> str:
 def convert(tensors, config, head: str, folder="") -> dict[str, Any]:
     """Their tensors (numpy, by name) as our tree of parameters; each has its place and its shape.
 
-    `config` is a config.json with all settings, `folder` a name for errors.
+    The model state, if there is one, is in it as "state". `config` is a config.json with all
+    settings, `folder` a name for errors.
     """
     settings = _encoder_settings(config)
-    tensors = {_old_weight_norm(name): value for name, value in tensors.items()}
-    # Written by some versions; a buffer, not a parameter.
-    tensors.pop("wav2vec2.encoder.pos_conv_embed.conv.weight", None)
-    embedding = "masked_spec_embed" if head == "none" else "wav2vec2.masked_spec_embed"
+    tensors = {
+        hf_names.old_weight_norm(name): value
+        for name, value in tensors.items()
+        if not hf_names.is_unused(name, settings["name"])
+    }
+    embedding = hf_names.prefix(head, settings["name"]) + "masked_spec_embed"
     # Absent where the model was never masked; then nothing depends on its value.
     tensors.setdefault(embedding, np.zeros(settings["features"], np.float32))
     shapes = flax.traverse_util.flatten_dict(_shapes(config, settings, head), sep="/")
     params = {}
-    entries = _entries(
+    entries = hf_names.entries(
         settings, head, config["num_codevector_groups"], config["use_weighted_layer_sum"]
     )
     for entry in entries:
@@ -318,14 +234,9 @@ def convert(tensors, config, head: str, folder="") -> dict[str, Any]:
     if tensors:
         raise ModelFolderError(
             f"{folder}: tensor {min(tensors)!r} (of {len(tensors)} such) has no place in "
-            f"a {HEADS[head]} of this configuration"
+            f"a {architecture(head, settings['name'])} of this configuration"
         )
     return flax.traverse_util.unflatten_dict(params, sep="/")
-
-
-def _old_weight_norm(name: str) -> str:
-    name = name.replace("parametrizations.weight.original0", "weight_g")
-    return name.replace("parametrizations.weight.original1", "weight_v")
 
 
 def _shapes(config, settings, head) -> dict[str, Any]:
@@ -343,7 +254,9 @@ def _shapes(config, settings, head) -> dict[str, Any]:
     width, features = config["hidden_size"], config["conv_dim"][-1]
     groups, codes = config["num_codevector_groups"], config["num_codevectors_per_group"]
     dimension, final = config["codevector_dim"], config["proj_codevector_dim"]
-    shapes = {"encoder": jax.tree.map(lambda leaf: leaf.shape, tree["params"])}
+    tree = jax.tree.map(lambda leaf: leaf.shape, tree)
+    shapes = {"encoder": tree.pop("params")}
+    shapes["state"] = {collection: {"encoder": inner} for collection, inner in tree.items()}
     if head == "ctc":
         shapes["head"] = dense(width, config["vocab_size"])
     elif head == "classification":
@@ -416,6 +329,8 @@ def _read_safetensors(path) -> dict[str, np.ndarray]:
         raise ModelFolderError(f"{path} cannot be read: {error}") from error
     tensors = {}
     for name, tensor in found:
+        if name.endswith(".num_batches_tracked"):  # an integer; see hf_names.is_unused
+            continue
         if tensor["dtype"] not in _SAFETENSORS:
             raise ModelFolderError(
                 f"{path}: tensor {name!r} is of type {tensor['dtype']}, not a float"
@@ -504,17 +419,19 @@ def write(model: Model, folder) -> None:
     """Writes a model as a Hugging Face folder, which appears whole or not at all."""
     config = _config(model)
     groups = config.get("num_codevector_groups")
-    params = flax.traverse_util.flatten_dict(model.params, sep="/")
-    tensors = {}
-    for entry in _entries(model.encoder, model.head, groups, "layer_weights" in params):
+    params = _flat(model)
+    weighted = "layer_weights" in params
+    tensors = hf_names.unused(model.encoder, model.head)
+    for entry in hf_names.entries(model.encoder, model.head, groups, weighted):
         if entry.ours not in params:
             raise ModelFolderError(f"the model lacks the parameter {entry.ours!r}")
-        parts = entry.dump(np.asarray(params.pop(entry.ours), np.float32))
+        parts = entry.dump(params.pop(entry.ours))
         tensors |= {
             name: np.ascontiguousarray(part) for name, part in zip(entry.theirs, parts, strict=True)
         }
     if params:
-        raise ModelFolderError(f"parameter {min(params)!r} has no place in a {HEADS[model.head]}")
+        name = architecture(model.head, model.encoder["name"])
+        raise ModelFolderError(f"parameter {min(params)!r} has no place in a {name}")
     with _appearing(folder) as partial:
         safetensors.numpy.save_file(tensors, partial / "model.safetensors", {"format": "pt"})
         _write_json(partial / "config.json", config)
@@ -531,22 +448,34 @@ def _config(model: Model) -> dict[str, Any]:
     if not (config.get("mask_time_prob", 0.05) or config.get("mask_feature_prob", 0.0)):
         config["mask_time_prob"] = 0.05
     config |= {
-        "model_type": "wav2vec2",
-        "architectures": [HEADS[model.head]],
+        "architectures": [architecture(model.head, settings["name"])],
         "hidden_size": settings["features"],
         "num_hidden_layers": settings["num_layers"],
         "num_attention_heads": settings["heads"],
         "intermediate_size": settings["feed_forward"],
-        "do_stable_layer_norm": settings["pre_norm"],
         "conv_dim": list(settings["conv_channels"]),
         "conv_kernel": list(settings["conv_kernels"]),
         "conv_stride": list(settings["conv_strides"]),
         "num_feat_extract_layers": len(settings["conv_channels"]),
         "feat_extract_norm": settings["conv_norm"],
         "conv_bias": settings["conv_bias"],
-        "num_conv_pos_embeddings": settings["position_kernel"],
-        "num_conv_pos_embedding_groups": settings["position_groups"],
     }
+    if settings["name"] == "wav2vec2_conformer":
+        theirs = {ours: theirs for theirs, ours in hf_names.ATTENTION.items()}
+        config |= {
+            "model_type": "wav2vec2-conformer",
+            "hidden_act": "swish",
+            "conv_depthwise_kernel_size": settings["kernel"],
+            "position_embeddings_type": theirs[settings["attention"]],
+            **hf_names.unused_config(settings),
+        }
+    else:
+        config |= {
+            "model_type": "wav2vec2",
+            "do_stable_layer_norm": settings["pre_norm"],
+            "num_conv_pos_embeddings": settings["position_kernel"],
+            "num_conv_pos_embedding_groups": settings["position_groups"],
+        }
     if model.head == "ctc":
         config |= {"vocab_size": params["head"]["bias"].shape[0], "pad_token_id": 0}
     elif model.head == "classification":
@@ -592,18 +521,23 @@ def _tokenizer_files(vocabulary: list[str]) -> dict[str, Any]:
 # ---- Model folders -----------------------------------------------------------------------------
 
 
+def _flat(model: Model) -> dict[str, np.ndarray]:
+    """Parameters and state by path."""
+    tree = {**model.params, "state": model.state}
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    return {name: np.ascontiguousarray(value, np.float32) for name, value in flat.items()}
+
+
 def save(model: Model, folder) -> None:
     """Writes a model folder, which appears whole or not at all."""
-    flat = flax.traverse_util.flatten_dict(model.params, sep="/")
-    flat = {name: np.ascontiguousarray(value, np.float32) for name, value in flat.items()}
     described = {
         field.name: getattr(model, field.name)
         for field in dataclasses.fields(model)
-        if field.name != "params"
+        if field.name not in ("params", "state")
     }
     with _appearing(folder) as partial:
         _write_json(partial / "model.json", described)
-        safetensors.numpy.save_file(flat, partial / "params.safetensors")
+        safetensors.numpy.save_file(_flat(model), partial / "params.safetensors")
         tokenizer = _tokenizer(model.vocabulary)
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
@@ -623,8 +557,9 @@ def load(folder) -> Model:
     described = _read_json(folder / "model.json")
     tensors = _read_safetensors(folder / "params.safetensors")
     params = flax.traverse_util.unflatten_dict(tensors, sep="/")
+    state = params.pop("state", {})
     try:
-        model = Model(params=params, **described)
+        model = Model(params=params, state=state, **described)
         if model.head not in HEADS:
             raise KeyError(model.head)
     except (TypeError, KeyError) as error:
@@ -634,25 +569,32 @@ def load(folder) -> Model:
 
 
 _HEAD_OF_TASK = {"asr": "ctc", "contrastive": "pretraining"}
-_ARCHITECTURE = tuple(_encoder_settings(_DEFAULTS))
+_ARCHITECTURES = {
+    settings["name"]: tuple(settings)
+    for settings in (
+        _encoder_settings(_DEFAULTS | _CONFORMER_DEFAULTS | {"model_type": kind})
+        for kind in _REQUIRED
+    )
+}
 
 
 def _from_run(workdir) -> Model:
     run = evaluate.open_run(workdir)
     name, settings = run.config.task.name, run.config.model.to_dict()
-    if name not in _HEAD_OF_TASK or settings["name"] != "wav2vec2":
+    if name not in _HEAD_OF_TASK or settings["name"] not in _ARCHITECTURES:
         raise ModelFolderError(
             f"{workdir} is of task {name} with a {settings['name']}: what transformers knows is "
-            f"wav2vec2 with {' or '.join(_HEAD_OF_TASK)}"
+            f"{' or '.join(_ARCHITECTURES)} with {' or '.join(_HEAD_OF_TASK)}"
         )
     alphabet = getattr(run.tokenizer, "alphabet", None)  # pieces of words are not for their class
-    encoder = models.unstack_layers(run.params["encoder"])
+    unstack = lambda tree: {**tree, "encoder": models.unstack_layers(tree["encoder"])}
     return Model(
-        encoder={key: settings[key] for key in _ARCHITECTURE},
-        params={**run.params, "encoder": encoder},
+        encoder={key: settings[key] for key in _ARCHITECTURES[settings["name"]]},
+        params=unstack(run.params),
         head=_HEAD_OF_TASK[name],
         normalize=run.config.features.normalize,
         vocabulary=alphabet and ["<pad>", *alphabet.replace(" ", "|")],
+        state={collection: unstack(tree) for collection, tree in run.state.items()},
     )
 
 
@@ -733,7 +675,8 @@ def main(arguments=None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    print(f"{chosen.destination}: {HEADS[model.head]}, {count:,} parameters")
+    name = architecture(model.head, model.encoder["name"])
+    print(f"{chosen.destination}: {name}, {count:,} parameters")
     return 0
 
 

@@ -94,40 +94,55 @@ class Conformer(nn.Module):
         return jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype)), lengths
 
     def _block_settings(self):
-        names = ("heads", "kernel", "expansion", "position", "conv_norm", "dropout", "dtype")
-        return {name: getattr(self, name) for name in names}
+        names = ("heads", "kernel", "position", "conv_norm", "dropout", "dtype")
+        settings = {name: getattr(self, name) for name in names}
+        return settings | {"width": self.expansion * self.features}
 
 
 class Block(nn.Module):
-    """Half feed-forward, attention, convolution, half feed-forward, norm."""
+    """Half feed-forward, attention, convolution, half feed-forward, norm.
+
+    `width` is of the feed-forwards; `conv_bias` and `conv_momentum` are the convolution module's
+    use_bias and momentum. `skip`, a bool or None, leaves the layer out.
+    """
 
     heads: int
     kernel: int
-    expansion: int
+    width: int
     position: str
     conv_norm: str
     dropout: float
     dtype: Any
+    conv_bias: bool = True
+    conv_momentum: float = 0.99
 
     @nn.compact
-    def __call__(self, x, mask, seed):
-        width = self.expansion * x.shape[-1]
+    def __call__(self, x, mask, seed, skip=None):
         common = {"dropout": self.dropout, "dtype": self.dtype}
         half = jnp.asarray(0.5, self.dtype)
-        x = partition.split_rows(x)
-        first = layers.FeedForward(width, name="feed_forward_1", site=0, **common)
+        x = residual = partition.split_rows(x)
+        first = layers.FeedForward(self.width, name="feed_forward_1", site=0, **common)
         attention = layers.SelfAttention(
             self.heads, self.position, name="attention", site=2, **common
         )
         convolution = layers.ConvolutionModule(
-            self.kernel, self.conv_norm, name="convolution", site=4, **common
+            self.kernel,
+            self.conv_norm,
+            self.conv_momentum,
+            self.conv_bias,
+            name="convolution",
+            site=4,
+            **common,
         )
-        second = layers.FeedForward(width, name="feed_forward_2", site=5, **common)
+        second = layers.FeedForward(self.width, name="feed_forward_2", site=5, **common)
         x = x + half * first(x, seed)
         x = x + attention(x, mask, seed)
         x = x + convolution(x, mask, seed)
         x = x + half * second(x, seed)
-        return partition.split_rows(layers.LayerNorm(self.dtype, name="norm")(x)), None
+        x = layers.LayerNorm(self.dtype, name="norm")(x)
+        if skip is not None:
+            x = jnp.where(skip, residual, x)
+        return partition.split_rows(x), None
 
 
 class Subsampling(nn.Module):

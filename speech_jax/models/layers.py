@@ -6,6 +6,7 @@ branch starts at zero, so that a fresh network is the identity on its residual s
 with a short warm-up (Fixup, Zhang et al. 2019).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -78,8 +79,10 @@ class LayerNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention over valid positions, aware of relative position.
 
-    `position` is 'rotary' (RoPE, Su et al. 2021) or 'relative' (Transformer-XL, Dai et al. 2019,
-    as in the Conformer paper). mask: bool [B, T], True where a key may be attended to.
+    `position` is 'rotary' (RoPE, Su et al. 2021), 'rotary_input' (what queries and keys are
+    projected from is rotated, not they: scores then depend on absolute position too; as in
+    fairseq's Conformer) or 'relative' (Transformer-XL, Dai et al. 2019, as in the Conformer paper).
+    mask: bool [B, T], True where a key may be attended to.
     """
 
     heads: int
@@ -97,27 +100,33 @@ class SelfAttention(nn.Module):
             )
         width = features // self.heads
         x = LayerNorm(self.dtype, name="norm")(x)
-        projected = nn.DenseGeneral((3, self.heads, width), dtype=self.dtype, name="qkv")(x)
-        query, key, value = (projected[:, :, i] for i in range(3))
+        dense = functools.partial(nn.DenseGeneral, dtype=self.dtype)
+        if self.position == "rotary_input":
+            rotated = rotate(x.reshape(*x.shape[:2], self.heads, width)).reshape(x.shape)
+            projected = dense((2, self.heads, width), name="qk")(rotated)
+            query, key = (projected[:, :, i] for i in range(2))
+            value = dense((self.heads, width), name="value")(x)
+        else:
+            projected = dense((3, self.heads, width), name="qkv")(x)
+            query, key, value = (projected[:, :, i] for i in range(3))
         if self.position == "rotary":
             scores = _dot(rotate(query), rotate(key))
+        elif self.position == "rotary_input":
+            scores = _dot(query, key)
         elif self.position == "relative":
             scores = self._relative_scores(query, key)
         else:
-            raise UserError(f"position must be 'rotary' or 'relative', got {self.position!r}")
+            raise UserError(
+                f"position must be 'rotary', 'rotary_input' or 'relative', got {self.position!r}"
+            )
         scores = scores.astype(jnp.float32) / np.sqrt(width).astype(np.float32)
         # Finite, so that a row without a single valid frame stays free of NaN.
         scores = jnp.where(mask[:, None, None, :], scores, -1e30)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         weights = dropout(weights, self.dropout, seed, self.site)
         context = jnp.einsum("bhts,bshd->bthd", weights, value)
-        output = nn.DenseGeneral(
-            features,
-            axis=(-2, -1),
-            dtype=self.dtype,
-            kernel_init=nn.initializers.zeros,
-            name="project",
-        )(context)
+        zeros = nn.initializers.zeros
+        output = dense(features, axis=(-2, -1), kernel_init=zeros, name="project")(context)
         return dropout(output, self.dropout, seed, self.site + 1)
 
     def _relative_scores(self, query, key):
@@ -166,11 +175,14 @@ def rotate(x):
 class ConvolutionModule(nn.Module):
     """The Conformer's convolution: gate, depthwise over time, norm, swish (Gulati et al. 2020).
 
-    `norm` is 'layer', or 'batch' with statistics over the valid frames of the global batch.
+    `norm` is 'layer', or 'batch' with statistics over the valid frames of the global batch, which
+    are remembered with `momentum`. `use_bias` is of the convolutions.
     """
 
     kernel: int
     norm: str = "layer"
+    momentum: float = 0.99
+    use_bias: bool = True
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
     site: int = 0
@@ -179,19 +191,20 @@ class ConvolutionModule(nn.Module):
     def __call__(self, x, mask, seed):
         features = x.shape[-1]
         x = LayerNorm(self.dtype, name="norm")(x)
-        gated = nn.DenseGeneral((2, features), dtype=self.dtype, name="gate")(x)
+        bias = {"use_bias": self.use_bias, "dtype": self.dtype}
+        gated = nn.DenseGeneral((2, features), name="gate", **bias)(x)
         x = gated[:, :, 0] * nn.sigmoid(gated[:, :, 1])
         x = jnp.where(mask[:, :, None], x, jnp.zeros((), self.dtype))
-        x = DepthwiseConvolution(self.kernel, dtype=self.dtype, name="depthwise")(x)
+        x = DepthwiseConvolution(self.kernel, name="depthwise", **bias)(x)
         if self.norm == "batch":
-            x = MaskedBatchNorm(self.dtype, name="middle_norm")(x, mask, seed is None)
+            batch_norm = MaskedBatchNorm(self.dtype, self.momentum, name="middle_norm")
+            x = batch_norm(x, mask, seed is None)
         elif self.norm == "layer":
             x = LayerNorm(self.dtype, name="middle_norm")(x)
         else:
             raise UserError(f"conv_norm must be 'layer' or 'batch', got {self.norm!r}")
-        x = nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="project")(
-            nn.swish(x)
-        )
+        zeros = nn.initializers.zeros
+        x = nn.Dense(features, kernel_init=zeros, name="project", **bias)(nn.swish(x))
         return dropout(x, self.dropout, seed, self.site)
 
 
@@ -203,6 +216,7 @@ class DepthwiseConvolution(nn.Module):
     """
 
     kernel: int
+    use_bias: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -211,10 +225,12 @@ class DepthwiseConvolution(nn.Module):
         weight = self.param(
             "kernel", nn.initializers.normal(self.kernel**-0.5), (self.kernel, features)
         ).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (features,)).astype(self.dtype)
+        total = jnp.zeros((), self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (features,))
+            total = bias.astype(self.dtype)[None, None]
         left = (self.kernel - 1) // 2
         padded = jnp.pad(x, ((0, 0), (left, self.kernel - 1 - left), (0, 0)))
-        total = bias[None, None]
         for tap in range(self.kernel):
             total = total + padded[:, tap : tap + frames] * weight[tap][None, None]
         return total

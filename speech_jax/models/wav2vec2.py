@@ -31,7 +31,7 @@ class Wav2Vec2(nn.Module):
       conv_bias: whether the extractor's convolutions have a bias.
       norm_padding: count padding in the group norm's statistics, as fairseq and transformers do.
         Only for parity with them: the output then depends on how far an utterance is padded.
-      position_kernel, position_groups: the convolution that encodes position.
+      position_kernel, position_groups: the convolution that encodes position; none without taps.
       dropout: on every residual branch and on attention weights; input_dropout: on the projected
         features.
       layer_drop: probability that a layer is skipped in training (Fan et al. 2020).
@@ -98,28 +98,29 @@ class Wav2Vec2(nn.Module):
         self.projection = nn.Dense(self.features, dtype=self.dtype, kernel_init=_normal)
         uniform = nn.initializers.uniform(1.0)
         self.mask_embedding = self.param("mask_embedding", uniform, (self.features,))
-        self.position = PositionalConvolution(
-            self.position_kernel, self.position_groups, dtype=self.dtype
-        )
+        if self.position_kernel:
+            self.position = PositionalConvolution(
+                self.position_kernel, self.position_groups, dtype=self.dtype
+            )
         self.norm = layers.LayerNorm(self.dtype)
-        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
-        settings = {
-            "heads": self.heads,
-            "width": self.feed_forward,
-            "pre_norm": self.pre_norm,
-            "dropout": self.dropout,
-            "dtype": self.dtype,
-        }
+        block, settings = self.layer_settings()
+        if self.remat:
+            block = nn.remat(block, prevent_cse=not self.scan)
         if self.scan:
             self.layers = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0, 0),
                 length=self.num_layers,
             )(**settings)
         else:
             self.layer = [block(**settings) for _ in range(self.num_layers)]
+
+    def layer_settings(self):
+        """The module of a layer, called as module(x, mask, seed, skip), and its attributes."""
+        names = ("heads", "pre_norm", "dropout", "dtype")
+        return Block, {name: getattr(self, name) for name in names} | {"width": self.feed_forward}
 
     def output_lengths(self, lengths):
         """Hidden frames for `lengths` samples; the convolutions see no padding."""
@@ -147,7 +148,7 @@ class Wav2Vec2(nn.Module):
         return self.feature_norm(features)
 
     def contextualize(self, features, lengths, deterministic: bool, mask=None):
-        """The Transformer over normalized features [B, T', C].
+        """The layers over normalized features [B, T', C].
 
         mask: bool [B, T'], frames to replace by the mask embedding; None draws `mask_time` spans
         in training and masks nothing otherwise.
@@ -163,7 +164,8 @@ class Wav2Vec2(nn.Module):
         x = self._mask(x, lengths, deterministic, mask)
         valid = masking.length_mask(lengths, x.shape[1])
         x = jnp.where(valid[:, :, None], x, jnp.zeros((), x.dtype))
-        x = x + self.position(x)
+        if self.position_kernel:
+            x = x + self.position(x)
         if not self.pre_norm:
             x = self.norm(x)
         x = layers.dropout(x, self.dropout, seeds[-1], site=1)

@@ -226,10 +226,12 @@ class Contrastive:
         )
 
     def init(self, rng, batch):
-        """Parameters (float32) and an empty state."""
+        """Parameters (float32) and model state (empty without batch norm)."""
         inputs, lengths = self.frontend(batch)
         mask = jnp.zeros((inputs.shape[0], self.encoder.output_lengths(inputs.shape[1])), bool)
-        return self.model.init(rng, inputs, lengths, mask, True)["params"], {}
+        variables = self.model.init(rng, inputs, lengths, mask, True)
+        params = variables.pop("params")
+        return params, variables
 
     def temperature(self, step):
         """Of the Gumbel-softmax at an update."""
@@ -240,14 +242,13 @@ class Contrastive:
     def loss(self, params, state, batch, rng=None, step=0):
         """Nats, diversity and penalty over masked frames; without a key, the likeliest codes."""
         inputs, lengths, draws, dropout_rng = self._prepare(batch, rng)
-        total, rows, sums = self.compare(params, inputs, lengths, draws, step, dropout_rng)
-        return total, rows["masked"].sum(), {"state": state, "sums": sums}
+        total, rows, aux = self.compare(params, state, inputs, lengths, draws, step, dropout_rng)
+        return total, rows["masked"].sum(), aux
 
     def predict(self, params, state, batch):
         """How well masked frames are told apart: {'nats', 'correct', 'masked'}, sums of [B]."""
-        del state
         inputs, lengths, draws, _ = self._prepare(batch, None)
-        return self.compare(params, inputs, lengths, draws)[1]
+        return self.compare(params, state, inputs, lengths, draws)[1]
 
     def figures(self, sums, step: int) -> dict[str, float]:
         """Losses in nats a masked frame, accuracy, and the means of what is not of frames.
@@ -267,14 +268,14 @@ class Contrastive:
         del utterance, tokenizer
         return _score(row)
 
-    def compare(self, params, inputs, lengths, draws, step=0, dropout_rng=None):
-        """The loss of waveforms [B, T] for given draws, with dropout where there is a key.
+    def compare(self, params, state, inputs, lengths, draws, step=0, dropout_rng=None):
+        """The loss of waveforms [B, T] for given draws; trains where there is a key for dropout.
 
         Returns:
-          (sum, sums of each row as from `contrastive_rows`, sums to log).
+          (sum, sums of each row as from `contrastive_rows`, aux as of `loss`).
         """
-        outputs = self.model.apply(
-            {"params": params},
+        outputs, state = self.model.apply(
+            {"params": params, **state},
             inputs,
             lengths,
             draws.mask,
@@ -282,6 +283,7 @@ class Contrastive:
             draws.noise,
             self.temperature(step),
             rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+            mutable=list(state),
         )
         logits = contrastive_logits(
             outputs["context"],
@@ -307,7 +309,7 @@ class Contrastive:
             "feature_penalty": outputs["penalty"],
             "gumbel_temperature": self.temperature(step),
         }
-        return nats + extra * masked, rows, sums
+        return nats + extra * masked, rows, {"state": state, "sums": sums}
 
     def _prepare(self, batch, rng):
         train = rng is not None
@@ -392,7 +394,7 @@ class BestRQ:
         return ClassifierModel(self.encoder, self.codes)
 
     def init(self, rng, batch):
-        """Parameters, and a state that holds the random projection and codes."""
+        """Parameters, and a state that holds the random projection and codes too."""
         model_rng, projection_rng, code_rng = jax.random.split(rng, 3)
         inputs, lengths = self.frontend(batch)
         variables = self.model.init(model_rng, inputs, lengths, True)
@@ -402,9 +404,9 @@ class BestRQ:
                 projection_rng, (width, self.code_features), jnp.float32
             ),
             "codebook": jax.random.normal(code_rng, (self.codes, self.code_features)),
-            "encoder": {name: value for name, value in variables.items() if name != "params"},
         }
-        return variables["params"], state
+        params = variables.pop("params")
+        return params, state | variables
 
     def logits(self, params, state, batch, rng=None, step=0):
         """(logits [B, T', codes], frames [B], new state) under the masks of `rng`."""
@@ -448,7 +450,9 @@ class BestRQ:
         mask_rng, noise_rng, dropout_rng = jax.random.split(rng if train else jax.random.key(0), 3)
         inputs, lengths = self.frontend(batch)
         stacked, places = self._frames(batch, inputs, lengths)
-        targets = nearest_code(stacked, state["projection"], state["codebook"])
+        state = dict(state)
+        fixed = {name: state.pop(name) for name in ("projection", "codebook")}
+        targets = nearest_code(stacked, **fixed)
         size = stacked.shape[1]
         mask = random_spans(
             mask_rng,
@@ -462,14 +466,14 @@ class BestRQ:
             hidden = jnp.repeat(mask, places, axis=1)[:, : inputs.shape[1], None]
             noise = self.noise * jax.random.normal(noise_rng, inputs.shape)
             inputs, settings = jnp.where(hidden, noise, inputs), {}
-        (logits, _), encoder_state = self.model.apply(
-            {"params": params, **state["encoder"]},
+        (logits, _), state = self.model.apply(
+            {"params": params, **state},
             inputs,
             lengths,
             not train,
             **settings,
             rngs={"dropout": dropout_rng} if train else None,
-            mutable=list(state["encoder"]),
+            mutable=list(state),
         )
         mask = mask & (batch["weight"] > 0)[:, None]
         weight = mask.astype(jnp.float32)
@@ -481,7 +485,7 @@ class BestRQ:
             "correct": (correct * weight).sum(axis=1),
             "masked": weight.sum(axis=1),
         }
-        return rows, logits, targets, mask, {**state, "encoder": encoder_state}
+        return rows, logits, targets, mask, fixed | state
 
     def _frames(self, batch, inputs, lengths):
         """The log-mel frames of each encoder frame [B, T', M'], and how many inputs make one.
