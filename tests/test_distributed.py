@@ -7,11 +7,11 @@ import socket
 import subprocess
 import sys
 
-import follow
 import jax
 import numpy as np
 import pytest
 
+import follow
 import runs
 from benchmarks import kill_resume
 

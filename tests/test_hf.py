@@ -8,12 +8,12 @@ import shutil
 import zipfile
 
 import flax.traverse_util
-import hf_reference
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
+import hf_reference
 from speech_jax import models
 from speech_jax.data import text
 from speech_jax.deploy import hf

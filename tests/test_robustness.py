@@ -5,11 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_adversarial import make_batch, make_task, start
 
 import runs
 from speech_jax import robustness, sharding, train
 from speech_jax.errors import UserError
+from test_adversarial import make_batch, make_task, start
 
 
 def make_config(root):
