@@ -17,6 +17,7 @@ def main(workdir: str, picture: str, *metrics: str) -> None:
     points = [json.loads(line) for line in lines]
     figure = Figure(figsize=(4.2 * len(metrics), 3.6), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    splits = ["", *sorted({name.rpartition("/")[0] for point in points for name in point} - {""})]
     for panel, metric in zip(panels, metrics, strict=True):
         names = {name for point in points for name in point if name.split("/")[-1] == metric}
         if not names:
@@ -24,7 +25,8 @@ def main(workdir: str, picture: str, *metrics: str) -> None:
         for name in sorted(names):
             curve = [(point["step"], point[name]) for point in points if name in point]
             split = name.rpartition("/")[0]
-            panel.plot(*zip(*curve, strict=True), "o-" if split else "-", label=split or "training")
+            style = {"color": f"C{splits.index(split)}", "marker": "o" if split else ""}
+            panel.plot(*zip(*curve, strict=True), label=split or "training", **style)
         panel.set(xlabel="update", ylabel=metric.replace("_", " "), ylim=(0, None))
         panel.legend()
     pathlib.Path(picture).parent.mkdir(parents=True, exist_ok=True)

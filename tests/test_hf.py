@@ -17,6 +17,7 @@ import hf_reference
 from speech_jax import models
 from speech_jax.data import text
 from speech_jax.deploy import hf
+from speech_jax.deploy.tensors import read_tensors
 from speech_jax.tasks.pretrain import Draws
 
 GOLDEN = pathlib.Path(__file__).parent / "data"
@@ -178,7 +179,7 @@ def test_round_trip_is_bit_equal(kind, head, tmp_path):
 
 def test_weight_norm_names_of_either_age_and_both_formats(folder):
     old = hf.read(folder)
-    tensors = hf._read_torch(folder / "pytorch_model.bin")
+    tensors = read_tensors(folder)
     new = {
         name.replace("weight_g", "parametrizations.weight.original0").replace(
             "weight_v", "parametrizations.weight.original1"
@@ -191,7 +192,7 @@ def test_weight_norm_names_of_either_age_and_both_formats(folder):
 
 
 def test_half_precision_is_widened(folder):
-    tensors = hf._read_torch(folder / "pytorch_model.bin")
+    tensors = read_tensors(folder)
     exact = hf.read(folder).params["head"]["kernel"]
     half = {name: value.astype(np.float16) for name, value in tensors.items()}
     safetensors.numpy.save_file(half, folder / "model.safetensors")
