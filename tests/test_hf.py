@@ -16,8 +16,7 @@ import safetensors.numpy
 import hf_reference
 from speech_jax import models
 from speech_jax.data import text
-from speech_jax.deploy import hf
-from speech_jax.deploy.tensors import read_tensors
+from speech_jax.deploy import hf, tensors
 from speech_jax.tasks.pretrain import Draws
 
 GOLDEN = pathlib.Path(__file__).parent / "data"
@@ -179,22 +178,22 @@ def test_round_trip_is_bit_equal(kind, head, tmp_path):
 
 def test_weight_norm_names_of_either_age_and_both_formats(folder):
     old = hf.read(folder)
-    tensors = read_tensors(folder)
+    found = tensors.read_tensors(folder)
     new = {
         name.replace("weight_g", "parametrizations.weight.original0").replace(
             "weight_v", "parametrizations.weight.original1"
         ): np.ascontiguousarray(value)
-        for name, value in tensors.items()
+        for name, value in found.items()
     }
-    assert new.keys() != tensors.keys()
+    assert new.keys() != found.keys()
     safetensors.numpy.save_file(new, folder / "model.safetensors")
     assert_trees_equal(hf.read(folder).params, old.params)
 
 
 def test_half_precision_is_widened(folder):
-    tensors = read_tensors(folder)
+    weights = tensors.read_tensors(folder)
     exact = hf.read(folder).params["head"]["kernel"]
-    half = {name: value.astype(np.float16) for name, value in tensors.items()}
+    half = {name: value.astype(np.float16) for name, value in weights.items()}
     safetensors.numpy.save_file(half, folder / "model.safetensors")
     found = hf.read(folder).params["head"]["kernel"]
     assert found.dtype == np.float32
@@ -348,12 +347,12 @@ def test_a_pickle_that_wants_to_run_code_does_not(folder, tmp_path, protocol):
 
 def test_a_tensor_that_reaches_past_its_storage_is_refused(folder):
     storage = np.arange(4, dtype=np.float32)
-    np.testing.assert_array_equal(hf._strided(storage, 0, (2, 2), (1, 2)), [[0, 2], [1, 3]])
+    np.testing.assert_array_equal(tensors._strided(storage, 0, (2, 2), (1, 2)), [[0, 2], [1, 3]])
     for offset, shape, strides in ((0, (5,), (1,)), (3, (2,), (1,)), (0, (2, 2), (1, 9))):
         with pytest.raises(hf.ModelFolderError, match="past its storage"):
-            hf._strided(storage, offset, shape, strides)
+            tensors._strided(storage, offset, shape, strides)
     with pytest.raises(hf.ModelFolderError, match="past its storage"):
-        hf._strided(storage, 3, (2,), (-1,))
+        tensors._strided(storage, 3, (2,), (-1,))
 
 
 def test_nothing_is_left_of_a_failed_export(tmp_path):

@@ -1,4 +1,4 @@
-"""The weights in Hugging Face folders, read without PyTorch and without running anything in them."""
+"""The weights in Hugging Face folders, read without PyTorch; nothing in them is ever run."""
 
 import json
 import math
