@@ -69,10 +69,10 @@ def _for_two_cores():
     config.data.batch_seconds = 32.0
     config.data.buckets = 2
     config.data.eval_buckets = 2
-    config.model = models.settings("wav2vec2", "tiny", mask_time=0.3, feature_gradient=0.0)
+    config.model = models.settings("wav2vec2", "tiny", feature_gradient=0.0)
     config.optimizer.weight_decay = 0.0
-    config.optimizer.frozen = ((EXTRACTOR, -1), (TRANSFORMER, 60))
-    config.schedule = {"name": "tri_stage", "peak": 1e-3}
-    config.train.update({"steps": 600, "eval_every": 200})
-    config.checkpoint.every = 200
+    config.optimizer.frozen = ((EXTRACTOR, -1),)
+    config.schedule = {"name": "tri_stage", "peak": 5e-4, "fractions": (0.1, 0.5, 0.4)}
+    config.train.update({"steps": 600, "eval_every": 300})
+    config.checkpoint.every = 300
     return config
