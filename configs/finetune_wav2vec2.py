@@ -10,9 +10,8 @@ updates, the feature extractor always. Published, without a language model: WER 
 test-clean / other from 100 h, 3.4 / 8.6 from 960 h. Not yet run to its end by us.
 
 `tiny` fine-tunes what configs/pretrain_wav2vec2_base.py:tiny learned, on ten minutes of the
-training splits, in a few minutes on two cores. The same from scratch, with nothing frozen: an empty
-init.folder, --config.model.feature_gradient=1.0 --config.optimizer.frozen='()'. The scores of both
-are in benchmarks/RESULTS.md.
+training splits, in a few minutes on two cores. Its scores, and those from scratch (without
+--config.init.folder), are in benchmarks/RESULTS.md.
 """
 
 from speech_jax import config as defaults
@@ -69,9 +68,9 @@ def _for_two_cores():
     config.data.batch_seconds = 32.0
     config.data.buckets = 2
     config.data.eval_buckets = 2
-    config.model = models.settings("wav2vec2", "tiny", feature_gradient=0.0)
+    # Nothing stands still: an extractor of half an hour's pretraining is not yet good enough.
+    config.model = models.settings("wav2vec2", "tiny")
     config.optimizer.weight_decay = 0.0
-    config.optimizer.frozen = ((EXTRACTOR, -1),)
     config.schedule = {"name": "tri_stage", "peak": 5e-4, "fractions": (0.1, 0.5, 0.4)}
     config.train.update({"steps": 600, "eval_every": 300})
     config.checkpoint.every = 300
