@@ -18,12 +18,13 @@ from speech_jax import config as defaults
 from speech_jax import models
 from speech_jax.errors import UserError
 
-# Peak learning rate, updates, updates that the encoder stands still for, time and channel masks.
+# Minutes of speech (0: all), peak learning rate, updates, updates for which the encoder stands
+# still, time and channel masks.
 SPLITS = {
-    "10m": (5e-5, 13_000, 10_000, 0.65, 0.25),
-    "10h": (5e-5, 20_000, 10_000, 0.65, 0.5),
-    "100h": (3e-5, 80_000, 0, 0.65, 0.5),
-    "960h": (1e-4, 320_000, 0, 0.5, 0.1),
+    "10m": (10.0, 5e-5, 13_000, 10_000, 0.65, 0.25),
+    "10h": (600.0, 5e-5, 20_000, 10_000, 0.65, 0.5),
+    "100h": (0.0, 3e-5, 80_000, 0, 0.65, 0.5),
+    "960h": (0.0, 1e-4, 320_000, 0, 0.5, 0.1),
 }
 EXTRACTOR, TRANSFORMER = "^encoder/extractor/", "^encoder/"
 
@@ -35,8 +36,9 @@ def get_config(labels: str = "100h"):
         raise UserError(
             f"configs/finetune_wav2vec2.py:{labels} is not known: {', '.join(SPLITS)} or tiny"
         )
-    peak, steps, still, time, channel = SPLITS[labels]
+    minutes, peak, steps, still, time, channel = SPLITS[labels]
     config = defaults.default()
+    config.data.train_minutes = minutes
     config.data.train_splits = "train-clean-100"
     if labels == "960h":
         config.data.train_splits += ",train-clean-360,train-other-500"

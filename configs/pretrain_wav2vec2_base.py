@@ -30,7 +30,7 @@ def get_config(size: str = "base"):
     config.model = models.settings(
         "wav2vec2", "base", layer_drop=0.05, feature_gradient=0.1, dtype="bfloat16"
     )
-    config.optimizer.clip_norm = None
+    config.optimizer.clip_norm = 0.0
     config.optimizer.weight_decay = 0.01
     config.schedule = {"name": "polynomial", "peak": 5e-4, "warmup": 32_000}
     config.train.steps = 400_000

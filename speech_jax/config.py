@@ -78,7 +78,7 @@ def default() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adam, adamw, nadamw, sgd, lion
-    config.optimizer.clip_norm = 1.0
+    config.optimizer.clip_norm = 1.0  # 0: off
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 1e-3
@@ -157,6 +157,10 @@ def check(config: ConfigDict) -> None:
     for key in positive.split():
         if not _get(config, key) > 0:
             raise UserError(f"config.{key}={_get(config, key)!r} must be greater than 0")
+    if config.data.train_minutes < 0:
+        raise UserError(
+            f"config.data.train_minutes={config.data.train_minutes} must not be negative"
+        )
     if not 0 <= config.train.ema_decay < 1:
         raise UserError(f"config.train.ema_decay={config.train.ema_decay} must be in [0, 1)")
     if config.data.batch_seconds < config.data.max_seconds:

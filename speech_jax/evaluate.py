@@ -78,14 +78,19 @@ def run(config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
     """
     experiment.check_workdir(workdir, config, trained=True)
     mesh = sharding.make_mesh(**config.mesh)
-    task, tokenizer = experiment.open_task(config, workdir)
-    shapes = jax.eval_shape(task.init, jax.random.key(0), probe(config, mesh))
-    params, state = restore(config, workdir, mesh, *shapes)
+    task, tokenizer, params, state = open_model(config, workdir, mesh)
     evaluator = Evaluator(config, task, tokenizer, mesh)
     splits = score_splits(
         evaluator, params, state, split_names(config.data.eval_splits), workdir, report
     )
     return write_results(workdir, splits)
+
+
+def open_model(config: ConfigDict, workdir: pathlib.Path, mesh):
+    """(task, tokenizer or None, parameters, model state) of the best checkpoint of a workdir."""
+    task, tokenizer = experiment.open_task(config, workdir)
+    shapes = jax.eval_shape(task.init, jax.random.key(0), probe(config, mesh))
+    return task, tokenizer, *restore(config, workdir, mesh, *shapes)
 
 
 class Run(NamedTuple):
@@ -101,12 +106,10 @@ class Run(NamedTuple):
 def open_run(workdir: pathlib.Path) -> Run:
     """The best model of a workdir, as it was trained."""
     config = experiment.recorded_config(workdir)
-    mesh = sharding.make_mesh()
-    task, tokenizer = experiment.open_task(config, workdir)
-    shapes = jax.eval_shape(task.init, jax.random.key(0), probe(config, mesh))
-    found = restore(config, workdir, mesh, *shapes)
-    here = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), found)
-    return Run(config, task, tokenizer, *here)
+    task, tokenizer, *found = open_model(config, workdir, sharding.make_mesh())
+    return Run(
+        config, task, tokenizer, *jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), found)
+    )
 
 
 def probe(config: ConfigDict, mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -147,7 +150,7 @@ def score_splits(evaluator, params, state, splits, workdir, report) -> dict[str,
         path = workdir / _PREDICTIONS / f"{split}.jsonl"
         counts = evaluator.score(params, state, split, predictions=path)
         results[split] = counts.results()
-        report(f"{split}: {counts}  ({len(evaluator.corpus(split))} utterances)")
+        report(f"{split}: {counts}  ({counts.utterances} utterances)")
     return results
 
 

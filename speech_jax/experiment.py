@@ -299,7 +299,8 @@ def make_adversary(config: ConfigDict) -> Adversary:
 def feature_statistics(config: ConfigDict, workdir: pathlib.Path, source=None):
     """{'mean', 'std'} [mels] for global normalization, stored in the workdir; else None.
 
-    They are of a thousand utterances drawn from `source`, which is enough for two moments.
+    They are those that a pretrained encoder has learned with, or of a thousand utterances drawn
+    from `source`, which is enough for two moments.
     """
     if config.features.normalize != "global":
         return None
@@ -307,7 +308,9 @@ def feature_statistics(config: ConfigDict, workdir: pathlib.Path, source=None):
     if source is None and not path.exists():
         raise WorkdirError(f"{workdir} holds no {_FEATURES}: train there first")
     if jax.process_index() == 0 and not path.exists():
-        _write(path, json.dumps(_measure(config, source)))
+        learned = pathlib.Path(config.init.folder).expanduser() / _FEATURES
+        known = config.init.folder and learned.exists()
+        _write(path, learned.read_text() if known else json.dumps(_measure(config, source)))
     _barrier("features")
     return {
         name: np.asarray(value, np.float32) for name, value in json.loads(path.read_text()).items()

@@ -54,6 +54,8 @@ class _Instruction(NamedTuple):
 def memory_needed(compiled) -> int:
     """Bytes that a compiled program takes on each device: arguments, results, temporaries, code."""
     sizes = compiled.memory_analysis()
+    if sizes is None:  # a backend that does not say
+        return 0
     return (
         sizes.argument_size_in_bytes
         + sizes.output_size_in_bytes

@@ -57,6 +57,7 @@ class ErrorCounts:
 class MaskedCounts:
     """How well masked frames were told apart, as sums over them."""
 
+    utterances: int = 0
     nats: float = 0.0
     correct: float = 0.0
     masked: float = 0.0
@@ -75,6 +76,7 @@ class MaskedCounts:
             "accuracy": accuracy,
             "loss_per_frame": self.nats / count,
             "masked_frames": self.masked,
+            "utterances": self.utterances,
         }
 
     def __str__(self) -> str:

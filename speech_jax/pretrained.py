@@ -33,12 +33,16 @@ def with_encoder(params, state, config: ConfigDict):
     folder = pathlib.Path(config.init.folder).expanduser()
     if (folder / "checkpoints").is_dir():
         found = evaluate.open_run(folder)
-        _compare(folder, "model", found.config.model, config)
-        if found.task.encoder.frontend == "log_mel":
-            _compare(folder, "features", found.config.features, config)
+        model, rate = found.config.model, found.config.data.sample_rate
+        features = found.config.features
+        if found.task.encoder.frontend == "waveform":
+            features = {"normalize": features.normalize}
     else:
         found = _read_hugging_face(folder)
-        _compare(folder, "model", found.encoder, config)
+        model, rate, features = found.encoder, 16_000, {"normalize": found.normalize}
+    theirs = {"model": model, "data": {"sample_rate": rate}, "features": features}
+    for section, settings in theirs.items():
+        _compare(folder, section, settings, config)
     fit = lambda theirs, ours: _fit(folder, theirs["encoder"], ours["encoder"], config.model.scan)
     params = {**params, "encoder": fit(found.params, params)}
     if "batch_stats" in state:

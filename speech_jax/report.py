@@ -150,7 +150,7 @@ class Report:
         self._window.audio_seconds = sums["samples"] / rate * self._window.steps / done
         self._window.stop()
         updates = max(sums["steps"], 1.0)
-        found = self._task.figures(sums, step)
+        found = self._task.figures(sums)
         values = found | {
             "grad_norm": sums["grad_norm"] / updates,
             "learning_rate": float(self._schedule(step - 1)),
@@ -169,6 +169,7 @@ class Report:
         loss = next(iter(found.values()))
         accuracy = f"  accuracy {found['accuracy']:.3f}" if "accuracy" in found else ""
         self._show(step, f"loss {loss:.3f}{accuracy}", values)
+        self._task.check(found, step)
 
     def _show(self, step, progress, values):
         figures = (

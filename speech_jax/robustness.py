@@ -41,13 +41,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, say: Callable[[str], None] = 
     """
     experiment.check_workdir(workdir, config, trained=True)
     mesh = sharding.make_mesh(**config.mesh)
-    task, tokenizer = experiment.open_task(config, workdir)
+    task, tokenizer, params, state = evaluate.open_model(config, workdir, mesh)
     if not task.labelled:
         raise UserError(
             f"--mode=robustness counts word errors, and {config.task.name} has no words"
         )
-    shapes = jax.eval_shape(task.init, jax.random.key(0), evaluate.probe(config, mesh))
-    params, state = evaluate.restore(config, workdir, mesh, *shapes)
     recognize = make_recognizer(task, mesh, **_space(config))
 
     curves = {}

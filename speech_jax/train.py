@@ -1,6 +1,7 @@
 """Training: the state, the jitted step, and the loop, in the order in which they run."""
 
 import concurrent.futures
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -168,6 +169,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
       TrainingError: too many updates were not finite.
     """
     started = time.monotonic()
+    if config.optimizer.frozen and not config.init.folder:
+        raise TrainingError(
+            f"config.optimizer.frozen={config.optimizer.frozen} would hold random weights still: "
+            "name what to start from in config.init.folder"
+        )
     experiment.check_workdir(workdir, config)
     reached_preemption = catch_preemption()
     steps = config.train.steps
@@ -191,10 +197,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
         config, task, schedule, mesh, batch_shapes(buckets[0], mesh)
     )
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    programs = compile_steps(config, task, tx, abstract, buckets, mesh)
 
     # ---- Restore -------------------------------------------------------------------------------
-    experiment.record_config(workdir, config)
     checkpoints = Checkpoints(
         str(workdir / "checkpoints"),
         keep=config.checkpoint.keep,
@@ -212,6 +216,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
         state, first = restored.state, restored.data["next_batch"]
         seconds = restored.data["seconds"]
         stopper.from_dict(restored.stopper)
+    programs = compile_steps(config, task, tx, abstract, buckets, mesh)
+    experiment.record_config(workdir, config)  # all that can fail early has not
     batches = experiment.training_batches(config, corpus, buckets, first)
     report = Report(
         workdir,
@@ -314,14 +320,21 @@ def _check_memory(bucket, program) -> None:
     # An accelerator's compiler refuses by itself; a CPU's leaves it to the kernel to kill the run.
     if jax.devices()[0].platform != "cpu":
         return
-    needed = hlo.memory_needed(program) * jax.local_device_count()
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = hlo.memory_needed(program) * jax.local_device_count(), host_memory()
     if needed > there:
         raise TrainingError(
             f"a batch of {bucket.rows} x {bucket.samples} samples needs {needed / 2**30:.0f} GiB, "
             f"and this machine has {there / 2**30:.0f}: lower config.data.batch_seconds, raise "
             "config.train.accumulate, set config.model.remat=True or take a smaller model"
         )
+
+
+def host_memory() -> int:
+    """Bytes of this machine, or what its container may have of them."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such limit
+        there = min(there, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there
 
 
 def jit_step(config: ConfigDict, task, tx, abstract, mesh):

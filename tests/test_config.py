@@ -56,6 +56,7 @@ def test_recipes_build_their_task(name):
         ("features.normalize", "batch", "utterance, global, none"),
         ("data.batch_seconds", 5.0, "a batch must hold an utterance"),
         ("data.speeds", (0.9, 1.1), "hold 1.0"),
+        ("data.train_minutes", -1.0, "must not be negative"),
         ("train.steps", 0, "greater than 0"),
         ("train.ema_decay", 1.0, r"in \[0, 1\)"),
         ("schedule.peak", -1.0, "greater than 0"),
@@ -81,3 +82,12 @@ def test_unknown_keys_are_named_with_the_nearest():
 def test_split_names_are_joined_by_commas():
     assert defaults.split_names(" a, b,,c ") == ["a", "b", "c"]
     assert defaults.split_names("") == []
+
+
+def test_fine_tuning_takes_as_much_speech_as_its_argument_says():
+    from configs import finetune_wav2vec2
+
+    minutes = {
+        name: finetune_wav2vec2.get_config(name).data.train_minutes for name in ("10m", "10h")
+    }
+    assert minutes == {"10m": 10.0, "10h": 600.0}

@@ -30,6 +30,7 @@ def test_help_teaches():
         (["--config.data.train_splits=trian"], "train"),
         (["--config.mesh.fsdp=3", "--config.mesh.data=1"], "does not fit 1 devices"),
         (["--config.model.heads=5"], "5 heads"),
+        (["--config.optimizer.frozen=(('encoder', 1),)"], "name what to start from"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -1,6 +1,7 @@
 """Pretrain, then fine-tune: the encoder goes over as it is, and one that does not fit is named."""
 
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import runs
-from speech_jax import experiment, models, pretrained, tasks, train
+from speech_jax import checkpoint, evaluate, experiment, models, pretrained, tasks, train
 from speech_jax.config import default
 from speech_jax.deploy import hf
 from speech_jax.errors import UserError
@@ -21,11 +22,15 @@ GOLDEN = pathlib.Path(__file__).parent / "data"
 def finished(tones, tmp_path_factory):
     """(workdir, results) of a pretraining run of the command's own loop."""
     workdir = tmp_path_factory.mktemp("pretrained")
+    return workdir, train.run(pretraining(tones), workdir)
+
+
+def pretraining(tones):
     config = runs.tiny_config(tones, steps=4, eval_every=2, ema_decay=0.5)
     config.model.conv_norm = "batch"
     config.task = tasks.settings("best_rq", codes=20, mask_length=2)
     config.data.max_seconds = 1.0  # most are longer: they are cropped, not left out
-    return workdir, train.run(config, workdir)
+    return config
 
 
 def fine_tuning(tones, folder):
@@ -41,6 +46,19 @@ def init(config):
     return jax.jit(task.init)(jax.random.key(1), batch)
 
 
+def test_pretraining_resumes_bit_for_bit(finished, tones, tmp_path):
+    """From its second update on: crops, masks, codes and averages are those of the first run."""
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    (workdir / "results.json").unlink()
+    results = train.run(pretraining(tones), workdir)
+    assert results["splits"] == finished[1]["splits"]
+    assert runs.metrics(workdir) == runs.metrics(finished[0])
+    again, whole = evaluate.open_run(workdir), evaluate.open_run(finished[0])
+    for ours, theirs in ((again.params, whole.params), (again.state, whole.state)):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
 def test_pretraining_runs_in_the_loop(finished):
     workdir, results = finished
     assert results["training"]["left_out"] == 0
@@ -49,6 +67,7 @@ def test_pretraining_runs_in_the_loop(finished):
         "accuracy",
         "loss_per_frame",
         "masked_frames",
+        "utterances",
     }
     assert results["splits"]["dev"]["masked_frames"] > 0
     logged = [line for line in runs.metrics(workdir) if "grad_norm" in line]
@@ -66,6 +85,15 @@ def test_a_run_starts_from_the_encoder_of_another(finished, tones, tmp_path):
         jax.tree.leaves(jax.tree.map(lambda a, b: abs(a - b).max(), old, new))
     )
     assert moved(started["encoder"], fresh["encoder"]) > 1e-3
+    # It is the averaged encoder.
+    place = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), started["encoder"]
+    )
+    ema, raw = (
+        checkpoint.restore_params(str(workdir / "checkpoints"), {"encoder": place}, prefix=prefix)
+        for prefix in ("ema", "params")
+    )
+    assert moved(started["encoder"], ema["encoder"]) == 0 < moved(ema["encoder"], raw["encoder"])
     assert moved(state, new) > 1e-3
     # The same weights, whichever way their layers are kept.
     config.model.scan = True
@@ -76,6 +104,7 @@ def test_a_run_starts_from_the_encoder_of_another(finished, tones, tmp_path):
     # And the loop takes them up.
     config.model.scan = False
     config.schedule.peak = 1e-12
+    config.train.ema_decay = 0.9
     train.run(config, tmp_path / "finetuned")
     again = fine_tuning(tones, tmp_path / "finetuned")
     ended = pretrained.with_encoder(fresh, new, again)[0]["encoder"]

@@ -237,3 +237,10 @@ def test_killed_and_restarted_is_bit_for_bit_uninterrupted(tones, tmp_path):
         assert other_step == step
         jax.tree.map(np.testing.assert_array_equal, state, whole)
         assert other_lines == lines, name
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_training(tones, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "host_memory", lambda: 1_000)
+    with pytest.raises(train.TrainingError, match=r"this machine has 0: lower config\.data\.batch"):
+        train.run(runs.tiny_config(tones), tmp_path)
+    assert not (tmp_path / "config.json").exists()

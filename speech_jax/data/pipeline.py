@@ -51,7 +51,7 @@ class Corpus:
       samples: int64 [n], length of each utterance in samples at `sample_rate`.
       labels: int32 [sum], all label sequences end to end.
       label_ends: int64 [n + 1], where each label sequence starts and the last one ends.
-      crop: audio that is longer than `samples` is cut there, not a fault.
+      crop: of audio that is longer than `samples`, a part is heard, another one in each epoch.
       left_out: utterance id -> why it is not in the corpus, starting with the kind of reason and a
         colon; what the source skipped included, in its own words.
     """
@@ -378,14 +378,15 @@ def _load_audio(corpus, i, speed, noise, key) -> np.ndarray:
     rng = np.random.default_rng(key)
     utterance = corpus.source.utterances[corpus.index[i]]
     samples = audio.decode(corpus.source.open(int(corpus.index[i])), corpus.sample_rate)
-    length = int(corpus.samples[i])
-    if corpus.crop and len(samples) > length:
-        samples = samples[rng.integers(len(samples) - length + 1) :][:length]
-    if abs(len(samples) - length) > LENGTH_TOLERANCE_SECONDS * corpus.sample_rate:
+    stated = utterance.duration * corpus.sample_rate
+    if abs(len(samples) - stated) > LENGTH_TOLERANCE_SECONDS * corpus.sample_rate:
         raise audio.AudioError(
             f"utterance {utterance.id}: its audio lasts {len(samples) / corpus.sample_rate:.2f} s, "
             f"its source states {utterance.duration:.2f} s; correct the one that is wrong"
         )
+    length = int(corpus.samples[i])
+    if corpus.crop and len(samples) > length:
+        samples = samples[rng.integers(len(samples) - length + 1) :][:length]
     samples = audio.change_speed(samples, speed)
     if noise is not None and rng.random() < noise.probability:
         extra = _decode_noise(noise.files[rng.integers(len(noise.files))], corpus.sample_rate)

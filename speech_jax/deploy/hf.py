@@ -338,6 +338,11 @@ def _config(model: Model) -> dict[str, Any]:
     }
     if settings["name"] == "wav2vec2_conformer":
         theirs = {ours: theirs for theirs, ours in hf_names.ATTENTION.items()}
+        if settings["attention"] not in theirs:
+            raise ModelFolderError(
+                f"attention={settings['attention']!r} is not in their Conformers, only "
+                f"{' and '.join(theirs)}"
+            )
         config |= {
             "model_type": "wav2vec2-conformer",
             "hidden_act": "swish",
@@ -461,6 +466,10 @@ def _from_run(workdir) -> Model:
         raise ModelFolderError(
             f"{workdir} is of task {name} with a {settings['name']}: what transformers knows is "
             f"{' or '.join(_ARCHITECTURES)} with {' or '.join(_HEAD_OF_TASK)}"
+        )
+    if run.config.data.sample_rate != 16_000:
+        raise ModelFolderError(
+            f"{workdir} is of audio at {run.config.data.sample_rate} Hz, their models of 16000"
         )
     alphabet = getattr(run.tokenizer, "alphabet", None)  # pieces of words are not for their class
     unstack = lambda tree: {**tree, "encoder": models.unstack_layers(tree["encoder"])}

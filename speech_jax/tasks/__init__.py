@@ -4,7 +4,8 @@ A task is plain functions of parameters and batches:
 
     init(rng, batch) -> (params, state)
     loss(params, state, batch, rng=None, step=0) -> (sum, weight, aux)
-    figures(sums, step) -> {name: float}, what is logged of some updates
+    figures(sums) -> {name: float}, what is logged of some updates, the loss first
+    check(figures, step), which raises a UserError where going on is of no use
     predict(params, state, batch) -> arrays, a row an utterance
     score(row, utterance, tokenizer) -> (counts, details), of one row of that, on the host
 
@@ -12,7 +13,7 @@ A task is plain functions of parameters and batches:
 sum over the rows of the batch with its weight beside it, never a mean, so that a sum over devices
 and micro-batches is the loss of the global batch. aux is {"state": the new model state,
 "sums": {name: float32 scalar}}, which the loop adds up and hands to `figures`, the loss, its weight
-and the number of steps with them.
+and the number of steps with them. What `figures` calls `accuracy` is shown beside the loss.
 
 What `score` returns adds up to a split's score (metrics.py); a task of transcripts (`labelled`)
 gets the tokenizer that its labels come from, the others None.
@@ -55,7 +56,9 @@ class Task(Protocol):
 
     def loss(self, params, state, batch: Batch, rng=None, step=0): ...
 
-    def figures(self, sums: Mapping[str, float], step: int) -> dict[str, float]: ...
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]: ...
+
+    def check(self, figures: Mapping[str, float], step: int) -> None: ...
 
     def predict(self, params, state, batch: Batch) -> dict[str, jax.Array]: ...
 

@@ -80,11 +80,13 @@ class ASR:
         labels, count = decoding.greedy(logits, lengths)
         return {"labels": labels, "label_length": count}
 
-    def figures(self, sums, step):
+    def figures(self, sums):
         """The loss in nats a label, and the utterances whose alignment did not fit."""
-        del step
         loss = sums["loss"] / max(sums["weight"], 1.0)
         return {"loss_per_label": loss, "infeasible": sums["infeasible"]}
+
+    def check(self, figures, step):
+        """Nothing that is logged says that going on is of no use."""
 
     def score(self, row, utterance, tokenizer):
         """Word and character errors of a hypothesis, and both texts."""

@@ -37,6 +37,11 @@ class FrontEnd:
             raise UserError(
                 f"features.normalize={self.normalize!r} must be 'utterance', 'global' or 'none'"
             )
+        if (self.kind, self.normalize) == ("waveform", "global"):
+            raise UserError(
+                "features.normalize='global' is of log-mel, and this encoder listens to the "
+                "waveform: use 'utterance' or 'none'"
+            )
 
     def lengths(self, samples):
         """Frames (or samples, for a waveform encoder) that come out for `samples`."""

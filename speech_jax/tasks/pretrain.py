@@ -182,8 +182,8 @@ class Contrastive:
       diversity_weight: of (G V - perplexity) / (G V) in the loss.
       penalty_weight: of the mean square of the extractor's output.
       feature_dropout: on what is quantized.
-      collapse_fraction, collapse_after: perplexity below this fraction of all codes, after so
-        many updates, ends the run.
+      collapse_fraction, collapse_after: perplexity below this fraction of the way from its least
+        to its greatest value, after so many updates, ends the run.
     """
 
     encoder: nn.Module
@@ -250,18 +250,16 @@ class Contrastive:
         inputs, lengths, draws, _ = self._prepare(batch, None)
         return self.compare(params, state, inputs, lengths, draws)[1]
 
-    def figures(self, sums, step: int) -> dict[str, float]:
-        """Losses in nats a masked frame, accuracy, and the means of what is not of frames.
-
-        Raises:
-          CollapseError: the codebook is hardly used.
-        """
+    def figures(self, sums) -> dict[str, float]:
+        """Losses in nats a masked frame, accuracy, and the means of what is not of frames."""
         means = ("code_perplexity", "soft_code_perplexity", "feature_penalty", "gumbel_temperature")
-        values = _figures(sums, means)
-        values["contrastive"] = sums["contrastive"] / max(sums["masked"], 1.0)
-        codes = self.groups * self.codes
-        _check_collapse(self, values["code_perplexity"], codes, step, "code_perplexity")
-        return values
+        contrastive = sums["contrastive"] / max(sums["masked"], 1.0)
+        return _figures(sums, means) | {"contrastive": contrastive}
+
+    def check(self, figures, step: int) -> None:
+        """Raises CollapseError where the codebook is hardly used."""
+        cure = "lower the learning rate, warm up for longer or raise diversity_weight"
+        _check_collapse(self, figures, "code_perplexity", self.groups, step, cure)
 
     def score(self, row, utterance, tokenizer):
         """Sums over an utterance's masked frames."""
@@ -316,11 +314,13 @@ class Contrastive:
         rngs = jax.random.split(rng if train else jax.random.key(0), 4)
         inputs, lengths = self.frontend(batch)
         frames, size = (self.encoder.output_lengths(n) for n in (lengths, inputs.shape[1]))
-        mask = random_spans(rngs[0], frames, size, self.mask_fraction, self.mask_length)
+        rows = _row_keys(rngs[0], batch)
+        mask = _row_spans(rows, frames, size, self)
         # A row with a single masked frame has nothing to be compared with.
         counted = (batch["weight"] > 0) & (mask.sum(axis=1) > 1)
         counted = mask & counted[:, None]
-        negatives = sample_negatives(rngs[1], counted, self.negatives)
+        draw = lambda key, row: sample_negatives(key, row[None], self.negatives)[0]
+        negatives = jax.vmap(draw)(_row_keys(rngs[1], batch), counted)
         shape = (len(inputs), size, self.groups, self.codes)
         noise = jax.random.gumbel(rngs[2], shape) if train else None
         return inputs, lengths, Draws(mask, counted, negatives, noise), rngs[3] if train else None
@@ -433,12 +433,14 @@ class BestRQ:
         """How well masked frames are named: {'nats', 'correct', 'masked'}, sums of [B]."""
         return self._predict(params, state, batch, None)[0]
 
-    def figures(self, sums, step: int) -> dict[str, float]:
+    def figures(self, sums) -> dict[str, float]:
         """As in Contrastive."""
-        values = _figures(sums, ("target_perplexity", "prediction_perplexity"))
-        predicted = values["prediction_perplexity"]
-        _check_collapse(self, predicted, self.codes, step, "prediction_perplexity")
-        return values
+        return _figures(sums, ("target_perplexity", "prediction_perplexity"))
+
+    def check(self, figures, step: int) -> None:
+        """Raises CollapseError where nearly all frames are given the same code."""
+        cure = "lower the learning rate or warm up for longer"
+        _check_collapse(self, figures, "prediction_perplexity", 1, step, cure)
 
     def score(self, row, utterance, tokenizer):
         """Sums over an utterance's masked frames."""
@@ -454,17 +456,13 @@ class BestRQ:
         fixed = {name: state.pop(name) for name in ("projection", "codebook")}
         targets = nearest_code(stacked, **fixed)
         size = stacked.shape[1]
-        mask = random_spans(
-            mask_rng,
-            self.encoder.output_lengths(lengths),
-            size,
-            self.mask_fraction,
-            self.mask_length,
-        )
+        frames = self.encoder.output_lengths(lengths)
+        mask = _row_spans(_row_keys(mask_rng, batch), frames, size, self)
         settings = {"mask": mask}
         if places:
             hidden = jnp.repeat(mask, places, axis=1)[:, : inputs.shape[1], None]
-            noise = self.noise * jax.random.normal(noise_rng, inputs.shape)
+            draw = lambda key: self.noise * jax.random.normal(key, inputs.shape[1:])
+            noise = jax.vmap(draw)(_row_keys(noise_rng, batch))
             inputs, settings = jnp.where(hidden, noise, inputs), {}
         (logits, _), state = self.model.apply(
             {"params": params, **state},
@@ -523,22 +521,37 @@ def nearest_code(x, projection, codebook):
 # ---- Either ------------------------------------------------------------------------------------
 
 
+def _row_keys(rng, batch):
+    """A key for each row that is its utterance's own: draws depend on neither batch nor mesh."""
+    return jax.vmap(lambda index: jax.random.fold_in(rng, index))(batch["index"])
+
+
+def _row_spans(keys, lengths, size, task):
+    draw = lambda key, length: random_spans(
+        key, length[None], size, task.mask_fraction, task.mask_length
+    )[0]
+    return jax.vmap(draw)(keys, lengths)
+
+
 def _figures(sums, means) -> dict[str, float]:
     values = {"loss_per_frame": sums["loss"] / max(sums["weight"], 1.0)}
     values["accuracy"] = sums["correct"] / max(sums["masked"], 1.0)
-    return values | {name: sums[name] / max(sums["parts"], 1.0) for name in means}
+    values |= {name: sums[name] / max(sums["parts"], 1.0) for name in means}
+    return values | {"masked_frames": sums["masked"]}
 
 
 def _score(row):
-    counts = metrics.MaskedCounts(*(float(row[name]) for name in ("nats", "correct", "masked")))
+    sums = (float(row[name]) for name in ("nats", "correct", "masked"))
+    counts = metrics.MaskedCounts(1, *sums)
     return counts, counts.results()
 
 
-def _check_collapse(task, value, codes, step, name):
-    floor = task.collapse_fraction * codes
-    if step > task.collapse_after and value < floor:
+def _check_collapse(task, figures, name, groups, step, cure):
+    # A perplexity summed over groups of codes is from `groups` to groups * codes.
+    codes = groups * task.codes
+    floor = groups + task.collapse_fraction * (codes - groups)
+    if step > task.collapse_after and figures["masked_frames"] and figures[name] < floor:
         raise CollapseError(
-            f"pretraining collapsed: {name} is {value:.1f} of {codes} codes at update {step}, "
-            f"below {floor:.1f}; lower the learning rate, warm up for longer or raise "
-            f"diversity_weight"
+            f"pretraining collapsed: {name} is {figures[name]:.1f} of {codes} codes at update "
+            f"{step}, below {floor:.1f}; {cure}"
         )
