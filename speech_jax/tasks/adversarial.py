@@ -415,7 +415,9 @@ def replay(step, task, adversary: Adversary):
             return state, (sums, finite)
 
         state = state.replace(model_state=(state.model_state, delta))
-        state, (sums, finite) = jax.lax.scan(once, state, length=adversary.updates)
+        # In a loop, a CPU computes the gradients of convolutions on one core only.
+        unroll = jax.default_backend() == "cpu"
+        state, (sums, finite) = jax.lax.scan(once, state, length=adversary.updates, unroll=unroll)
         state = state.replace(model_state=state.model_state[0])
         return state, jax.tree.map(lambda x: x[-1], sums), finite.all()
 
