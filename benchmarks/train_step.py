@@ -68,7 +68,7 @@ def ours(folder, batch, *, dtype, frozen):
     def step(params, state, batch):
         def loss(params):
             logits, frames = network.apply(
-                {"params": params}, batch["audio"], batch["audio_length"], False
+                {"params": params}, batch["audio"], batch["audio_length"], True
             )
             return ctc.ctc_loss(logits, frames, batch["labels"], batch["label_length"]).sum()
 
