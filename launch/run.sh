@@ -34,12 +34,14 @@ if $dry_run; then
   exit 0
 fi
 started=$(mktemp)
+told=false
+# Before there is a child to pass it on to: a signal may come at any time.
+trap 'told=true; [[ -n ${!:-} ]] || exit 75; kill -TERM $! 2>/dev/null || true' TERM
 "${train[@]}" &
 child=$!
-trap 'kill -TERM $child' TERM
 code=0
 wait $child || code=$?
-if kill -0 $child 2>/dev/null; then # the trap ended that wait, not the run
+if $told; then # the trap ended that wait, not the run, which may have ended since
   code=0
   wait $child || code=$?
 fi
