@@ -15,9 +15,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
     ]
 )
-# A thread for each device, on however few cores: with fewer, they wait for each other for ever in
-# a collective (seen on jax 0.11 with 2 cores).
-os.environ.setdefault("NPROC", "8")
+# Two threads for each device, on however few cores: with fewer, they wait for each other for ever
+# in a collective (seen on jax 0.11 with 2 cores).
+os.environ.setdefault("NPROC", "16")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # What one worker, or a training run in a subprocess, has compiled the others need not.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="speech_jax_tests_")
