@@ -47,9 +47,7 @@ class Evaluator:
                 found = self._predict(params, state, sharding.put_batch(batch, self._mesh))
             found = _everywhere(found)
             self._on_batch()
-            for row, place in enumerate(index):
-                if place >= 0:
-                    yield int(place), {name: rows[row] for name, rows in found.items()}
+            yield from by_utterance(index, found)
 
     def score(self, params, state, split: str, *, predictions: pathlib.Path | None = None):
         """Counts of a split (metrics.py); details go to `predictions`, a line an utterance."""
@@ -84,6 +82,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, report: Callable[[str], None]
         evaluator, params, state, split_names(config.data.eval_splits), workdir, report
     )
     return write_results(workdir, splits)
+
+
+def by_utterance(index, found) -> Iterator[tuple[int, dict]]:
+    """(place in the source, row) of a batch's predictions; filler rows are left out."""
+    for number, place in enumerate(index):
+        if place >= 0:
+            yield int(place), {name: rows[number] for name, rows in found.items()}
 
 
 def open_model(config: ConfigDict, workdir: pathlib.Path, mesh):

@@ -108,10 +108,8 @@ def _measure(config, mesh, task, tokenizer, corpus, recognize) -> dict[tuple, Er
     def count(curve, level, batch, attack):
         found, index = jax.device_get(recognize(batch, *attack))
         errors = ErrorCounts()
-        for number, place in enumerate(index):
-            if place >= 0:
-                row = {name: rows[number] for name, rows in found.items()}
-                errors += task.score(row, corpus.source.utterances[place], tokenizer)[0]
+        for place, row in evaluate.by_utterance(index, found):
+            errors += task.score(row, corpus.source.utterances[place], tokenizer)[0]
         total[curve, level] = total.get((curve, level), ErrorCounts()) + errors
 
     for batch in experiment.evaluation_batches(config, corpus, mesh):

@@ -166,7 +166,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
     the same call goes on from there.
 
     Raises:
-      TrainingError: too many updates were not finite.
+      TrainingError: too many updates were not finite, a batch does not fit in memory, or weights
+        are frozen that were never trained.
     """
     started = time.monotonic()
     if config.optimizer.frozen and not config.init.folder:
