@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import kaldi_native_fbank
 import numpy as np
 import pytest
+import scipy.fft
 
 from speech_jax.ops import features
 
@@ -82,3 +83,11 @@ def test_pcm_becomes_unit_range_and_floats_pass():
     np.testing.assert_array_equal(features.to_waveform(pcm), [[-1, 0, 32767 / 32768]])
     wave = jnp.array([[0.25]])
     assert features.to_waveform(wave) is wave
+
+
+def test_the_cosine_transform_equals_scipy():
+    x = np.random.default_rng(0).standard_normal((2, 5, 4, 7)).astype(np.float32)
+    for axis, count in ((3, 5), (2, 2)):
+        expected = np.take(scipy.fft.dct(x, axis=axis, norm="ortho"), np.arange(count), axis)
+        found = features.cosine_transform(x, count, axis)
+        np.testing.assert_allclose(found, expected, atol=1e-5)

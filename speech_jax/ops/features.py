@@ -133,3 +133,18 @@ def normalize(
     else:
         mean, scale = mean.reshape(1, 1, -1), 1.0 / std.reshape(1, 1, -1)
     return jnp.where(valid, (features - mean) * scale, 0.0)
+
+
+def cosine_transform(x: jax.Array, count: int, axis: int) -> jax.Array:
+    """The first `count` coefficients of the orthonormal DCT-II along an axis.
+
+    Of log-mel over the mels they are cepstra (Davis and Mermelstein 1980): what a spectrum's shape
+    is, in coordinates that are nearly uncorrelated.
+    """
+    size = x.shape[axis]
+    angles = np.pi / size * (np.arange(size) + 0.5)[:, None] * np.arange(count)
+    matrix = np.cos(angles) * np.sqrt(np.where(np.arange(count) == 0, 1, 2) / size)
+    product = jnp.tensordot(
+        x, matrix.astype(np.float32), ((axis,), (0,)), precision=jax.lax.Precision.HIGHEST
+    )
+    return jnp.moveaxis(product, -1, axis)

@@ -346,6 +346,11 @@ def contrastive_rows(logits, mask) -> dict[str, jax.Array]:
 # ---- BEST-RQ -----------------------------------------------------------------------------------
 
 
+# Cepstra of a target, as those that HuBERT (Hsu et al. 2021) begins with: how many, and over the
+# log-mel frames of an encoder frame their mean and slope.
+CEPSTRA, SLOPES = 13, 2
+
+
 class ClassifierModel(nn.Module):
     """An encoder and a linear layer to logits [B, T', codes] float32."""
 
@@ -364,8 +369,9 @@ class BestRQ:
     """BEST-RQ: name the code of a masked frame, from a random projection that is never trained.
 
     A target is the nearest, by cosine, of `codes` random vectors to a random projection of the
-    normalized log-mel frames that fall on an encoder frame. Any encoder will do: log-mel inputs
-    are masked by noise, waveform encoders by their own mask embedding.
+    log-mel frames that fall on an encoder frame, as cepstra and their slope over the frame, each
+    normalized over the utterance. (The paper projects log-mel itself.) Any encoder will do: log-mel
+    inputs are masked by noise, waveform encoders by their own mask embedding.
 
     Attributes:
       codes, code_features: random vectors and their width.
@@ -486,7 +492,7 @@ class BestRQ:
         return rows, logits, targets, mask, fixed | state
 
     def _frames(self, batch, inputs, lengths):
-        """The log-mel frames of each encoder frame [B, T', M'], and how many inputs make one.
+        """What each encoder frame's target is of [B, T', C], and how many inputs make a frame.
 
         That number is 0 for a waveform encoder: there, one log-mel window is as long as what a
         frame of the encoder sees.
@@ -501,12 +507,19 @@ class BestRQ:
             }
             waveform = features.to_waveform(batch["audio"])
             settings = {**self.frontend.log_mel, **geometry}
-            mels, frames = features.log_mel(waveform, lengths, **settings)
-            return features.normalize(mels, frames)[:, :size], 0
-        rows, frames, mels = inputs.shape
-        places = -(-frames // size)
-        inputs = jnp.pad(inputs, ((0, 0), (0, places * size - frames), (0, 0)))
-        return inputs.reshape(rows, size, places * mels), places
+            mels = features.log_mel(waveform, lengths, **settings)[0][:, :size, None]
+            places = 0
+        else:
+            rows, frames, bands = inputs.shape
+            places = -(-frames // size)
+            mels = jnp.pad(inputs, ((0, 0), (0, places * size - frames), (0, 0)))
+            mels = mels.reshape(rows, size, places, bands)
+        # Two thirds of the variance of log-mel is loudness: projected as they are, the frames fall
+        # on a tenth of the codes, which tell little but that.
+        shapes = features.cosine_transform(mels, min(CEPSTRA, mels.shape[3]), axis=3)
+        shapes = features.cosine_transform(shapes, min(SLOPES, mels.shape[2]), axis=2)
+        shapes = shapes.reshape(*shapes.shape[:2], -1)
+        return features.normalize(shapes, self.encoder.output_lengths(lengths)), places
 
 
 def nearest_code(x, projection, codebook):
