@@ -64,6 +64,6 @@ def _for_two_cores(config):
     config.text.tokenizer = "characters"
     config.model.dtype = "float32"
     config.schedule = {"name": "cosine", "peak": 1e-3, "warmup": 800}
-    config.spec_augment.update({"time_masks": 2, "start_step": 3_000})
+    config.spec_augment.update({"frequency_masks": 1, "time_masks": 1})
     config.train.update({"steps": 9_000, "eval_every": 750, "ema_decay": 0.0})
     config.checkpoint.every = 750
