@@ -89,7 +89,9 @@ def main(argv: list[str]) -> None:
 
 def _keep_memory() -> None:
     """Has glibc keep what a step frees: a CPU step would spend a quarter of its time on that."""
-    keep = {-1: 2**31 - 1, -2: 2**28, -3: 2**30}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+    # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, and M_ARENA_MAX: only the first arena can hold
+    # more than 64 MiB, and what a thread of XLA's frees in another one is gone.
+    keep = {-1: 2**31 - 1, -2: 2**28, -3: 2**30, -8: 1}
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in keep.items():
