@@ -64,6 +64,7 @@ def default() -> ConfigDict:
     features.window_ms = 25.0
     features.hop_ms = 10.0
     features.preemphasis = 0.97
+    features.floor = 0.0  # energy added before the logarithm: what is quieter hardly shows
     features.normalize = "utterance"  # utterance, global (of the training set) or none
 
     config.spec_augment = ConfigDict(augment.POLICIES["conformer"])  # see ops/augment.py

@@ -85,6 +85,21 @@ def test_pcm_becomes_unit_range_and_floats_pass():
     assert features.to_waveform(wave) is wave
 
 
+def test_what_is_quieter_than_the_floor_hardly_shows():
+    rng = np.random.default_rng(0)
+    loud, quiet = (
+        jnp.asarray(scale * rng.standard_normal((1, 8_000)), jnp.float32) for scale in (0.1, 1e-4)
+    )
+    lengths = jnp.array([8_000])
+    exact, _ = log_mel(loud, lengths)
+    above, _ = features.log_mel(loud, lengths, floor=1e-3)
+    np.testing.assert_allclose(above, jnp.log(jnp.exp(exact) + 1e-3), atol=1e-5)
+    silence, _ = features.log_mel(0 * quiet, lengths, floor=1e-3)
+    hushed, _ = features.log_mel(quiet, lengths, floor=1e-3)
+    assert np.abs(hushed - silence).max() < 0.1
+    assert np.abs(log_mel(quiet, lengths)[0] - log_mel(0 * quiet, lengths)[0]).max() > 3
+
+
 def test_the_cosine_transform_equals_scipy():
     x = np.random.default_rng(0).standard_normal((2, 5, 4, 7)).astype(np.float32)
     for axis, count in ((3, 5), (2, 2)):

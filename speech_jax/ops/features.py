@@ -47,6 +47,7 @@ def log_mel(
     window_ms: float = 25.0,
     hop_ms: float = 10.0,
     preemphasis: float = 0.97,
+    floor: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-mel energies of ragged waveforms.
 
@@ -54,6 +55,7 @@ def log_mel(
       audio: float32 [B, T] in [-1, 1), zero-padded right.
       lengths: int32 [B], samples.
       high_hz: upper edge of the last filter; None is the Nyquist frequency.
+      floor: added to the energies before the logarithm; what is quieter hardly shows.
 
     Returns:
       ([B, F, mels] float32, frames int32 [B]). Frames hold valid samples only, so padding never
@@ -73,7 +75,7 @@ def log_mel(
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     filters = mel_filters(mels, fft_size, sample_rate, low_hz, high_hz or sample_rate / 2)
     energies = jnp.einsum("bfk,km->bfm", power, filters, precision=jax.lax.Precision.HIGHEST)
-    features = jnp.log(jnp.maximum(energies, LOG_FLOOR))
+    features = jnp.log(jnp.maximum(energies, LOG_FLOOR) + floor)
     frame_lengths = frame_count(lengths, window, hop)
     valid = masking.length_mask(frame_lengths, features.shape[1])[:, :, None]
     return jnp.where(valid, features, 0.0), frame_lengths
