@@ -3,8 +3,8 @@
   python -m speech_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
   python -m speech_jax.main --config=configs/librispeech.py:conformer_m --workdir=runs/m \\
       --config.data.root=/data/LibriSpeech --config.train.steps=200000
-  python -m speech_jax.main --mode=evaluate --config=configs/librispeech.py --workdir=runs/s \\
-      --config.data.eval_splits=test-other
+  python -m speech_jax.main --config=configs/librispeech.py:conformer_m --workdir=runs/m \\
+      --mode=evaluate --config.data.eval_splits=test-other
 
 Train and run the same command again after an interruption: it goes on where it was. A workdir
 holds config.json, tokenizer.json, checkpoints/, metrics.jsonl, tensorboard/, predictions/ and
