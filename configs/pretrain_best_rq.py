@@ -4,8 +4,8 @@
       --config.data.root=/data/LibriSpeech
 
 The encoder is the paper's idea at Conformer M (27 M parameters) or the size given as argument;
-spans of 400 ms. Not yet run to its end by us. `conformer_tiny` takes half an hour on two cores for a few hours
-of speech; its scores are in benchmarks/RESULTS.md. Transcripts are not used; a run of
+spans of 400 ms. Not yet run to its end by us. `conformer_tiny` takes half an hour on two cores for
+a few hours of speech; its scores are in benchmarks/RESULTS.md. Transcripts are not used; a run of
 configs/librispeech.py with the same model and features starts from what is learned with
 --config.init.folder=runs/best_rq.
 """
