@@ -21,7 +21,7 @@ def get_config():
     config.adversarial.method = "fgsm"
     # In a larger ball one step no longer finds what ten find.
     config.adversarial.epsilon = 0.004
-    # From the centre alone a step is a weak attack on log-mel: in silence there is no slope to follow.
+    # From the centre alone a step is a weak attack on log-mel: silence has no slope to follow.
     config.adversarial.random_start = True
     # All of the loss is adversarial, as in fast adversarial training (Wong et al. 2020).
     config.adversarial.alpha = 1.0
