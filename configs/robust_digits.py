@@ -13,8 +13,8 @@ from configs import spoken_digits
 
 def get_config():
     config = spoken_digits.get_config()
-    # Without it log-mel follows the quietest noise through 40 dB of silence, and a single step along
-    # the slope says little of what is worst. Alone, it protects from nothing much.
+    # Without it log-mel follows the quietest noise through 40 dB of silence, and one step along the
+    # slope says little of what is worst. Alone, it protects from nothing much.
     config.features.floor = 1e-3
     # Enough is hidden by what is added: with masks over whole words too, the training underfits.
     config.spec_augment.time_masks = 0
