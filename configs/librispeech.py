@@ -7,7 +7,7 @@
       --config.data.eval_splits=test-clean,test-other
   python -m speech_jax.main --config=configs/librispeech.py --workdir=runs/tiny \\
       --config.data.root=/data/LibriSpeech --config.data.train_splits=train-clean-5 \\
-      --config.data.eval_splits=dev-clean-5   (20 minutes on two cores)
+      --config.data.eval_splits=dev-clean-5   (23 minutes on two cores)
 
 The argument is the model: conformer_s (9 M parameters), conformer_m (27 M) or conformer_l (111 M).
 Without one it is conformer_s where JAX can use an accelerator, and where it cannot conformer_tiny

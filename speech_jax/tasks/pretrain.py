@@ -516,8 +516,8 @@ class BestRQ:
             mels = mels.reshape(rows, size, places, bands)
         # Two thirds of the variance of log-mel is loudness: projected as they are, the frames fall
         # on a tenth of the codes, which tell little but that.
-        shapes = features.cosine_transform(mels, min(CEPSTRA, mels.shape[3]), axis=3)
-        shapes = features.cosine_transform(shapes, min(SLOPES, mels.shape[2]), axis=2)
+        shapes = features.cosine_transform(mels, CEPSTRA, axis=3)
+        shapes = features.cosine_transform(shapes, SLOPES, axis=2)
         shapes = shapes.reshape(*shapes.shape[:2], -1)
         return features.normalize(shapes, self.encoder.output_lengths(lengths)), places
 
