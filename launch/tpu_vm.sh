@@ -14,7 +14,8 @@ from the last checkpoint. Ctrl-C stops the showing, not the run: the same comman
 
   launch/tpu_vm.sh --name=asr --zone=us-east5-b --type=v6e-16 --spot --queued \
     --setup='sudo mkdir -p /share; mountpoint -q /share || sudo mount 10.0.0.2:/share /share' \
-    -- --config=configs/librispeech.py:conformer_s --workdir=/share/runs/a --config.data.root=/share/LibriSpeech
+    -- --config=configs/librispeech.py:conformer_s --workdir=/share/runs/a \
+    --config.data.root=/share/LibriSpeech
   launch/tpu_vm.sh --name=asr --zone=us-east5-b --queued --delete
 
 The workdir must be on a file system that all workers see: mount one with --setup.
