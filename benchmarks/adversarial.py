@@ -16,8 +16,9 @@ import numpy as np
 
 from benchmarks.report import interleaved_medians, report
 from speech_jax import config as defaults
-from speech_jax import experiment, models, optim, sharding, train
+from speech_jax import experiment, models, train
 from speech_jax.data.plan import Bucket
+from speech_jax.training import optim, sharding
 
 METHODS = {
     "clean": {},

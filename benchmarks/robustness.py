@@ -14,7 +14,7 @@ import json
 import pathlib
 
 from benchmarks.report import report
-from speech_jax.robustness import plot
+from speech_jax.evaluators.robustness import plot
 
 
 def main():

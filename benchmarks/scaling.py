@@ -10,7 +10,7 @@ import argparse
 
 from benchmarks.report import report
 from configs import librispeech
-from speech_jax import preflight
+from speech_jax.preflight import compile as preflight
 
 SLICES = {1: "1x1", 4: "2x2", 16: "4x4", 64: "8x8", 128: "8x16", 256: "16x16"}
 

@@ -19,10 +19,11 @@ import numpy as np
 import optax
 
 from benchmarks import report
-from speech_jax import flops, models
-from speech_jax.deploy import hf
+from speech_jax import models
+from speech_jax.bundle import huggingface as hf
 from speech_jax.ops import ctc
-from speech_jax.tasks.asr import CTCModel
+from speech_jax.tasks.recognize import CTCModel
+from speech_jax.training import costs as flops
 
 SIZES = {
     "wav2vec2-base": {},

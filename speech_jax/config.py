@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_dict
 from speech_jax import models, tasks
 from speech_jax.errors import UserError
 from speech_jax.ops import augment
-from speech_jax.tasks.adversarial import NORMS, SPACES, Adversary
+from speech_jax.training.adversarial import NORMS, SPACES, Adversary
 
 MODES = {
     "data.source": ("librispeech", "manifest", "prepared", "synthetic"),

@@ -12,9 +12,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from speech_jax import checkpoint, experiment, sharding
+from speech_jax import experiment
 from speech_jax.config import split_names
 from speech_jax.errors import UserError
+from speech_jax.training import checkpoint, sharding
 
 _PREDICTIONS = "predictions"
 

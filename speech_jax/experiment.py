@@ -15,13 +15,14 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from speech_jax import models, registry, sharding, tasks
+from speech_jax import models, registry, tasks
 from speech_jax.config import split_names
 from speech_jax.data import audio, pipeline, sources, text
 from speech_jax.errors import UserError
+from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import features
-from speech_jax.tasks.adversarial import Adversary
-from speech_jax.tasks.frontend import FrontEnd
+from speech_jax.training import sharding
+from speech_jax.training.adversarial import Adversary
 
 # What may change between the runs that share a workdir: where things are and how fast they go,
 # never what is computed.

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     try:
         config.check(_CONFIG.value)
         if _MODE.value == "compile":
-            from speech_jax import preflight
+            from speech_jax.preflight import compile as preflight
 
             preflight.run(_CONFIG.value, _TOPOLOGY.value)
             return
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         if _MODE.value == "evaluate":
             evaluate.run(_CONFIG.value, workdir)
         elif _MODE.value == "robustness":
-            from speech_jax import robustness
+            from speech_jax.evaluators import robustness
 
             robustness.run(_CONFIG.value, workdir)
         else:

@@ -9,94 +9,26 @@ import pathlib
 import platform
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from speech_jax import evaluate, experiment, flops, hlo, optim, pretrained, sharding, tasks
-from speech_jax.checkpoint import Checkpoints, EarlyStopping, catch_preemption
+from speech_jax import evaluate, experiment
+from speech_jax.bundle import start as pretrained
 from speech_jax.config import split_names
-from speech_jax.report import Report, TrainingError
-from speech_jax.tasks import adversarial
-from speech_jax.watchdog import Watchdog
+from speech_jax.preflight import hlo
+from speech_jax.training import adversarial, optim, sharding
+from speech_jax.training import costs as flops
+from speech_jax.training.checkpoint import Checkpoints
+from speech_jax.training.report import Report, TrainingError
+from speech_jax.training.step import SUMS, TrainState, accumulate, make_step
+from speech_jax.training.stopping import EarlyStopping, catch_preemption
+from speech_jax.training.watchdog import Watchdog
 
-# What every step adds to TrainState.sums; a task adds its own.
-SUMS = ("loss", "weight", "grad_norm", "steps", "skipped", "samples", "padded_samples")
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Everything that a step changes. `step` is also the position in the data.
-
-    `sums` adds up what is logged and starts anew after each logged step; it is part of the state so
-    that a resumed run logs what an uninterrupted one does.
-    """
-
-    step: jax.Array
-    rng: jax.Array
-    params: Any
-    model_state: Any
-    opt_state: Any
-    ema: Any
-    sums: dict[str, jax.Array]
-
-
-# ---- The step ----------------------------------------------------------------------------------
-
-
-def make_step(gradients, tx, *, ema_decay: float = 0.0, log_every: int = 1):
-    """The update of a TrainState by a global batch: (state, batch) -> (state, sums, finite).
-
-    `gradients` is what tasks.gradients or a wrapper of it returns. An update that is not finite is
-    skipped: everything but the step and the count of skipped updates stays as it was.
-    """
-
-    def step(state: TrainState, batch):
-        rng = jax.random.fold_in(state.rng, state.step)
-        gradient, loss = gradients(state.params, state.model_state, batch, rng, state.step)
-        gradient = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1.0), gradient)
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(loss.sum) & jnp.isfinite(norm)
-
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1 - ema_decay) if ema_decay else {}
-        new = (params, loss.aux["state"], opt_state, ema)
-        old = (state.params, state.model_state, state.opt_state, state.ema)
-        params, model_state, opt_state, ema = jax.tree.map(
-            lambda n, o: jnp.where(finite, n, o), new, old
-        )
-
-        now = {
-            "loss": loss.sum,
-            "weight": loss.weight,
-            "grad_norm": norm,
-            "steps": jnp.ones(()),
-            "samples": batch["audio_length"].astype(jnp.float32).sum(),
-            "padded_samples": jnp.asarray(batch["audio"].size, jnp.float32),
-            **loss.aux["sums"],
-        }
-        now = {name: jnp.where(finite, value, 0.0) for name, value in now.items()}
-        now["skipped"] = 1.0 - finite.astype(jnp.float32)
-        sums = jax.tree.map(jnp.add, state.sums, now)
-        logged = (state.step + 1) % log_every == 0
-        state = TrainState(
-            step=state.step + 1,
-            rng=state.rng,
-            params=params,
-            model_state=model_state,
-            opt_state=opt_state,
-            ema=ema,
-            sums=jax.tree.map(lambda x: jnp.where(logged, 0.0, x), sums),
-        )
-        return state, sums, finite
-
-    return step
+# ---- The state, as shapes ----------------------------------------------------------------------
 
 
 def abstract_state(config: ConfigDict, task, schedule, mesh, probe):
@@ -345,7 +277,7 @@ def jit_step(config: ConfigDict, task, tx, abstract, mesh):
     adversary = experiment.make_adversary(config)
     gradients = adversarial.gradients(task, adversary)
     step = make_step(
-        tasks.accumulate(gradients, config.train.accumulate),
+        accumulate(gradients, config.train.accumulate),
         tx,
         ema_decay=config.train.ema_decay,
         log_every=config.train.log_every * adversary.updates,

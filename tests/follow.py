@@ -11,7 +11,8 @@ import sys
 import jax
 
 import runs
-from speech_jax import checkpoint, experiment, optim, sharding, train
+from speech_jax import experiment, train
+from speech_jax.training import checkpoint, optim, sharding
 
 STEPS, SAVED = 20, 10
 

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from speech_jax import models
-from speech_jax.deploy import hf
+from speech_jax.bundle import huggingface as hf
 from speech_jax.ops import ctc
 from speech_jax.tasks import pretrain
-from speech_jax.tasks.asr import CTCModel
+from speech_jax.tasks.recognize import CTCModel
 
 try:
     import torch

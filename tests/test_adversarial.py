@@ -10,14 +10,16 @@ import numpy as np
 import optax
 import pytest
 
-from speech_jax import models, sharding, tasks, train
+from speech_jax import models, train
 from speech_jax.errors import UserError
 from speech_jax.models import layers
+from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import masking
-from speech_jax.tasks import adversarial, pretrain
-from speech_jax.tasks.adversarial import Adversary, Ball
-from speech_jax.tasks.asr import ASR
-from speech_jax.tasks.frontend import FrontEnd
+from speech_jax.tasks import pretrain
+from speech_jax.tasks.recognize import ASR
+from speech_jax.training import adversarial, sharding
+from speech_jax.training import step as steps
+from speech_jax.training.adversarial import Adversary, Ball
 
 ROWS, SAMPLES = 8, 4000
 LENGTHS = np.asarray([4000, 3900, 3000, 4000, 2500, 4000, 3600, 0], np.int32)
@@ -292,7 +294,7 @@ def test_without_epsilon_the_step_is_the_clean_one():
         settings = Adversary(method=method, epsilon=0.0)
         # No program is like it, so there is nothing to round differently.
         same = jax.make_jaxpr(adversarial.gradients(make_task(), settings))
-        plain = jax.make_jaxpr(tasks.gradients(make_task()))
+        plain = jax.make_jaxpr(steps.gradients(make_task()))
         arguments = *start(), make_batch(), KEY, 1
         assert str(same(*arguments)) == str(plain(*arguments))
     # So it is where epsilon has yet to rise, but for how two passes are fused.
@@ -352,7 +354,7 @@ def assert_hardened(name, **settings):
 def test_accumulation_hardens_each_micro_batch():
     function = adversarial.gradients(make_task(), Adversary(**FGSM))
     params, state = start()
-    whole, loss = jit(tasks.accumulate(function, 2))(params, state, make_batch(), KEY, 1)
+    whole, loss = jit(steps.accumulate(function, 2))(params, state, make_batch(), KEY, 1)
     part, total = jit(function), []
     for index in range(2):
         rows = {name: value[index::2] for name, value in make_batch().items()}
@@ -367,13 +369,13 @@ def update(**settings):
     """A step of training, as train.compile_steps makes it."""
     adversary = Adversary(**settings)
     gradients = adversarial.gradients(make_task(), adversary)
-    step = train.make_step(gradients, optax.sgd(0.1), log_every=2 * adversary.updates)
+    step = steps.make_step(gradients, optax.sgd(0.1), log_every=2 * adversary.updates)
     return jit(adversarial.replay(step, make_task(), adversary))
 
 
 def make_state():
     params, model_state = start()
-    return train.TrainState(
+    return steps.TrainState(
         step=jnp.int32(3),
         rng=KEY,
         params=params,

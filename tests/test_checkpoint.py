@@ -22,13 +22,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import runs
-from speech_jax.checkpoint import (
+from speech_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
-    EarlyStopping,
-    catch_preemption,
     restore_params,
 )
+from speech_jax.training.stopping import EarlyStopping, catch_preemption
 
 P = PartitionSpec
 SHARDINGS = {

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speech_jax import decoding
+from speech_jax.decoding import ctc as decoding
 
 
 def test_greedy_merges_repeats_then_drops_blanks():

@@ -8,9 +8,10 @@ import pytest
 import soundfile
 
 import runs
-from speech_jax import checkpoint, evaluate, experiment, sharding, train
+from speech_jax import evaluate, experiment, train
 from speech_jax.data import prepare, sources
 from speech_jax.errors import UserError
+from speech_jax.training import checkpoint, sharding
 
 pytestmark = pytest.mark.optax
 

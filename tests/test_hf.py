@@ -15,8 +15,9 @@ import safetensors.numpy
 
 import hf_reference
 from speech_jax import models
+from speech_jax.bundle import huggingface as hf
+from speech_jax.bundle import tensors
 from speech_jax.data import text
-from speech_jax.deploy import hf, tensors
 from speech_jax.tasks.pretrain import Draws
 
 GOLDEN = pathlib.Path(__file__).parent / "data"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speech_jax import optim
+from speech_jax.training import optim
 
 pytestmark = pytest.mark.optax
 

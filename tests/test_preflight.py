@@ -7,8 +7,10 @@ import jax
 import pytest
 
 import runs
-from speech_jax import flops, hlo, preflight
 from speech_jax.errors import UserError
+from speech_jax.preflight import compile as preflight
+from speech_jax.preflight import hlo
+from speech_jax.training import costs as flops
 
 pytestmark = pytest.mark.optax
 

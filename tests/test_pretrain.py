@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from speech_jax import models, tasks
+from speech_jax.models.frontend import FrontEnd
 from speech_jax.tasks import pretrain
-from speech_jax.tasks.frontend import FrontEnd
 
 LOG_MEL = {"sample_rate": 16_000, "mels": 20, "window_ms": 25.0, "hop_ms": 10.0}
 SMALL = {"features": 16, "num_layers": 1, "heads": 2, "scan": False, "dropout": 0.0}

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 import runs
-from speech_jax import checkpoint, evaluate, experiment, models, pretrained, tasks, train
+from speech_jax import evaluate, experiment, models, tasks, train
+from speech_jax.bundle import huggingface as hf
+from speech_jax.bundle import start as pretrained
 from speech_jax.config import default
-from speech_jax.deploy import hf
 from speech_jax.errors import UserError
+from speech_jax.training import checkpoint
 
 pytestmark = pytest.mark.optax
 GOLDEN = pathlib.Path(__file__).parent / "data"

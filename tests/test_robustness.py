@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import runs
-from speech_jax import robustness, sharding, train
+from speech_jax import train
 from speech_jax.errors import UserError
+from speech_jax.evaluators import robustness
+from speech_jax.training import sharding
 from test_adversarial import make_batch, make_task, start
 
 

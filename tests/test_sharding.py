@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from speech_jax import models, optim, sharding
+from speech_jax import models
 from speech_jax.errors import UserError
 from speech_jax.tasks import pretrain
-from speech_jax.tasks.asr import CTCModel
+from speech_jax.tasks.recognize import CTCModel
+from speech_jax.training import optim, sharding
 
 LARGE = 500_000  # elements: 2 MB
 

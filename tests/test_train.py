@@ -12,8 +12,10 @@ import optax
 import pytest
 
 import runs
-from speech_jax import checkpoint, evaluate, experiment, tasks, train
+from speech_jax import evaluate, experiment, train
 from speech_jax.data.plan import Bucket
+from speech_jax.training import checkpoint
+from speech_jax.training import step as steps
 
 pytestmark = pytest.mark.optax
 
@@ -127,7 +129,7 @@ def linear_batch(rows=6):
 
 def linear_state(tx, sums):
     params = {"kernel": jnp.ones(4)}
-    return train.TrainState(
+    return steps.TrainState(
         step=jnp.zeros((), jnp.int32),
         rng=jax.random.key(0),
         params=params,
@@ -140,7 +142,7 @@ def linear_state(tx, sums):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_batch_in_parts_is_the_whole_batch(count):
-    function = tasks.accumulate(tasks.gradients(Linear()), count)
+    function = steps.accumulate(steps.gradients(Linear()), count)
     batch = linear_batch()
     gradient, loss = jax.jit(function)({"kernel": jnp.ones(4)}, {}, batch, jax.random.key(0), 0)
     expected = (batch["audio"] * batch["weight"][:, None]).sum(0)
@@ -151,14 +153,14 @@ def test_a_batch_in_parts_is_the_whole_batch(count):
 
 
 def test_parts_must_divide_the_rows():
-    function = tasks.accumulate(tasks.gradients(Linear()), 4)
+    function = steps.accumulate(steps.gradients(Linear()), 4)
     with pytest.raises(ValueError, match="6 rows cannot be accumulated in 4 parts"):
         function({"kernel": jnp.ones(4)}, {}, linear_batch(), jax.random.key(0), 0)
 
 
 def test_an_update_that_is_not_finite_changes_nothing_but_the_counts():
     tx = optax.adam(0.1)
-    step = jax.jit(train.make_step(tasks.gradients(Linear()), tx, ema_decay=0.5, log_every=3))
+    step = jax.jit(steps.make_step(steps.gradients(Linear()), tx, ema_decay=0.5, log_every=3))
     good, bad = linear_batch(), linear_batch()
     bad["audio"] = bad["audio"].at[0, 0].set(99)
     state, _, finite = step(linear_state(tx, ["rows"]), good)

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from speech_jax.watchdog import Watchdog
+from speech_jax.training.watchdog import Watchdog
 
-SETUP = "import ctypes, time; from speech_jax.watchdog import Watchdog\n"
+SETUP = "import ctypes, time; from speech_jax.training.watchdog import Watchdog\n"
 
 
 def run(code: str) -> subprocess.CompletedProcess:

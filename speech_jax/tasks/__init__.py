@@ -18,24 +18,21 @@ and the number of steps with them. What `figures` calls `accuracy` is shown besi
 What `score` returns adds up to a split's score (metrics.py); a task of transcripts (`labelled`)
 gets the tokenizer that its labels come from, the others None.
 
-Wrappers (accumulation here, adversarial training in tasks/adversarial.py) compose around
-`gradients(task)`, a function (params, state, batch, rng, step) -> (gradient of the sum, Loss).
+Wrappers (training/step.py: accumulation; training/adversarial.py) compose around its gradient.
 """
 
 import dataclasses
 import importlib
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from speech_jax import registry
-from speech_jax.errors import UserError
 
 TASKS = {
-    "asr": "speech_jax.tasks.asr:ASR",
+    "asr": "speech_jax.tasks.recognize:ASR",
     "best_rq": "speech_jax.tasks.pretrain:BestRQ",
     "contrastive": "speech_jax.tasks.pretrain:Contrastive",
 }
@@ -81,59 +78,3 @@ def settings(name: str, **changes) -> dict[str, Any]:
     for key in changes:
         registry.lookup(f"{name} setting", fields, key)
     return {"name": name, **fields, **changes}
-
-
-class Loss(NamedTuple):
-    """A loss sum, what to divide it by, and what came with it."""
-
-    sum: jax.Array
-    weight: jax.Array
-    aux: dict[str, Any]
-
-
-def gradients(task: Task):
-    """The gradient of a task's loss sum with respect to its parameters."""
-
-    def function(params, state, batch, rng, step):
-        def loss(params):
-            total, weight, aux = task.loss(params, state, batch, rng, step)
-            return total, (weight, aux)
-
-        (total, (weight, aux)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        return gradient, Loss(total, weight, aux)
-
-    return function
-
-
-def accumulate(function, count: int):
-    """Runs a gradient function on `count` micro-batches in turn and adds up what they return.
-
-    Micro-batch i holds rows i, i + count, ..., so that rows stay on their devices. Sums and
-    weights add up, so apart from dropout the result is that of the whole batch.
-    """
-    if count == 1:
-        return function
-
-    def accumulated(params, state, batch, rng, step):
-        def split(x):
-            if x.shape[0] % count:
-                raise UserError(f"{x.shape[0]} rows cannot be accumulated in {count} parts")
-            return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
-
-        def one(carry, part):
-            state, total = carry
-            index, rows = part
-            gradient, loss = function(params, state, rows, jax.random.fold_in(rng, index), step)
-            state = loss.aux.pop("state")
-            return (state, jax.tree.map(jnp.add, total, (gradient, loss))), None
-
-        parts = jnp.arange(count), jax.tree.map(split, batch)
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(lambda: function(params, state, first[1], rng, step))
-        shapes[1].aux.pop("state")
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (state, (gradient, loss)), _ = jax.lax.scan(one, (state, zeros), parts)
-        loss.aux["state"] = state
-        return gradient, loss
-
-    return accumulated

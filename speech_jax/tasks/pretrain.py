@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from speech_jax import metrics
 from speech_jax.errors import UserError
+from speech_jax.evaluators import errors as metrics
+from speech_jax.models.frontend import FrontEnd
 from speech_jax.models.wav2vec2 import random_spans, receptive_field
 from speech_jax.ops import features
-from speech_jax.tasks.frontend import FrontEnd
 
 
 class CollapseError(UserError):

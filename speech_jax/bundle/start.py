@@ -72,7 +72,7 @@ def _place(value, like: jax.Array) -> jax.Array:
 
 def _read_hugging_face(folder):
     try:
-        from speech_jax.deploy import hf
+        from speech_jax.bundle import huggingface as hf
     except ImportError:
         raise PretrainedError(
             f"reading {folder} needs safetensors: pip install 'speech_jax[hf]' (a workdir of ours "

@@ -1,16 +1,18 @@
 """What a person sees of a run, and what is written of it: console, metrics.jsonl, TensorBoard."""
 
 import contextlib
+import json
 import pathlib
 import time
+from collections.abc import Mapping
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
 
-from speech_jax import flops
 from speech_jax.errors import UserError
-from speech_jax.metrics import Writer
+from speech_jax.training import costs as flops
 
 
 class TrainingError(UserError):
@@ -214,3 +216,41 @@ class _Window:
 
     def rate(self, amount: float) -> float:
         return amount / self.seconds if self.seconds else 0.0
+
+
+class Writer:
+    """Appends scalar metrics to metrics.jsonl and TensorBoard event files in `directory`.
+
+    Only lines of steps that a resumed run will not write again are kept: call `truncate` with the
+    step that was restored.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._path = directory / "metrics.jsonl"
+        self._board = SummaryWriter(str(directory / "tensorboard"))
+
+    def truncate(self, step: int) -> None:
+        """Drops the lines after `step`, and a line that a kill left unfinished."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:
+                continue
+        scratch = self._path.with_suffix(".partial")
+        scratch.write_text("".join(line + "\n" for line in kept))
+        scratch.replace(self._path)
+
+    def write(self, step: int, values: Mapping[str, float | int]) -> None:
+        """One line of JSON, and one point in each TensorBoard plot."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes what TensorBoard holds back."""
+        self._board.close()

@@ -5,13 +5,9 @@ Counts of two corpora add up to those of both. `results()` is what results.json 
 """
 
 import dataclasses
-import json
-import pathlib
-from collections.abc import Mapping
 from typing import ClassVar
 
 from rapidfuzz.distance import Levenshtein
-from tensorboardX import SummaryWriter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,41 +105,3 @@ def _rate(errors: int, total: int) -> float:
     if total:
         return errors / total
     return float("inf") if errors else 0.0
-
-
-class Writer:
-    """Appends scalar metrics to metrics.jsonl and TensorBoard event files in `directory`.
-
-    Only lines of steps that a resumed run will not write again are kept: call `truncate` with the
-    step that was restored.
-    """
-
-    def __init__(self, directory: pathlib.Path):
-        self._path = directory / "metrics.jsonl"
-        self._board = SummaryWriter(str(directory / "tensorboard"))
-
-    def truncate(self, step: int) -> None:
-        """Drops the lines after `step`, and a line that a kill left unfinished."""
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except ValueError:
-                continue
-        scratch = self._path.with_suffix(".partial")
-        scratch.write_text("".join(line + "\n" for line in kept))
-        scratch.replace(self._path)
-
-    def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """One line of JSON, and one point in each TensorBoard plot."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flushes what TensorBoard holds back."""
-        self._board.close()

@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from speech_jax import decoding, metrics
+from speech_jax.decoding import ctc as decoding
+from speech_jax.evaluators import errors as metrics
+from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc
-from speech_jax.tasks.frontend import FrontEnd
 
 
 class CTCModel(nn.Module):

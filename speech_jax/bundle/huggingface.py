@@ -3,7 +3,7 @@
 Those of Transformer layers (Wav2Vec2*) and of Conformer layers (Wav2Vec2Conformer*).
 
   python -m speech_jax.deploy.hf import SRC DST    # a Hugging Face folder to a model folder
-  python -m speech_jax.deploy.hf export SRC DST    # and back, or from the workdir of a run
+  python -m speech_jax.bundle.huggingface export SRC DST    # and back, or from the workdir of a run
 
 A model folder is what fine-tuning starts from:
 
@@ -35,15 +35,15 @@ import numpy as np
 import safetensors.numpy
 
 from speech_jax import evaluate, models
-from speech_jax.data import text
-from speech_jax.deploy import hf_names
-from speech_jax.deploy.hf_names import HEADS, architecture
-from speech_jax.deploy.tensors import (
+from speech_jax.bundle import names as hf_names
+from speech_jax.bundle.names import HEADS, architecture
+from speech_jax.bundle.tensors import (
     ModelFolderError,
     read_json,
     read_safetensors,
     read_tensors,
 )
+from speech_jax.data import text
 from speech_jax.errors import UserError
 
 
@@ -543,7 +543,9 @@ def _umask() -> int:
 
 def main(arguments=None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m speech_jax.deploy.hf", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m speech_jax.bundle.huggingface", description=__doc__
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=("import", "export"))
     parser.add_argument("source", type=pathlib.Path)

@@ -1,6 +1,6 @@
 """Adversarial training in the step: the gradient of the loss makes the inputs that it trains on.
 
-    gradients(task, adversary)     in place of tasks.gradients(task)
+    gradients(task, adversary)     in place of steps.gradients(task)
     replay(step, task, adversary)  around the step, for the method 'free'
 
 Methods: `fgsm` (Goodfellow et al. 2015; with a random start Wong et al. 2020), `pgd` (Madry et al.
@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speech_jax import tasks
 from speech_jax.errors import UserError
 from speech_jax.ops import features, masking
-from speech_jax.tasks import Loss
+from speech_jax.training import step as steps
+from speech_jax.training.step import Loss
 
 METHODS = ("none", "fgsm", "pgd", "free", "vat")
 SPACES = ("waveform", "features")
@@ -249,7 +249,7 @@ def gradients(task, adversary: Adversary):
     Raises:
       UserError: the task or encoder has no such space, or no logits.
     """
-    clean = tasks.gradients(task)
+    clean = steps.gradients(task)
     nothing = adversary.epsilon == 0 and adversary.snr_db is None
     if adversary.method == "free":
         return _replayed_gradients(task, adversary)
@@ -278,7 +278,7 @@ def _adversarial(task, adversary):
     """FGSM and PGD: a clean pass, ascents, a pass over the perturbed batch."""
     alpha = adversary.alpha
     ascents = adversary.steps if adversary.method == "pgd" else 1
-    gradient_at = tasks.gradients(task)
+    gradient_at = steps.gradients(task)
 
     def function(params, state, batch, rng, step):
         ball = adversary.ball(task, batch, step)
@@ -317,7 +317,7 @@ def _adversarial(task, adversary):
 
 def _virtual(task, adversary):
     """VAT: the loss, and alpha times the divergence from the clean output that can be reached."""
-    gradient_at = tasks.gradients(task)
+    gradient_at = steps.gradients(task)
 
     def function(params, state, batch, rng, step):
         ball = adversary.ball(task, batch, step)

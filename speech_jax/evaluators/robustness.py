@@ -15,12 +15,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from speech_jax import evaluate, experiment, sharding
+from speech_jax import evaluate, experiment
 from speech_jax.config import split_names
 from speech_jax.data import audio, pipeline
 from speech_jax.errors import UserError
-from speech_jax.metrics import ErrorCounts
-from speech_jax.tasks.adversarial import Ball
+from speech_jax.evaluators.errors import ErrorCounts
+from speech_jax.training import sharding
+from speech_jax.training.adversarial import Ball
 
 # Ascents, their size as a fraction of epsilon, and whether they begin at a random point.
 ATTACKS = {"fgsm": (1, 1.0, False), "pgd10": (10, 0.25, True)}

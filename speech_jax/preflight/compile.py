@@ -19,9 +19,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from speech_jax import experiment, flops, hlo, optim, sharding, train
+from speech_jax import experiment, train
 from speech_jax.data.plan import LABELS_MULTIPLE, Bucket
 from speech_jax.errors import UserError
+from speech_jax.preflight import hlo
+from speech_jax.training import costs as flops
+from speech_jax.training import optim, sharding
 
 # Estimates for the shape of a batch, where there is no corpus to count in.
 CHARACTERS = 32  # in the vocabulary
