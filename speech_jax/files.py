@@ -1,0 +1,56 @@
+"""Small text files: written whole or not at all, and read with a sentence where they are damaged."""
+
+import contextlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from speech_jax.errors import UserError
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes `text` in UTF-8 to `path`, which is never seen half-written; makes its folder.
+
+    The file gets the rights that the process's umask gives. Raises OSError, and UnicodeError for
+    text that UTF-8 cannot hold; whatever stood at `path` is then as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, "utf-8")
+        scratch.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def dump_json(value: Any) -> str:
+    """JSON as our files hold it: indented, Unicode as it is, a line end at the end."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_json(path: pathlib.Path, kind: type = dict) -> Any:
+    """The JSON value in `path`, which must be of type `kind`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      UserError: it cannot be read, is no JSON, or is JSON of another type.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8-sig"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # also text that is no UTF-8
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} is damaged or is no JSON ({why}): bring it back or remove it"
+        ) from error
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{path} holds a JSON {type(value).__name__} where a {kind.__name__} belongs: "
+            "bring it back or remove it"
+        )
+    return value
