@@ -109,7 +109,8 @@ def _ctc(run: "_Run") -> str:
     kernel = "pallas_tpu" if _platform(run.table) == "tpu" else "pallas_gpu"
     device = _platform(run.table) != "cpu"
     first = ["xla", *([kernel] if device and "own" in right else [])]
-    run.wait(run.start("times", "losses", LIMITS["times"], f"--ctc={','.join(first)}"))
+    half = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}  # torch wants some of it
+    run.wait(run.start("times", "losses", LIMITS["times"], f"--ctc={','.join(first)}", **half))
     for barriers in right:
         if barriers != "own" and device:
             arguments = f"--ctc={kernel}", f"--only={barriers}"

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks.hardware import recipe
 from configs import finetune_wav2vec2, librispeech
 from speech_jax import experiment, train
 from speech_jax.data.plan import Bucket
@@ -17,7 +18,9 @@ RATE = 16_000
 def config_of(name: str, tiny: bool, **changes: object) -> ConfigDict:
     """The recipe of a model, its encoder changed by `changes`; a small one of the kind if tiny."""
     kind, _, size = name.partition("-")
-    if kind == "conformer":
+    if kind == "recipe":
+        config = recipe.get_tiny_config() if tiny else recipe.get_config()
+    elif kind == "conformer":
         config = librispeech.get_config("conformer_tiny" if tiny else f"conformer_{size}")
         config.model.dtype = "bfloat16"
     else:
@@ -26,7 +29,7 @@ def config_of(name: str, tiny: bool, **changes: object) -> ConfigDict:
         config.optimizer.frozen = ()
         config.model.feature_gradient = 1.0
         config.model.layer_drop = 0.0
-    if tiny:
+    if tiny and kind != "recipe":
         config.model.update({"num_layers": 2, "scan": True})
     config.model.update(changes)
     config.train.ema_decay = 0.0

@@ -5,6 +5,7 @@ barriers of the GPU kernel (kernels.py).
 """
 
 import argparse
+import concurrent.futures
 from collections.abc import Callable
 from functools import partial
 
@@ -33,9 +34,11 @@ def run(table: Table, flags: argparse.Namespace) -> None:
         if barriers == "own":
             losses["optax"] = benchmark.optax_loss
         what = "B,T,N,K = " + ",".join(map(str, shape))
-        for name, loss in losses.items():
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            programs = {name: pool.submit(_compile, loss, arrays) for name, loss in losses.items()}
+        for name, program in programs.items():
             with table.attempt(f"{name}, {what}"):
-                _measure_ours(table, flags, f"{name}, {what}", loss, arrays, shape)
+                _measure(table, flags, f"{name}, {what}", program.result(), arrays, shape)
         if barriers == "own":
             with table.attempt(f"torch, {what}"):
                 for name, call in torch_calls(arrays).items():
@@ -44,25 +47,23 @@ def run(table: Table, flags: argparse.Namespace) -> None:
                         table.add(f"{name}, {what}", ms=1e3 * seconds)
 
 
-def _measure_ours(table, flags, what, loss, arrays, shape) -> None:
+def _compile(loss: Callable, arrays: tuple) -> jax.stages.Compiled:
     total = lambda *args: loss(*args).sum()
-    figures = {}
-    for kind, function in (("value", loss), ("both", jax.value_and_grad(total))):
-        if kind == "value" and (flags.tiny or "optax" in what):
-            continue
-        compiled = jax.jit(function).lower(*arrays).compile()
-        with alone(flags.work):
-            call = lambda compiled=compiled: jax.block_until_ready(compiled(*arrays))
-            seconds = median_seconds(call, 3 if flags.tiny else 15)
-        if kind == "value":
-            figures["value_ms"] = 1e3 * seconds
-        else:
-            figures["ms"] = 1e3 * seconds
-            figures["us_a_frame"] = 1e6 * seconds / shape[1]
-            figures["temporary_MB"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    return jax.jit(jax.value_and_grad(total)).lower(*arrays).compile()
+
+
+def _measure(table, flags, what, compiled, arrays, shape) -> None:
+    with alone(flags.work):
+        call = lambda: jax.block_until_ready(compiled(*arrays))
+        seconds = median_seconds(call, 3 if flags.tiny else 15)
     if "pallas" in what:
         what += f", {flags.only or 'own'} barriers"
-    table.add(what, **figures)
+    table.add(
+        what,
+        ms=1e3 * seconds,
+        us_a_frame=1e6 * seconds / shape[1],
+        temporary_MB=compiled.memory_analysis().temp_size_in_bytes / 1e6,
+    )
 
 
 def torch_calls(arrays) -> dict[str, Callable[[], None]]:

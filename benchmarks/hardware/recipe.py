@@ -8,6 +8,7 @@ once, for a short start.
 
 from ml_collections import ConfigDict
 
+from benchmarks.hardware.shapes import BATCH_SECONDS
 from speech_jax import config as defaults
 from speech_jax import models
 
@@ -18,7 +19,7 @@ def get_config() -> ConfigDict:
     config.data.train_splits = "train-clean-5"
     config.data.eval_splits = "dev-clean-5"
     config.data.max_seconds = 17.0
-    config.data.batch_seconds = 320.0
+    config.data.batch_seconds = float(BATCH_SECONDS)
     config.data.buckets = 3
     config.data.eval_buckets = 1
     config.data.speeds = (0.9, 1.0, 1.1)

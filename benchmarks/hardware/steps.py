@@ -54,7 +54,7 @@ def run(table: Table, flags: argparse.Namespace) -> None:
 
 def vocabulary(name: str) -> int:
     """Classes of a model's head, the blank among them."""
-    return 32 if name.startswith("wav2vec2") else 1024
+    return {"wav2vec2": 32, "recipe": 128}.get(name.partition("-")[0], 1024)
 
 
 def _trace(model: Model, name: str, flags: argparse.Namespace) -> list[Step]:
