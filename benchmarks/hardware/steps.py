@@ -25,11 +25,12 @@ def run(table: Table, flags: argparse.Namespace) -> None:
     choose_ctc(flags.ctc)
     names = flags.only.split(",") if flags.only else list(SIZES)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        waiting = []
+        waiting, states = [], {}
         for name in names:
             with table.attempt(name):
                 started = time.perf_counter()
                 model = Model(config_of(name, flags.tiny), vocabulary(name))
+                states[name] = pool.submit(model.start)
                 waiting += [
                     (name, step, pool.submit(step.compile)) for step in _trace(model, name, flags)
                 ]
@@ -42,6 +43,7 @@ def run(table: Table, flags: argparse.Namespace) -> None:
             if left(flags) < 4:
                 break
             with table.attempt(f"{name}, {step.rows} rows"):
+                states[name].result(timeout=max(left(flags) - 4, 0))
                 future.result(timeout=max(left(flags) - 4, 0))
                 rate = _measure(table, flags, name, step)
                 best[name] = max(rate, best.get(name, 0.0))
@@ -66,8 +68,6 @@ def _trace(model: Model, name: str, flags: argparse.Namespace) -> list[Step]:
 
 def _measure(table: Table, flags: argparse.Namespace, name: str, step: Step) -> float:
     with alone(flags.work):
-        if step.model.state is None:
-            step.model.start()
         step.load()
         last = {}
         seconds = median_seconds(lambda: last.update(step()), 2 if flags.tiny else 8)

@@ -5,6 +5,7 @@ are what they could do. Errors are of outputs against `ours` in float32 with who
 """
 
 import argparse
+import concurrent.futures
 from collections.abc import Callable
 
 import jax
@@ -48,30 +49,22 @@ def _compare(
     arrays: tuple[jax.Array, ...],
 ) -> None:
     whole = [x.astype(jnp.float32) for x in arrays]
-    wanted = None
-    for name, function in variants.items():
+    with jax.default_matmul_precision("highest"), table.attempt(f"{what}, in float32"):
+        first = next(iter(variants.values()))
+        wanted = np.asarray(jax.jit(first)(whole[0][:2], *whole[1:]))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = {name: pool.submit(_compile, f, arrays) for name, f in variants.items()}
+    for name, program in programs.items():
         if left(flags) < 4:
             return
         with table.attempt(f"{what}: {name}"):
-            if wanted is None:
-                with jax.default_matmul_precision("highest"):
-                    wanted = np.asarray(jax.jit(function)(*[x[:2] for x in whole[:1]], *whole[1:]))
-
-            def both(*arrays, function=function):
-                def total(*arrays):
-                    out = function(*arrays).astype(jnp.float32)
-                    return (out * jnp.cos(out)).sum()
-
-                return jax.grad(total, argnums=tuple(range(len(arrays))))(*arrays)
-
-            forward = jax.jit(function).lower(*arrays).compile()
-            backward = jax.jit(both).lower(*arrays).compile()
+            forward, both = program.result()
             found = np.asarray(forward(*arrays)[:2], np.float32)
             with alone(flags.work):
                 repeats = 2 if flags.tiny else 10
                 times = [
                     median_seconds(lambda f=f: jax.block_until_ready(f(*arrays)), repeats)
-                    for f in (forward, backward)
+                    for f in (forward, both)
                 ]
             same = not any(word in name for word in OTHER)
             error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted) if same else None
@@ -79,9 +72,20 @@ def _compare(
                 f"{what}: {name}",
                 forward_ms=1e3 * times[0],
                 both_ms=1e3 * times[1],
-                temporary_MB=backward.memory_analysis().temp_size_in_bytes / 1e6,
+                temporary_MB=both.memory_analysis().temp_size_in_bytes / 1e6,
                 error=error and float(error),
             )
+
+
+def _compile(function: Callable, arrays: tuple[jax.Array, ...]) -> tuple[jax.stages.Compiled, ...]:
+    def gradient(*arrays):
+        def total(*arrays):
+            out = function(*arrays).astype(jnp.float32)
+            return (out * jnp.cos(out)).sum()
+
+        return jax.grad(total, argnums=tuple(range(len(arrays))))(*arrays)
+
+    return tuple(jax.jit(f).lower(*arrays).compile() for f in (function, gradient))
 
 
 def _normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
@@ -112,7 +116,7 @@ def attention(batch: int, frames: int, heads: int, width: int):
     def library(implementation, lengths_only):
         def function(qkv):
             query, key, value, mask, lengths = split(qkv)
-            limits = {"mask": mask[:, None, None, :]}
+            limits = {"mask": jnp.broadcast_to(mask[:, None, None], (len(mask), 1, frames, frames))}
             if lengths_only:
                 limits = {"query_seq_lengths": jnp.full_like(lengths, frames)}
                 limits |= {"key_value_seq_lengths": lengths}
