@@ -7,7 +7,10 @@ any work is done.
 """
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict, config_dict
 
 from speech_jax import models, tasks
@@ -36,8 +39,8 @@ def default() -> ConfigDict:
     data.cache = ""  # for what is derived from the data; empty: ~/.cache/speech_jax
     data.train_splits = ""  # names joined by commas
     data.train_minutes = 0.0  # of the training splits, drawn with the seed; 0: all of them
-    data.eval_splits = ""  # scored while training; the first one picks the best checkpoint
-    data.test_splits = ""  # scored once, at the end, with the best checkpoint
+    data.eval_splits = ""  # evaluated while training; the first one picks the best checkpoint
+    data.test_splits = ""  # evaluated once, at the end, with the best checkpoint
     data.arguments = ConfigDict()  # further arguments of the source
     data.on_error = "skip"  # utterances that cannot be used: 'skip' (counted, named) or 'raise'
     data.sample_rate = 16_000
@@ -70,7 +73,8 @@ def default() -> ConfigDict:
     config.spec_augment = ConfigDict(augment.POLICIES["conformer"])  # see ops/augment.py
     config.spec_augment.start_step = 0
 
-    config.task = ConfigDict(tasks.settings("asr"))  # asr, contrastive or best_rq: see tasks/
+    config.task = ConfigDict(tasks.settings("recognize"))  # or contrastive, best_rq: see tasks/
+    config.parts = ConfigDict()  # settings of single parts of a batch: parts.target.tag = "speaker"
 
     config.model = models.settings("conformer", "s")
 
@@ -135,6 +139,43 @@ def default() -> ConfigDict:
     return config.lock()
 
 
+def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
+    """A configuration that was recorded in the file `where`, whole.
+
+    A setting that the record lacks, because it is older than the setting, has its default; one that
+    is unknown here is left out with a warning.
+
+    Raises:
+      UserError: the record is not that of a configuration.
+    """
+    config = default().unlock()
+    try:
+        if "model" in recorded:
+            config.model = models.defaults(recorded["model"]["name"])
+        if "task" in recorded:
+            config.task = tasks.settings(recorded["task"]["name"])
+        for name in ("optimizer", "schedule", "parts"):
+            if name in recorded:
+                config[name] = ConfigDict()
+        _merge(config, recorded, "", where)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where} holds no configuration of ours ({error}): bring it back") from error
+    return config.lock()
+
+
+def _merge(config: ConfigDict, recorded: Mapping[str, Any], prefix: str, where: str) -> None:
+    for key, value in recorded.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and isinstance(config.get(key), ConfigDict):
+            _merge(config[key], value, f"{name}.", where)
+        elif key in config or name.startswith(_OPEN) or not prefix:
+            value = tuple(value) if isinstance(value, list) else value
+            with config.ignore_type():
+                config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
+        else:
+            logging.warning("%s: the setting %s is unknown here and is left out", where, name)
+
+
 def split_names(value: str) -> list[str]:
     """'a, b' to ['a', 'b']."""
     return [name.strip() for name in value.split(",") if name.strip()]
@@ -169,17 +210,15 @@ def check(config: ConfigDict) -> None:
             f"config.data.batch_seconds={config.data.batch_seconds:g} is less than "
             f"config.data.max_seconds={config.data.max_seconds:g}: a batch must hold an utterance"
         )
-    if Adversary(**config.adversarial).updates > 1 and config.train.accumulate > 1:
-        raise UserError(
-            "config.adversarial.method='free' cannot be used with config.train.accumulate > 1: its "
-            "perturbation belongs to a whole batch"
-        )
+    Adversary(**config.adversarial)
     if any(speed <= 0 for speed in config.data.speeds) or 1.0 not in config.data.speeds:
         raise UserError(f"config.data.speeds={config.data.speeds} must be positive and hold 1.0")
 
 
+# Sections whose keys are those of what they configure, which are not listed here.
+_OPEN = ("optimizer.", "schedule.", "data.arguments.", "parts.", "source.")
 # Sections that are some constructor's keyword arguments: it checks their keys itself.
-_FREE = ("task", "model", "optimizer", "schedule", "data.arguments")
+_FREE = ("task", "model", "optimizer", "schedule", "data.arguments", "parts")
 
 
 def _check_keys(config, reference, prefix):

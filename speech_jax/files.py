@@ -25,6 +25,11 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
             scratch.unlink(missing_ok=True)
 
 
+def plain(config: Any) -> dict[str, Any]:
+    """A ConfigDict as plain JSON values: tuples are lists, references resolved."""
+    return json.loads(config.to_json())
+
+
 def dump_json(value: Any) -> str:
     """JSON as our files hold it: indented, Unicode as it is, a line end at the end."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
