@@ -83,12 +83,16 @@ def make_parts(
         settings = _part_settings(config, name, kind)
         try:
             made[name] = registry.call(
-                constructor.restore, {"folder": folder, "name": name, **settings}, what=f"parts.{name}"
+                constructor.restore,
+                {"folder": folder, "name": name, **settings},
+                what=f"parts.{name}",
             )
             continue
         except FileNotFoundError as error:
             if source is None:
-                raise UserError(f"{folder} holds no {pathlib.Path(str(error)).name}: train there first") from error
+                raise UserError(
+                    f"{folder} holds no {pathlib.Path(str(error)).name}: train there first"
+                ) from error
         if jax.process_index() == 0:
             arguments = {"source": source, "name": name, **settings}
             registry.call(constructor.make, arguments, what=f"parts.{name}").save(folder)
@@ -163,9 +167,7 @@ def training_corpus(
     return corpus
 
 
-def evaluation_corpus(
-    config: ConfigDict, split: str, parts: Mapping[str, Part]
-) -> pipeline.Corpus:
+def evaluation_corpus(config: ConfigDict, split: str, parts: Mapping[str, Part]) -> pipeline.Corpus:
     """All utterances of a split: none is left out for its length or for what it lacks."""
     parts = {name: part.for_evaluation() for name, part in parts.items()}
     return pipeline.make_corpus(open_splits(config, split), parts, on_error=config.data.on_error)

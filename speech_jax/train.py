@@ -16,7 +16,7 @@ from speech_jax.data.batch import signature
 from speech_jax.data.plan import Plan
 from speech_jax.errors import UserError
 from speech_jax.evaluators.loop import Evaluation
-from speech_jax.training import checkpoint, costs, sharding
+from speech_jax.training import costs, sharding
 from speech_jax.training.checkpoint import Checkpoints
 from speech_jax.training.report import Report
 from speech_jax.training.stopping import EarlyStopping, Interrupted, Interruption, Watched

@@ -69,7 +69,9 @@ def open(folder: str | os.PathLike) -> Bundle:
 
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
-        raise BundleError(f"{folder} is no folder: name a workdir, a saved model or one of Hugging Face")
+        raise BundleError(
+            f"{folder} is no folder: name a workdir, a saved model or one of Hugging Face"
+        )
     if (folder / _DESCRIPTION).exists():
         return _open_saved(folder)
     if (folder / "checkpoints").is_dir():
@@ -144,7 +146,9 @@ def on_mesh(model: Bundle, mesh: Mesh) -> tuple[Any, Any]:
     """(parameters, model state) on the devices: parameters as the task's rules say, state whole."""
     split = sharding.shard_params(model.params, mesh, model.task().rules)
     whole = sharding.replicated(mesh)
-    return jax.tree.map(_place, model.params, split), jax.tree.map(lambda x: _place(x, whole), model.state)
+    return jax.tree.map(_place, model.params, split), jax.tree.map(
+        lambda x: _place(x, whole), model.state
+    )
 
 
 def _place(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:

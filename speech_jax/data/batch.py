@@ -77,8 +77,7 @@ def size_names(fields: Fields) -> tuple[str, ...]:
 def shapes(fields: Fields, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """(shape, dtype) of every array of a batch."""
     return {
-        name: (_shape(field, bucket), np.dtype(field.dtype))
-        for name, field in _all(fields).items()
+        name: (_shape(field, bucket), np.dtype(field.dtype)) for name, field in _all(fields).items()
     }
 
 

@@ -89,7 +89,9 @@ def choose_buckets(
         -(-lengths[along] // round_to) * round_to, return_inverse=True, return_counts=True
     )
     longest = {name: _running_maximum(values, inverse) for name, values in lengths.items()}
-    longest = {name: np.maximum(-(-most // MULTIPLE), 1) * MULTIPLE for name, most in longest.items()}
+    longest = {
+        name: np.maximum(-(-most // MULTIPLE), 1) * MULTIPLE for name, most in longest.items()
+    }
     longest[along] = edges
     most_rows = -(-len(inverse) // rows_multiple) * rows_multiple
     buckets = []

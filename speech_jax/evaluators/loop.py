@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 from speech_jax import experiment, files
 from speech_jax.data.parts import Part
 from speech_jax.data.pipeline import Corpus
-from speech_jax.errors import UserError
 from speech_jax.data.sources import Utterance
+from speech_jax.errors import UserError
 from speech_jax.evaluators import Evaluator, Row
 from speech_jax.tasks import Task
 from speech_jax.training import sharding
@@ -133,7 +133,9 @@ def by_utterance(
     """(utterance, its row of the batch, its row of the prediction); filler rows are left out."""
     for number, index in enumerate(batch["index"]):
         if index >= 0:
-            rows = ({name: array[number] for name, array in of.items()} for of in (batch, prediction))
+            rows = (
+                {name: array[number] for name, array in of.items()} for of in (batch, prediction)
+            )
             yield corpus.source.utterances[index], *rows
 
 
@@ -151,7 +153,9 @@ def _agree(split: str, reader: _Reader) -> Score:
     if heard < total:
         reasons = [*content["skipped"].items(), *corpus.left_out.items()]
         named = "; ".join(f"{name}: {why}" for name, why in reasons[:3])
-        logging.warning("%s: %d of %d utterances are not in the score: %s", split, total - heard, total, named)
+        logging.warning(
+            "%s: %d of %d utterances are not in the score: %s", split, total - heard, total, named
+        )
     of = f"{heard} utterances" if heard == total else f"{heard} of {total} utterances"
     results = content["results"] | {"utterances": heard, "left_out": total - heard}
     rates = {name: results[name] for name in evaluator.rates if results[name] is not None}
