@@ -266,7 +266,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.data.speeds={data.speeds} must hold 1.0")
     if len(data.noise_snr_db) != 2 or data.noise_snr_db[0] > data.noise_snr_db[1]:
         raise UserError(
-            f"config.data.noise_snr_db={data.noise_snr_db} must be two ratios in dB, the lower first"
+            f"config.data.noise_snr_db={data.noise_snr_db} must be two ratios in dB, the lower "
+            "one first"
         )
     Adversary(**config.adversarial)
 

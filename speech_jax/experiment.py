@@ -82,17 +82,12 @@ def make_parts(
         constructor = part_kinds.constructor(kind)
         settings = _part_settings(config, name, kind)
         try:
-            made[name] = registry.call(
-                constructor.restore,
-                {"folder": folder, "name": name, **settings},
-                what=f"parts.{name}",
-            )
+            made[name] = constructor.restore(folder, name, **settings)
             continue
         except FileNotFoundError as error:
             if source is None:
-                raise UserError(
-                    f"{folder} holds no {pathlib.Path(str(error)).name}: train there first"
-                ) from error
+                lost = pathlib.Path(str(error.filename or error)).name
+                raise UserError(f"{folder} holds no {lost}: train there first") from error
         if jax.process_index() == 0:
             arguments = {"source": source, "name": name, **settings}
             registry.call(constructor.make, arguments, what=f"parts.{name}").save(folder)
@@ -102,7 +97,7 @@ def make_parts(
 
 
 def _part_settings(config: ConfigDict, name: str, kind: str) -> dict[str, Any]:
-    """Keyword arguments of a part's `make` and `restore`: its kind's, and its own in config.parts."""
+    """Keyword arguments of a part's `make` and `restore`: of its kind, and its own ones."""
     own = dict(config.parts.get(name, {}))
     if kind == "transcript":
         return {**config.text, **own}
@@ -342,7 +337,7 @@ class Setup:
         )
 
     def compile(self, buckets: Sequence[Bucket]) -> dict[tuple, Program]:
-        """Compiles the step for every batch shape, keyed by `batch.signature`: all there will be."""
+        """Compiles the step for every batch shape, keyed by `batch.signature`."""
         step = self.step()
         with jax.set_mesh(self.mesh):  # for what ops/partition.py says
             traced = [step.trace(self.abstract, self.batch(bucket)) for bucket in buckets]

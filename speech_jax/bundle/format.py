@@ -3,7 +3,7 @@
 A saved bundle is a folder with
 
     bundle.json         {"version": 1, "config": the whole configuration}
-    params.safetensors  parameters by their path ("params/encoder/...") and model state ("state/...")
+    params.safetensors  parameters and model state by path: "params/encoder/...", "state/..."
     tokenizer.json, features.json, ...   what its parts have learned (data/parts/)
 """
 

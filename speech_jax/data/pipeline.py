@@ -212,11 +212,8 @@ def _sizes(parts: Mapping[str, Part], utterance) -> dict[str, int]:
 
 def _columns(rows) -> dict[str, np.ndarray]:
     rows = list(rows)
-    return (
-        {name: np.asarray([row[name] for row in rows], np.int64) for name in rows[0]}
-        if rows
-        else {}
-    )
+    names = rows[0] if rows else ()
+    return {name: np.asarray([row[name] for row in rows], np.int64) for name in names}
 
 
 def batches(
@@ -279,9 +276,8 @@ class _Batches:
 
     def __init__(self, plan: Plan, repeat: bool):
         self._count = plan.count
-        self._epoch = functools.lru_cache(maxsize=2)(
-            plan.epoch
-        )  # prefetching crosses an epoch's end
+        # Prefetching reads across the end of an epoch.
+        self._epoch = functools.lru_cache(maxsize=2)(plan.epoch)
         self._repeat = repeat
         self._ends = [plan.count(0)]  # the number of batches in epochs 0, 0 to 1, 0 to 2, ...
         self._lock = threading.Lock()

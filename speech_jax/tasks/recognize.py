@@ -92,7 +92,7 @@ class Recognize:
         return {"labels": labels, "labels_length": count}
 
     def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
-        """Utterances with more labels, and blanks between equal ones, than the encoder has frames."""
+        """Utterances of which the encoder makes fewer frames than an alignment takes."""
         frames = self.encoder.output_lengths(self.frontend.lengths(sizes["samples"]))
         labels, needed = sizes["labels"], sizes["labels_aligned"]
         return {
