@@ -85,10 +85,11 @@ def bits(tree):
     """The leaves' types, shapes and bytes."""
 
     def one(leaf):
+        kind = str(leaf.dtype)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         host = np.asarray(leaf)
-        return str(host.dtype), host.shape, host.tobytes()
+        return kind, host.shape, host.tobytes()
 
     return jax.tree.map(one, tree)
 

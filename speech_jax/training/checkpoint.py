@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -430,9 +431,18 @@ def _read_leaves(
     try:
         # The handler alone, without a Checkpointer: it has no barriers, so that a process which
         # fails does not leave the others waiting.
-        return jax.block_until_ready(_state_handler(path).restore(path / "state", args=args))
+        found = jax.block_until_ready(_state_handler(path).restore(path / "state", args=args))
     except Exception as error:  # tensorstore and orbax raise many types
         raise _Damaged(f"its arrays cannot be read ({_brief(error)})") from error
+    return {name: _as_key(found[name], leaf) for name, leaf in wanted.items()}
+
+
+def _as_key(numbers: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns a random key of its data, as which orbax writes it; other arrays as they are."""
+    if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return numbers
+    kind = jax.random.key_impl(jnp.empty((), like.dtype))
+    return jax.random.wrap_key_data(numbers, impl=kind)
 
 
 def _state_handler(path: epath.Path) -> ocp.PyTreeCheckpointHandler:
