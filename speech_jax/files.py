@@ -1,4 +1,4 @@
-"""Small text files: written whole or not at all, and read with a sentence where they are damaged."""
+"""Small text files: written whole or not at all, read with a sentence where they are damaged."""
 
 import contextlib
 import json

@@ -532,7 +532,9 @@ def test_two_processes_restore_from_one_and_one_from_two(mesh, damaged):
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
     # The damaged one was not used; Ctrl-C in one of them was the same step for both.
-    leaving = [line for output in outputs for line in output.splitlines() if "leave" in line]
+    leaving = [
+        line for output in outputs for line in output.splitlines() if line.startswith("leave")
+    ]
     assert len(leaving) == 2, outputs
     assert leaving[0] == leaving[1]
     with Checkpoints(damaged) as checkpoints:
