@@ -59,8 +59,9 @@ class Report:
         self._sample_rate, self._peak_flops = sample_rate, peak_flops
         self._learning_rate, self._figures = learning_rate, figures
         self._name, self._unreadable = name, unreadable
+        self._paths = metrics, tensorboard
+        self._writer: Writer | None = None
         main = jax.process_index() == 0
-        self._writer = Writer(metrics, tensorboard, first) if main else None
         self._console = _Console(stderr=True, quiet=not main, highlight=False)
         self._bar = Progress(
             TextColumn("training"),
@@ -83,6 +84,8 @@ class Report:
         self.logged = first
 
     def __enter__(self) -> Self:
+        if jax.process_index() == 0:
+            self._writer = Writer(*self._paths, self._first)
         jax.monitoring.register_event_duration_secs_listener(self._count_compilations)
         self._bar.start()
         self._start()
