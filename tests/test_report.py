@@ -246,7 +246,7 @@ def test_the_compilations_of_others_do_not_count(tmp_path):
     with report(tmp_path) as one:
         jax.jit(lambda x: x + 2)(np.zeros(19, np.float32))
     jax.jit(lambda x: x + 3)(np.zeros(19, np.float32))
-    assert one.finish()["compiles"] == 1
+    assert one.to_dict()["compiles"] == 1
     assert monitoring.get_event_duration_listeners() == before
 
 

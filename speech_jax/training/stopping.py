@@ -124,7 +124,7 @@ class Interruption:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not of Python
 
     def asked(self) -> bool:
         """Whether the run must save and leave now: to be asked after every step and batch."""
