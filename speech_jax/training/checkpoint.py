@@ -2,21 +2,22 @@
 
 Orbax writes each checkpoint in the background and renames it into place when it is whole, so a run
 that is killed at any moment finds its previous checkpoint intact. What orbax does not do is notice
-that bytes have changed since: the digest of every file is stored with the checkpoint and verified
-before anything is parsed. A checkpoint that is damaged is reported and the one before it is used:
-weights are never silently wrong.
+that bytes have changed since: the digest of every file is stored with the checkpoint, and nothing
+of it is believed before its digest is verified. A checkpoint that is damaged is reported, and the
+next one is used: weights are never silently wrong.
 
 This module sees pytrees of jax.Array and plain dicts, never models, tasks or data. All processes of
 a run call its functions together, on a directory that all of them see; one run writes to it.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import logging as std_logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -28,8 +29,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from speech_jax.errors import UserError
+from speech_jax.training.stopping import Watched
 
-_DIGESTS = "digests.json"  # in each checkpoint's directory
+_DIGESTS = "digests.json"  # {file: SHA-256}, in each checkpoint's directory
+_RECORD = "record/metadata"
 
 
 class CheckpointError(UserError):
@@ -45,52 +48,54 @@ class Restored:
     data: dict
     stopper: dict
     config: dict
+    metrics: dict
 
 
 class Checkpoints:
     """The checkpoints of one run, in `directory`/<step>.
 
-    Keeps the newest `keep` of them, and the one whose `metrics[best_metric]` is best ('min' or
-    'max'). A context manager: leaving it waits for the save in progress.
+    Keeps the newest `keep` of them, and the one that is best by what is `watched`. A context
+    manager: leaving it waits for the save in progress.
     """
 
     def __init__(
-        self,
-        directory: str,
-        *,
-        keep: int = 3,
-        best_metric: str | None = None,
-        best_mode: str = "min",
+        self, directory: str | epath.Path, *, keep: int = 3, watched: Watched | None = None
     ):
         """Opens or creates `directory`; raises CheckpointError where that cannot be."""
         if keep < 1:
             raise ValueError(f"keep is {keep}: keep at least 1 checkpoint.")
-        if best_mode not in ("min", "max"):
-            raise ValueError(f"best_mode is {best_mode!r}: use 'min' or 'max'.")
         self.directory = epath.Path(directory).absolute()  # orbax refuses relative paths
-        self._keep = keep
-        self._best = {"metric": best_metric, "mode": best_mode}
+        self._keep, self._watched = keep, watched
         self._writing: int | None = None
+        self._smallest: dict[str, jax.ShapeDtypeStruct] = {}
         self._damaged: set[int] = set()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Policy(self._kept),
             cleanup_tmp_directories=True,
             lightweight_initialize=True,  # no parsing of bookkeeping that may be damaged
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._seal,
+                # Where a directory cannot be made, threads that wait for it would hold the process
+                # for five minutes.
+                create_directories_asynchronously=False,
+            ),
         )
         logging.get_absl_logger().addFilter(_not_an_orbax_error)
         try:
             self._manager = _Manager(
                 self.directory,
                 options=options,
-                item_handlers={"state": _state_handler(), "record": ocp.JsonCheckpointHandler()},
+                item_handlers={
+                    "state": _state_handler(self.directory),
+                    "record": ocp.JsonCheckpointHandler(),
+                },
             )
         except Exception as error:
             raise CheckpointError(
                 f"Cannot keep checkpoints in {self.directory}: {_brief(error)}. "
                 "Name a directory that exists or can be created, and that is writable."
             ) from error
-        self._scores = _scores(self.directory, self._manager.all_steps(), best_metric)
+        self._scores = _scores(_records(self.directory, self._manager.all_steps()), watched)
 
     def save(
         self,
@@ -104,9 +109,10 @@ class Checkpoints:
     ) -> None:
         """Starts saving `state` (a pytree of jax.Array) and plain dicts as checkpoint `step`.
 
-        Returns when the state has left the devices, so that it may be donated to the next step;
-        files are written behind. A step that is saved already is left as it is. Raises
-        CheckpointError where this save, or the one before it, fails; earlier ones are intact.
+        `metrics` are an evaluation's, of the split that is watched. Returns when the state has left
+        the devices, so that it may be donated to the next step; files are written behind. A step
+        that is saved already is left as it is. Raises CheckpointError where this save, or the one
+        before it, fails; earlier ones are intact.
         """
         self.wait()
         if step in self._damaged:
@@ -121,17 +127,24 @@ class Checkpoints:
             "stopper": stopper,
             "config": config,
             "metrics": metrics or {},
-            "best": self._best,
+            "best": dataclasses.asdict(self._watched) if self._watched else None,
             "leaves": {name: _signature(leaf) for name, leaf in leaves.items()},
         }
-        score = _score(record, self._best["metric"])
+        score = self._watched and self._watched.score(record["metrics"])
         if score is not None:
             self._scores[step] = score
+        name, leaf = min(leaves.items(), key=lambda pair: pair[1].size)
+        self._smallest = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)}
         self._writing = step
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(_numbers(leaves)), record=ocp.args.JsonSave(record)
+            state=ocp.args.PyTreeSave(leaves), record=ocp.args.JsonSave(record)
         )
         self._run(self._manager.save, step, args=args, force=True)
+
+    def check(self) -> None:
+        """Raises CheckpointError if the save behind the steps has failed; waits for nothing."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def restore(self, abstract_state: Any) -> Restored | None:
         """Returns the newest good checkpoint, or None where there is none at all.
@@ -141,16 +154,12 @@ class Checkpoints:
         is damaged, or where one is of another model (naming the first leaf that differs).
         """
         self.wait()
-        found = _newest_good(
+        return _last_good(
             self.directory,
-            self._manager.all_steps(),
-            lambda step: _read(self.directory / str(step), abstract_state, prefix="", whole=True),
+            sorted(self._manager.all_steps()),
+            lambda path: _read(path, abstract_state, whole=True),
             self._damaged.add,
         )
-        if found is None:
-            return None
-        step, (record, state) = found
-        return Restored(step, state, record["data"], record["stopper"], record["config"])
 
     def wait(self) -> None:
         """Blocks until the save in progress is on disk; raises CheckpointError where it failed."""
@@ -181,48 +190,52 @@ class Checkpoints:
                 "earlier checkpoints are intact."
             ) from error
 
-    def _write_digests(self) -> None:
-        """Called by orbax in its thread, when all files are written and not yet in their place."""
+    def _seal(self) -> None:
+        """Called by orbax in its thread, when all files are written and not yet in their place.
+
+        Reads them back: every byte for its digest, and the smallest array as a restore would.
+        """
         names = [f"{self._writing}{ocp.utils.TMP_DIR_SUFFIX}", f"{self._writing}"]  # no rename: gs
         path = next(path for path in map(self.directory.joinpath, names) if path.exists())
-        (path / _DIGESTS).write_text(json.dumps(_digests(path)))
+        digests = _digests(path)
+        _read_leaves(path, self._smallest)
+        (path / _DIGESTS).write_text(json.dumps(digests))
 
     def _kept(self, steps: Sequence[int]) -> list[bool]:
         good = sorted(set(steps) - self._damaged)
-        kept = {*good[-self._keep :], *_best_step(good, self._scores, self._best["mode"])}
+        best = _by_score(good, self._scores, self._watched)[-1:] if self._scores else []
+        kept = {*good[-self._keep :], *best}
         return [step in kept for step in steps]
 
 
-def restore_params(
-    directory: str, abstract_params: Any, *, which: str = "best", prefix: str = "params"
-) -> Any:
-    """Returns parameters alone from a run's checkpoints, for fine-tuning and evaluation.
+def restore_best(directory: str | epath.Path, abstract: Any) -> Restored:
+    """Returns a run's best checkpoint, for evaluation and fine-tuning.
 
-    `abstract_params` (as in `Checkpoints.restore`) may be a part of the tree under `prefix`, the
-    place of the parameters in the saved state ('params', 'ema', 'params/encoder'). `which` is
-    'best' (by the metric that the run tracked; the newest where it tracked none) or 'latest'.
-    Changes nothing in `directory`. Raises CheckpointError where there is no good checkpoint, or a
-    parameter is absent or of another shape.
+    `abstract` (as in `Checkpoints.restore`) may be a part of the state, such as {'params': ...}.
+    The best is so by what the run watched, and the newest where it watched nothing; where it is
+    damaged, the next best is used, and a warning says so. Changes nothing in `directory`. Raises
+    CheckpointError where there is no good checkpoint, or a leaf is absent or of another shape.
     """
-    if which not in ("best", "latest"):
-        raise ValueError(f"which is {which!r}: use 'best' or 'latest'.")
     directory = epath.Path(directory).absolute()
     try:
         steps = sorted(ocp.utils.checkpoint_steps(directory))
     except OSError as error:
         raise CheckpointError(f"Cannot read {directory}: {_brief(error)}.") from error
-    if which == "best":
-        steps = _by_score(directory, steps)
-    found = _newest_good(
-        directory,
-        steps,
-        lambda step: _read(directory / str(step), abstract_params, prefix=prefix, whole=False),
-    )
+    records = _records(directory, steps)
+    for step in steps:
+        if step not in records:
+            logging.warning("Checkpoint %d in %s is damaged, not used.", step, directory)
+    saved = records[max(records)]["best"] if records else None
+    watched = Watched(**({"split": ""} | saved)) if saved and saved["metric"] else None
+    steps = _by_score(steps, _scores(records, watched), watched)
+    found = _last_good(directory, steps, lambda path: _read(path, abstract, whole=False))
     if found is None:
         raise CheckpointError(
             f"No checkpoint in {directory}: train first, or name a run's checkpoint directory."
         )
-    return found[1][1]
+    if found.step != steps[-1]:
+        logging.warning("Checkpoint %d %s is used in its place.", found.step, found.metrics)
+    return found
 
 
 class _Manager(ocp.CheckpointManager):
@@ -242,20 +255,20 @@ class _Policy:
         return self._kept([info.step for info in checkpoints])
 
 
-# Which checkpoint: the newest good one, agreed among the processes.
+# Which checkpoint: the last good one of a list, agreed among the processes.
 
 
-def _newest_good(
+def _last_good(
     directory: epath.Path,
     steps: Sequence[int],
-    read: Callable[[int], Any],
+    read: Callable[[epath.Path], Restored],
     on_damaged: Callable[[int], Any] = lambda step: None,
-) -> tuple[int, Any] | None:
-    """Returns (step, read(step)) of the last good one of `steps`; None where there are none."""
-    steps, failures = list(steps), []
-    for step in _agreed_steps(steps):
+) -> Restored | None:
+    """Returns what `read` makes of the last good one of `steps`; None where there are none."""
+    failures = []
+    for step in _agreed(steps):
         try:
-            return step, read(step)
+            return read(directory / str(step))
         except _Damaged as error:
             logging.warning("Checkpoint %d in %s is damaged, not used: %s", step, directory, error)
             failures.append(f"checkpoint {step}: {error}")
@@ -268,7 +281,7 @@ def _newest_good(
     )
 
 
-def _agreed_steps(steps: list[int]) -> Iterator[int]:
+def _agreed(steps: Sequence[int]) -> Iterator[int]:
     """Yields process 0's `steps` from the last to the first, the same in every process.
 
     A file system shared by hosts may for a moment list differently on each.
@@ -281,40 +294,31 @@ def _agreed_steps(steps: list[int]) -> Iterator[int]:
         yield int(multihost_utils.broadcast_one_to_all(np.int32(own)))
 
 
-def _scores(directory: epath.Path, steps: Sequence[int], metric: str | None) -> dict[int, float]:
-    scores = {}
+def _records(directory: epath.Path, steps: Sequence[int]) -> dict[int, dict]:
+    """Returns the records that are as they were saved; others are reported when they are used."""
+    records = {}
     for step in steps:
-        try:
-            score = _score(_read_record(directory / str(step)), metric)
-        except _Damaged:
-            continue  # reported when it is restored
-        if score is not None:
-            scores[step] = score
-    return scores
+        with contextlib.suppress(_Damaged):
+            records[step] = _read_record(directory / str(step))
+    return records
 
 
-def _score(record: dict, metric: str | None) -> float | None:
-    score = record["metrics"].get(metric)
-    return None if score is None or math.isnan(score) else score
+def _scores(records: Mapping[int, dict], watched: Watched | None) -> dict[int, float]:
+    """Returns the scores of those that were saved while the same was watched."""
+    found = {
+        step: watched.score(record["metrics"])
+        for step, record in records.items()
+        if watched and watched.is_that_of(record["best"])
+    }
+    return {step: score for step, score in found.items() if score is not None}
 
 
-def _best_step(steps: Sequence[int], scores: dict[int, float], mode: str) -> list[int]:
-    """Returns the best scored of `steps` as a list of one (the newest of equals), or of none."""
-    scored = [step for step in steps if step in scores]
-    sign = 1 if mode == "max" else -1
-    return [max(scored, key=lambda step: (sign * scores[step], step))] if scored else []
-
-
-def _by_score(directory: epath.Path, steps: list[int]) -> list[int]:
-    """Returns `steps` with the best one last, by the metric that the newest good record names."""
-    for step in reversed(steps):
-        try:
-            best = _read_record(directory / str(step))["best"]
-        except _Damaged:
-            continue
-        last = _best_step(steps, _scores(directory, steps, best["metric"]), best["mode"])
-        return [step for step in steps if step not in last] + last
-    return steps
+def _by_score(
+    steps: Sequence[int], scores: Mapping[int, float], watched: Watched | None
+) -> list[int]:
+    """Returns `steps` with the best scored last (the newest of equals), the unscored before."""
+    sign = 1 if watched and watched.mode == "max" else -1
+    return sorted(steps, key=lambda step: (step in scores, sign * scores.get(step, 0.0), step))
 
 
 # One checkpoint: reading and verifying.
@@ -324,20 +328,21 @@ class _Damaged(Exception):
     """This checkpoint's files are not what was saved: the message says how."""
 
 
-def _read(path: epath.Path, abstract: Any, *, prefix: str, whole: bool) -> tuple[dict, Any]:
-    """Returns the record, and the arrays that `abstract` describes, from under `prefix`; verified.
+def _read(path: epath.Path, abstract: Any, *, whole: bool) -> Restored:
+    """Returns the checkpoint with the arrays that `abstract` describes, verified.
 
     Raises _Damaged in every process if it is damaged for any, and CheckpointError where `abstract`
     asks for other leaves than were saved (or, if `whole`, for fewer).
     """
-    wanted = {
-        f"{prefix}/{name}" if prefix else name: leaf for name, leaf in _named(abstract).items()
-    }
+    wanted = _named(abstract)
     _together(lambda: _check_files(path) if jax.process_index() == 0 else None)
     record = _together(lambda: _read_record(path))
     _check_leaves(path, wanted, record["leaves"], whole)
     leaves = _together(lambda: _read_leaves(path, wanted))
-    return record, jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
+    state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
+    return Restored(
+        int(path.name), state, *(record[k] for k in ("data", "stopper", "config", "metrics"))
+    )
 
 
 def _together(read: Callable[[], Any]) -> Any:
@@ -376,50 +381,86 @@ def _digest(file: epath.Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check_files(path: epath.Path) -> None:
+def _saved_digests(path: epath.Path) -> dict[str, str]:
     try:
-        saved, found = json.loads((path / _DIGESTS).read_text()), _digests(path)
-        damaged = [name for name, digest in saved.items() if found.get(name) != digest]
+        saved = json.loads((path / _DIGESTS).read_bytes())
+        if _RECORD not in saved or not all(isinstance(digest, str) for digest in saved.values()):
+            raise ValueError("they are not those of a checkpoint")
     except Exception as error:  # damaged bytes make JSON of any type, or none
-        raise _Damaged(f"its digests cannot be verified ({_brief(error)})") from error
-    if damaged:
-        raise _Damaged(f"{damaged[0]} has changed since it was saved")
+        raise _Damaged(f"its digests cannot be read ({_brief(error)})") from error
+    return saved
+
+
+def _check_files(path: epath.Path) -> None:
+    saved = _saved_digests(path)
+    try:
+        found = _digests(path)
+    except OSError as error:
+        raise _Damaged(f"its files cannot be read ({_brief(error)})") from error
+    for name, digest in saved.items():
+        if found.get(name) != digest:
+            raise _Damaged(f"{name} has changed since it was saved")
 
 
 def _read_record(path: epath.Path) -> dict:
+    """Returns the record, which is parsed only if its bytes are those that were saved."""
+    saved = _saved_digests(path)[_RECORD]
     try:
-        return ocp.JsonCheckpointHandler().restore(path / "record")
-    except Exception as error:  # damaged, or just deleted by the run that wrote it
+        data = (path / _RECORD).read_bytes()
+        if hashlib.sha256(data).hexdigest() != saved:
+            raise ValueError("it has changed since it was saved")
+        return json.loads(data)
+    except (OSError, ValueError) as error:  # or just deleted by the run that wrote it
         raise _Damaged(f"its record cannot be read ({_brief(error)})") from error
 
 
-def _read_leaves(path: epath.Path, wanted: dict) -> dict[str, jax.Array]:
-    numbers = {name: _abstract_number(leaf) for name, leaf in wanted.items()}
+def _read_leaves(
+    path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Returns the arrays by name; one that says no place goes to this process's first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
+        for name, leaf in wanted.items()
+    }
     args = ocp.args.PyTreeRestore(
-        numbers,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(numbers),
+        places,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(places),
         partial_restore=True,
     )
     try:
         # The handler alone, without a Checkpointer: it has no barriers, so that a process which
         # fails does not leave the others waiting.
-        leaves = jax.block_until_ready(_state_handler().restore(path / "state", args=args))
+        found = jax.block_until_ready(_state_handler(path).restore(path / "state", args=args))
     except Exception as error:  # tensorstore and orbax raise many types
         raise _Damaged(f"its arrays cannot be read ({_brief(error)})") from error
-    return {name: _from_numbers(leaves[name], leaf) for name, leaf in wanted.items()}
+    return {name: _as_key(found[name], leaf) for name, leaf in wanted.items()}
 
 
-def _state_handler() -> ocp.PyTreeCheckpointHandler:
+def _as_key(numbers: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns a random key of its data, as which orbax writes it; other arrays as they are."""
+    if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return numbers
+    kind = jax.random.key_impl(jnp.empty((), like.dtype))
+    return jax.random.wrap_key_data(numbers, impl=kind)
+
+
+def _state_handler(path: epath.Path) -> ocp.PyTreeCheckpointHandler:
     # Orbax would have each replica of an array write a slice of it, at the price of compiling those
-    # slices, shape by shape, within the first save; and compression hardly shrinks weights.
+    # slices, shape by shape, within the first save; and compression hardly shrinks weights. It
+    # takes a path with [ in it for a pattern when it merges arrays into one file: there, each array
+    # gets a file of its own.
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     return ocp.PyTreeCheckpointHandler(
         use_compression=False,
+        use_ocdbt=not glob.has_magic(str(path)),
         type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
     )
 
 
-def _check_leaves(path: epath.Path, wanted: dict, saved: dict, whole: bool) -> None:
+def _check_leaves(
+    path: epath.Path, wanted: Mapping[str, Any], saved: Mapping[str, str], whole: bool
+) -> None:
     cure = "Use the configuration that the checkpoint was trained with, or another directory."
     for name, leaf in wanted.items():
         if name not in saved:
@@ -470,29 +511,3 @@ def _leaves(state: Any) -> dict[str, jax.Array]:
 
 def _signature(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _numbers(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns the leaves as arrays of numbers: random keys as their data."""
-    return {
-        name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves.items()
-    }
-
-
-def _from_numbers(numbers: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    if not _is_key(like):
-        return numbers
-    kind = jax.random.key_impl(jnp.empty((), like.dtype))
-    return jax.random.wrap_key_data(numbers, impl=kind)
-
-
-def _abstract_number(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns `leaf` as `_numbers` saves it, on this process's first device if it does not say."""
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if _is_key(leaf):
-        leaf = jax.eval_shape(jax.random.key_data, leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
