@@ -81,6 +81,9 @@ def make_parts(
     for name, kind in tasks.constructor(config.task.name).parts.items():
         constructor = part_kinds.constructor(kind)
         settings = _part_settings(config, name, kind)
+        known = inspect.signature(constructor.make).parameters
+        for key in config.parts.get(name, {}):
+            registry.lookup(f"setting of config.parts.{name}", known, key)
         try:
             made[name] = constructor.restore(folder, name, **settings)
             continue
@@ -89,8 +92,7 @@ def make_parts(
                 lost = pathlib.Path(str(error.filename or error)).name
                 raise UserError(f"{folder} holds no {lost}: train there first") from error
         if jax.process_index() == 0:
-            arguments = {"source": source, "name": name, **settings}
-            registry.call(constructor.make, arguments, what=f"parts.{name}").save(folder)
+            constructor.make(source, name, **settings).save(folder)
         barrier(f"part {name}")
         made[name] = constructor.restore(folder, name, **settings)
     return made

@@ -65,7 +65,8 @@ def open(folder: str | os.PathLike) -> Bundle:
     Raises:
       BundleError: there is no model in the folder, or it is damaged or of a newer version.
     """
-    from speech_jax.bundle import huggingface, runs  # these two need the class above
+    # These two need the class above.
+    from speech_jax.bundle import huggingface, runs
 
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
