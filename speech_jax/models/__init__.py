@@ -38,16 +38,25 @@ def settings(name: str, variant: str, **changes) -> dict[str, Any]:
     Raises:
       ValueError: for an unknown name, variant or setting, naming the nearest known one.
     """
-    constructor = _constructor(name)
-    chosen = registry.lookup(f"{name} variant", constructor.VARIANTS, variant)
-    fields = {
-        field.name: field.default
-        for field in dataclasses.fields(constructor)
-        if field.name not in ("parent", "name")
-    }
+    chosen = registry.lookup(f"{name} variant", _constructor(name).VARIANTS, variant)
+    fields = defaults(name)
     for key in changes:
         registry.lookup(f"{name} setting", fields, key)
-    return {"name": name, **fields, **chosen, **changes}
+    return {**fields, **chosen, **changes}
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """All settings of an encoder as its constructor has them, `name` included."""
+    constructor = _constructor(name)
+    fields = dataclasses.fields(constructor)
+    return {"name": name} | {
+        field.name: field.default for field in fields if field.name not in ("parent", "name")
+    }
+
+
+def listens(name: str) -> str:
+    """What an encoder listens to: 'log_mel' or 'waveform'."""
+    return _constructor(name).listens
 
 
 def _constructor(name: str):
