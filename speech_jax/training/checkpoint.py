@@ -17,8 +17,9 @@ import glob
 import hashlib
 import json
 import logging as std_logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,10 @@ from speech_jax.training.stopping import Watched
 
 _DIGESTS = "digests.json"  # {file: SHA-256}, in each checkpoint's directory
 _RECORD = "record/metadata"
+_CURE = "Use the configuration that the checkpoint was trained with, or another directory."
+
+
+Result = TypeVar("Result")
 
 
 class CheckpointError(UserError):
@@ -47,25 +52,21 @@ class Restored:
     state: Any
     data: dict
     stopper: dict
-    config: dict
-    metrics: dict
 
 
 class Checkpoints:
     """The checkpoints of one run, in `directory`/<step>.
 
-    Keeps the newest `keep` of them, and the one that is best by what is `watched`. A context
+    Keeps the newest `keep` of them, and the one that is best by what `best` watches. A context
     manager: leaving it waits for the save in progress.
     """
 
-    def __init__(
-        self, directory: str | epath.Path, *, keep: int = 3, watched: Watched | None = None
-    ):
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 3, best: Watched | None = None):
         """Opens or creates `directory`; raises CheckpointError where that cannot be."""
         if keep < 1:
             raise ValueError(f"keep is {keep}: keep at least 1 checkpoint.")
         self.directory = epath.Path(directory).absolute()  # orbax refuses relative paths
-        self._keep, self._watched = keep, watched
+        self._keep, self._watched = keep, best
         self._writing: int | None = None
         self._smallest: dict[str, jax.ShapeDtypeStruct] = {}
         self._damaged: set[int] = set()
@@ -95,7 +96,7 @@ class Checkpoints:
                 f"Cannot keep checkpoints in {self.directory}: {_brief(error)}. "
                 "Name a directory that exists or can be created, and that is writable."
             ) from error
-        self._scores = _scores(_records(self.directory, self._manager.all_steps()), watched)
+        self._scores = _scores(_records(self.directory, self._manager.all_steps()), best)
 
     def save(
         self,
@@ -157,7 +158,7 @@ class Checkpoints:
         return _last_good(
             self.directory,
             sorted(self._manager.all_steps()),
-            lambda path: _read(path, abstract_state, whole=True),
+            lambda path: _read(path, abstract_state),
             self._damaged.add,
         )
 
@@ -208,13 +209,13 @@ class Checkpoints:
         return [step in kept for step in steps]
 
 
-def restore_best(directory: str | epath.Path, abstract: Any) -> Restored:
-    """Returns a run's best checkpoint, for evaluation and fine-tuning.
+def load_best(directory: str | os.PathLike, under: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns arrays of a run's best checkpoint by name, on the host: {'params/kernel': array}.
 
-    `abstract` (as in `Checkpoints.restore`) may be a part of the state, such as {'params': ...}.
-    The best is so by what the run watched, and the newest where it watched nothing; where it is
+    They are those `under` these names ('params' is under 'params', and so is 'params/kernel'). The
+    best is so by what the run watched, and the newest where it watched nothing; where it is
     damaged, the next best is used, and a warning says so. Changes nothing in `directory`. Raises
-    CheckpointError where there is no good checkpoint, or a leaf is absent or of another shape.
+    CheckpointError where there is no good checkpoint, or it holds nothing under one of the names.
     """
     directory = epath.Path(directory).absolute()
     try:
@@ -228,14 +229,16 @@ def restore_best(directory: str | epath.Path, abstract: Any) -> Restored:
     saved = records[max(records)]["best"] if records else None
     watched = Watched(**({"split": ""} | saved)) if saved and saved["metric"] else None
     steps = _by_score(steps, _scores(records, watched), watched)
-    found = _last_good(directory, steps, lambda path: _read(path, abstract, whole=False))
+    found = _last_good(directory, steps, lambda path: _load(path, under))
     if found is None:
         raise CheckpointError(
             f"No checkpoint in {directory}: train first, or name a run's checkpoint directory."
         )
-    if found.step != steps[-1]:
-        logging.warning("Checkpoint %d %s is used in its place.", found.step, found.metrics)
-    return found
+    step, arrays = found
+    if step != steps[-1]:
+        score = records[step]["metrics"]
+        logging.warning("Checkpoint %d, %s, is used in the place of the best.", step, score)
+    return arrays
 
 
 class _Manager(ocp.CheckpointManager):
@@ -261,9 +264,9 @@ class _Policy:
 def _last_good(
     directory: epath.Path,
     steps: Sequence[int],
-    read: Callable[[epath.Path], Restored],
+    read: Callable[[epath.Path], Result],
     on_damaged: Callable[[int], Any] = lambda step: None,
-) -> Restored | None:
+) -> Result | None:
     """Returns what `read` makes of the last good one of `steps`; None where there are none."""
     failures = []
     for step in _agreed(steps):
@@ -328,21 +331,40 @@ class _Damaged(Exception):
     """This checkpoint's files are not what was saved: the message says how."""
 
 
-def _read(path: epath.Path, abstract: Any, *, whole: bool) -> Restored:
+def _read(path: epath.Path, abstract: Any) -> Restored:
     """Returns the checkpoint with the arrays that `abstract` describes, verified.
 
     Raises _Damaged in every process if it is damaged for any, and CheckpointError where `abstract`
-    asks for other leaves than were saved (or, if `whole`, for fewer).
+    asks for other leaves than were saved.
     """
     wanted = _named(abstract)
-    _together(lambda: _check_files(path) if jax.process_index() == 0 else None)
-    record = _together(lambda: _read_record(path))
-    _check_leaves(path, wanted, record["leaves"], whole)
+    record = _verified(path)
+    _check_leaves(path, wanted, record["leaves"])
     leaves = _together(lambda: _read_leaves(path, wanted))
-    state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
-    return Restored(
-        int(path.name), state, *(record[k] for k in ("data", "stopper", "config", "metrics"))
-    )
+    state = jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
+    return Restored(int(path.name), state, record["data"], record["stopper"])
+
+
+def _load(path: epath.Path, under: Sequence[str]) -> tuple[int, dict[str, np.ndarray]]:
+    """Returns the step and the arrays under some names, verified; raises as `_read` does."""
+    record = _verified(path)
+    wanted = {}
+    for name, signature in record["leaves"].items():
+        if any(name == one or name.startswith(f"{one}/") for one in under):
+            kind, _, shape = signature[:-1].partition("[")
+            sizes = [int(size) for size in shape.split(",") if size]
+            wanted[name] = jax.ShapeDtypeStruct(sizes, jnp.dtype(kind))
+    if not wanted:
+        raise CheckpointError(
+            f"Checkpoint {path} holds nothing under {' or '.join(under)}. {_CURE}"
+        )
+    return int(path.name), _together(lambda: _read_leaves(path, wanted, on_host=True))
+
+
+def _verified(path: epath.Path) -> dict:
+    """Returns the record of a checkpoint all of whose files are as they were saved."""
+    _together(lambda: _check_files(path) if jax.process_index() == 0 else None)
+    return _together(lambda: _read_record(path))
 
 
 def _together(read: Callable[[], Any]) -> Any:
@@ -415,19 +437,21 @@ def _read_record(path: epath.Path) -> dict:
 
 
 def _read_leaves(
-    path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-    """Returns the arrays by name; one that says no place goes to this process's first device."""
+    path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], on_host: bool = False
+) -> dict[str, Any]:
+    """Returns the arrays by name, as numpy's where they are to be `on_host`.
+
+    One that says no place goes to this process's first device.
+    """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
         for name, leaf in wanted.items()
     }
-    args = ocp.args.PyTreeRestore(
-        places,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(places),
-        partial_restore=True,
-    )
+    how = ocp.checkpoint_utils.construct_restore_args(places)
+    if on_host:
+        how = dict.fromkeys(places, ocp.RestoreArgs(restore_type=np.ndarray))
+    args = ocp.args.PyTreeRestore(places, restore_args=how, partial_restore=True)
     try:
         # The handler alone, without a Checkpointer: it has no barriers, so that a process which
         # fails does not leave the others waiting.
@@ -454,25 +478,24 @@ def _state_handler(path: epath.Path) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(
         use_compression=False,
         use_ocdbt=not glob.has_magic(str(path)),
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+        ),
     )
 
 
-def _check_leaves(
-    path: epath.Path, wanted: Mapping[str, Any], saved: Mapping[str, str], whole: bool
-) -> None:
-    cure = "Use the configuration that the checkpoint was trained with, or another directory."
+def _check_leaves(path: epath.Path, wanted: Mapping[str, Any], saved: Mapping[str, str]) -> None:
     for name, leaf in wanted.items():
         if name not in saved:
-            raise CheckpointError(f"Checkpoint {path} has no {name}: this model needs it. {cure}")
+            raise CheckpointError(f"Checkpoint {path} has no {name}: this model needs it. {_CURE}")
         if _signature(leaf) != saved[name]:
             raise CheckpointError(
                 f"Checkpoint {path} has {name} as {saved[name]}, and this model needs "
-                f"{_signature(leaf)}. {cure}"
+                f"{_signature(leaf)}. {_CURE}"
             )
     extra = [name for name in saved if name not in wanted]
-    if whole and extra:
-        raise CheckpointError(f"Checkpoint {path} has {extra[0]}, unknown to this model. {cure}")
+    if extra:
+        raise CheckpointError(f"Checkpoint {path} has {extra[0]}, unknown to this model. {_CURE}")
 
 
 def _brief(error: Exception) -> str:
