@@ -185,7 +185,7 @@ def test_keeps_the_last_and_the_best(mesh, tmp_path):
     nan, inf = float("nan"), float("inf")
     scores = {1: nan, 2: 0.1, 3: 0.5, 4: -inf, 5: None, 6: 0.4}
     for step, score in scores.items():  # a new process each time: the best is not forgotten
-        with Checkpoints(tmp_path, keep=2, best=WER) as checkpoints:
+        with Checkpoints(tmp_path, keep=2, watched=WER) as checkpoints:
             save(checkpoints, step, mesh, **({} if step == 5 else {"wer": score}))
     assert steps_in(tmp_path) == [2, 5, 6]
     assert best(tmp_path) == 2
@@ -193,7 +193,7 @@ def test_keeps_the_last_and_the_best(mesh, tmp_path):
 
 def test_the_best_may_be_the_highest(mesh, tmp_path):
     watched = Watched("dev", "accuracy", "max")
-    with Checkpoints(tmp_path, keep=1, best=watched) as checkpoints:
+    with Checkpoints(tmp_path, keep=1, watched=watched) as checkpoints:
         for step, score in enumerate([0.2, 0.9, 0.9, 0.1]):
             save(checkpoints, step, mesh, accuracy=score)
     assert steps_in(tmp_path) == [2, 3]
@@ -201,11 +201,11 @@ def test_the_best_may_be_the_highest(mesh, tmp_path):
 
 
 def test_scores_of_another_split_are_not_compared(mesh, tmp_path):
-    with Checkpoints(tmp_path, keep=1, best=WER) as checkpoints:
+    with Checkpoints(tmp_path, keep=1, watched=WER) as checkpoints:
         save(checkpoints, 1, mesh, wer=0.1)
     for step, score in ((2, 0.8), (3, 0.9)):
         watched = Watched("harder", "wer", "min")
-        with Checkpoints(tmp_path, keep=1, best=watched) as checkpoints:
+        with Checkpoints(tmp_path, keep=1, watched=watched) as checkpoints:
             save(checkpoints, step, mesh, wer=score)
     assert steps_in(tmp_path) == [2, 3]
     assert best(tmp_path) == 2
@@ -263,7 +263,7 @@ def test_checkpoints_of_before_are_read(mesh, saved, tmp_path, monkeypatch):
     """Before, random keys were saved as their data, and no split was named with the best."""
     state = make_state(mesh, 5)
     raw = state | {"key": jax.random.key_data(state["key"])}
-    with Checkpoints(tmp_path, best=WER) as checkpoints:
+    with Checkpoints(tmp_path, watched=WER) as checkpoints:
         monkeypatch.setattr(
             checkpoint.dataclasses, "asdict", lambda _: {"metric": "wer", "mode": "min"}
         )
@@ -276,7 +276,7 @@ def test_checkpoints_of_before_are_read(mesh, saved, tmp_path, monkeypatch):
             checkpoints.save(step, raw, data={}, stopper={}, config={}, metrics={"wer": score})
             checkpoints.wait()
         monkeypatch.undo()
-    with Checkpoints(tmp_path, best=WER, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, watched=WER, keep=1) as checkpoints:
         assert bits(checkpoints.restore(abstract(mesh)).state) == bits(state)
         save(checkpoints, 7, mesh, wer=0.15)
     assert steps_in(tmp_path) == [5, 7]
@@ -376,7 +376,7 @@ def test_all_damaged_is_an_error_with_a_cure(mesh, damaged):
 def scored(mesh, tmp_path_factory):
     """A directory with checkpoints 1 to 4 of WER 10%, 11%, 95% and 60%: copy it first."""
     directory = tmp_path_factory.mktemp("scored")
-    with Checkpoints(directory, keep=4, best=WER) as checkpoints:
+    with Checkpoints(directory, keep=4, watched=WER) as checkpoints:
         for step, score in ((1, 0.10), (2, 0.11), (3, 0.95), (4, 0.6)):
             save(checkpoints, step, mesh, wer=score)
     return directory
@@ -401,7 +401,7 @@ def test_a_record_is_not_believed_before_its_digest(mesh, scored, tmp_path):
         assert old in text
         path.write_text(text.replace(old, new))
     assert best(directory) == 1
-    with Checkpoints(directory, best=WER) as checkpoints:
+    with Checkpoints(directory, watched=WER) as checkpoints:
         assert checkpoints.restore(abstract(mesh)).step == 2
 
 

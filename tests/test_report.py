@@ -5,7 +5,6 @@ import json
 import resource
 import struct
 import sys
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from speech_jax.training.report import Report, ReportError, Writer
-from speech_jax.workdir import Workdir
 
 SAMPLE_RATE = 100
 
@@ -48,16 +46,12 @@ def report(folder, first=0, steps=100, **changes):
         "log_every": 2,
         "sample_rate": SAMPLE_RATE,
         "peak_flops": 1e3,
-        "schedule": lambda step: 0.1 * step,
+        "learning_rate": lambda step: 0.1 * step,
         "figures": lambda sums: {"loss": sums["loss"] / sums["steps"]},
-        "totals": {},
+        "name": "utterance-{}".format,
+        "unreadable": lambda: 7,
     }
-    return Report(Workdir(folder), **arguments | changes)
-
-
-class Score(NamedTuple):
-    rates: dict
-    line: str
+    return Report(folder / "metrics.jsonl", folder / "tensorboard", **arguments | changes)
 
 
 def sums(step, log_every=2, skipped=0):
@@ -176,8 +170,8 @@ def test_a_step_is_read_after_the_next_was_dispatched(tmp_path):
 def test_what_is_logged(tmp_path, capsys):
     with report(tmp_path) as one:
         go(one, 0, 5)
-        assert one.latest == (4, {"loss": 2.0})
-        one.scores(4, {"dev": Score({"wer": 0.5}, "WER 50%"), "test": Score({"wer": None}, "-")})
+        assert (one.figures, one.logged) == ({"loss": 2.0}, 4)
+        one.scores(4, {"dev": {"wer": 0.5}, "test": {"wer": None}}, {"dev": "WER 50%"})
     found = lines(tmp_path)
     assert [line["step"] for line in found] == [2, 4, 4]
     assert (
@@ -188,6 +182,7 @@ def test_what_is_logged(tmp_path, capsys):
             "learning_rate": 0.1,
             "padding_fraction": 0.5,
             "skipped_updates": 0,
+            "unreadable": 7,
             "compiles": 0,
         }.items()
     )
@@ -197,20 +192,22 @@ def test_what_is_logged(tmp_path, capsys):
     assert "step 4  dev: WER 50%" in shown
 
 
-def test_updates_that_are_not_finite_are_counted_and_told(tmp_path):
+def test_updates_that_are_not_finite_are_counted_and_named(tmp_path, capsys):
     with report(tmp_path) as one:
         for step in (1, 2, 3):
             index = [10 * step, -1]
             one.step(step, sums(step, skipped=1), jnp.bool_(step == 2), index, 1.0)
-        assert (one.skipped, one.not_finite()) == (1, [(1, [10, -1])])
-        assert one.not_finite() == []
+        assert one.skipped == 1
         assert one.finish()["skipped_updates"] == 2
-        assert one.not_finite() == [(3, [30, -1])]
+    err = capsys.readouterr().err
+    assert "step 1: not finite, skipped; its utterances: utterance-10\n" in err
+    assert "utterance-20" not in err
+    assert "utterance--1" not in err
 
 
 def test_totals_are_of_the_run_not_of_a_process(tmp_path):
     def total(one):
-        return {k: v for k, v in one.totals()["all"].items() if k != "seconds"}
+        return {k: v for k, v in one.to_dict()["total"].items() if k != "seconds"}
 
     def skip(one):
         one.step(4, sums(4), jnp.bool_(False), [], 10.0)
@@ -226,16 +223,20 @@ def test_totals_are_of_the_run_not_of_a_process(tmp_path):
         skip(first)
         go(first, 4, 5)
         with first.pause():
-            saved = json.loads(json.dumps(first.totals()))
+            saved = json.loads(json.dumps(first.to_dict()))
         go(first, 5, 7)  # lost
     assert saved["window"]["steps"] == 1
-    with report(tmp_path / "killed", first=5, totals=saved) as second:
+    with report(tmp_path / "killed", first=5) as second:
+        second.from_dict(saved)
         go(second, 5, 10)
         found = second.finish()
     assert total(second) == total(whole) == {"steps": 10, "audio_seconds": 5.0, "flops": 100.0}
     for name in ("skipped_updates", "compiles"):
         assert found[name] == expected[name]
     assert (found["skipped_updates"], found["compiles"]) == (1, 1)
+    one = report(tmp_path / "old")
+    one.from_dict({})  # of a checkpoint of before
+    assert one.skipped == 0
 
 
 def test_the_compilations_of_others_do_not_count(tmp_path):
@@ -245,7 +246,7 @@ def test_the_compilations_of_others_do_not_count(tmp_path):
     with report(tmp_path) as one:
         jax.jit(lambda x: x + 2)(np.zeros(19, np.float32))
     jax.jit(lambda x: x + 3)(np.zeros(19, np.float32))
-    assert one.totals()["compiles"] == 1
+    assert one.to_dict()["compiles"] == 1
     assert monitoring.get_event_duration_listeners() == before
 
 

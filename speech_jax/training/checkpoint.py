@@ -57,16 +57,16 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run, in `directory`/<step>.
 
-    Keeps the newest `keep` of them, and the one that is best by what `best` watches. A context
+    Keeps the newest `keep` of them, and the one that is best by what is `watched`. A context
     manager: leaving it waits for the save in progress.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 3, best: Watched | None = None):
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 3, watched: Watched | None = None):
         """Opens or creates `directory`; raises CheckpointError where that cannot be."""
         if keep < 1:
             raise ValueError(f"keep is {keep}: keep at least 1 checkpoint.")
         self.directory = epath.Path(directory).absolute()  # orbax refuses relative paths
-        self._keep, self._watched = keep, best
+        self._keep, self._watched = keep, watched
         self._writing: int | None = None
         self._smallest: dict[str, jax.ShapeDtypeStruct] = {}
         self._damaged: set[int] = set()
@@ -96,7 +96,7 @@ class Checkpoints:
                 f"Cannot keep checkpoints in {self.directory}: {_brief(error)}. "
                 "Name a directory that exists or can be created, and that is writable."
             ) from error
-        self._scores = _scores(_records(self.directory, self._manager.all_steps()), best)
+        self._scores = _scores(_records(self.directory, self._manager.all_steps()), watched)
 
     def save(
         self,

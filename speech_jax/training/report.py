@@ -7,7 +7,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import Any, Self
 
 import jax
 from absl import logging
@@ -20,60 +20,46 @@ from tensorboardX.record_writer import RecordWriter
 from speech_jax import files
 from speech_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from speech_jax.workdir import Workdir
-
 
 class ReportError(UserError):
     """The metrics cannot be written; the message names the file and the cure."""
-
-
-class Score(Protocol):
-    """What an evaluation found of a split: what is logged, and a line for people."""
-
-    rates: Mapping[str, float]
-    line: str
-
-
-class Logged(NamedTuple):
-    """A task's figures over the updates up to `step` since the last logged one."""
-
-    step: int
-    figures: dict[str, float]
 
 
 class Report:
     """Takes each step's sums, and reads them only after the next step was dispatched.
 
     So the host never waits for the device while there is work to hand it. A context manager: the
-    bar is shown inside it. What ends a run is for the loop to say, by what is found here: `latest`
-    are the figures of the last logged step, `skipped` counts the updates that were not finite since
-    the run's first start, and `not_finite` tells which.
+    bar is shown inside it. What it finds is kept for the loop, which says when a run ends:
+    `skipped` counts the updates that were not finite, since the run's first start; `figures` are
+    the task's at the last logged step, `logged`.
     """
 
     def __init__(
         self,
-        workdir: "Workdir",
+        metrics: pathlib.Path,
+        tensorboard: pathlib.Path,
         *,
         steps: int,
         first: int,
         log_every: int,
-        schedule: Callable[[int], Any],
         sample_rate: int,
         peak_flops: float,
+        learning_rate: Callable[[int], Any],
         figures: Callable[[Mapping[str, float]], dict[str, float]],
-        totals: Mapping[str, Any],
+        name: Callable[[int], str],
+        unreadable: Callable[[], int],
     ):
-        """`first` updates are done of `steps`; what the workdir's files hold of later ones goes.
+        """`first` updates are done of `steps`; what the files hold of later ones is dropped.
 
-        `peak_flops` are of all devices together, `schedule` gives the learning rate after so many
-        updates, `figures` makes a task's figures of sums, and `totals` is what `totals()` was when
-        `first` was saved ({}: nothing).
+        `peak_flops` is of all devices together, `learning_rate` of an update's number, `figures`
+        the task's of the sums, `name` that of the utterance at an index of the source, and
+        `unreadable` counts those that could not be read.
         """
         self._steps, self._first, self._log_every = steps, first, log_every
-        self._schedule, self._sample_rate, self._peak_flops = schedule, sample_rate, peak_flops
-        self._figures = figures
-        self._workdir = workdir
+        self._sample_rate, self._peak_flops = sample_rate, peak_flops
+        self._learning_rate, self._figures = learning_rate, figures
+        self._name, self._unreadable = name, unreadable
+        self._paths = metrics, tensorboard
         self._writer: Writer | None = None
         main = jax.process_index() == 0
         self._console = _Console(stderr=True, quiet=not main, highlight=False)
@@ -89,17 +75,17 @@ class Report:
         )
         self._line = self._bar.add_task("", total=steps, completed=first, figures="")
         self._pending: tuple | None = None
+        self._window, self._total = _Work(), _Work()
         self._since: float | None = None
         self._score = ""
-        self._not_finite: list[tuple[int, Sequence[int]]] = []
-        self.latest: Logged | None = None
-        self.skipped: int = totals.get("skipped", 0)
-        self._compiles: int = totals.get("compiles", 0)
-        self._total, self._window = (_Work(**totals.get(name, {})) for name in ("all", "window"))
+        self._compiles = 0
+        self.skipped = 0
+        self.figures: dict[str, float] = {}
+        self.logged = first
 
     def __enter__(self) -> Self:
         if jax.process_index() == 0:
-            self._writer = Writer(self._workdir.metrics, self._workdir.tensorboard, self._first)
+            self._writer = Writer(*self._paths, self._first)
         jax.monitoring.register_event_duration_secs_listener(self._count_compilations)
         self._bar.start()
         self._start()
@@ -137,22 +123,16 @@ class Report:
         yield
         self._start()
 
-    def scores(self, step: int, scores: Mapping[str, Score]) -> None:
-        """Shows and writes an evaluation's scores of each split."""
-        for split, score in scores.items():
-            self.say(f"step {step}  {split}: {score.line}")
-        rates = [(split, score.rates.items()) for split, score in scores.items()]
-        self._write(step, {f"{split}/{name}": x for split, found in rates for name, x in found})
-        first = next(iter(scores))
-        self._score = f"  {first}: {scores[first].line}"
-
-    def not_finite(self) -> list[tuple[int, Sequence[int]]]:
-        """(step, indices of this process's utterances) of updates skipped since it was last asked.
-
-        An index of -1 is no utterance.
-        """
-        found, self._not_finite = self._not_finite, []
-        return found
+    def scores(
+        self, step: int, scores: Mapping[str, Mapping[str, float]], shown: Mapping[str, str]
+    ) -> None:
+        """Writes an evaluation's scores of each split; `shown` is what a person sees of them."""
+        for split, line in shown.items():
+            self.say(f"step {step}  {split}: {line}")
+        values = {f"{split}/{k}": x for split, found in scores.items() for k, x in found.items()}
+        self._write(step, values)
+        first = next(iter(shown))
+        self._score = f"  {first}: {shown[first]}"
 
     def finish(self) -> dict[str, float]:
         """Reads the last step; returns the run's figures for results.json."""
@@ -167,17 +147,23 @@ class Report:
             "compiles": self._compiles,
         }
 
-    def totals(self) -> dict[str, Any]:
-        """What the checkpoint must hold, so that figures are of the run and not of a process.
+    def to_dict(self) -> dict[str, Any]:
+        """What the checkpoint must hold for the figures to be of the whole run, not of a process.
 
         To be asked inside `pause`.
         """
         return {
             "skipped": self.skipped,
             "compiles": self._compiles,
-            "all": dataclasses.asdict(self._total),
+            "total": dataclasses.asdict(self._total),
             "window": dataclasses.asdict(self._window),
         }
+
+    def from_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes what `to_dict` returned; nothing of a checkpoint that was saved before it was."""
+        self.skipped = saved.get("skipped", 0)
+        self._compiles = saved.get("compiles", 0)
+        self._total, self._window = (_Work(**saved.get(name, {})) for name in ("total", "window"))
 
     def _start(self) -> None:
         self._since = time.monotonic()
@@ -203,7 +189,8 @@ class Report:
         self._bar.update(self._line, completed=step)
         if not bool(finite):
             self.skipped += 1
-            self._not_finite.append((step, index))
+            names = [self._name(int(place)) for place in index if place >= 0]
+            self.say(f"step {step}: not finite, skipped; its utterances: {' '.join(names)}")
         if step % self._log_every == 0:
             self._log(step, {name: float(value) for name, value in jax.device_get(sums).items()})
 
@@ -214,13 +201,13 @@ class Report:
         window.audio_seconds = sums["samples"] / self._sample_rate * window.steps / done
         self._stop()
         updates = max(sums["steps"], 1.0)
-        figures = self._figures(sums)
-        self.latest = Logged(step, figures)
-        values = figures | {
+        self.figures, self.logged = self._figures(sums), step
+        values = self.figures | {
             "grad_norm": sums["grad_norm"] / updates,
-            "learning_rate": float(self._schedule(step - 1)),
+            "learning_rate": float(self._learning_rate(step - 1)),
             "padding_fraction": 1 - sums["samples"] / max(sums["padded_samples"], 1.0),
             "skipped_updates": sums["skipped"],
+            "unreadable": self._unreadable(),
             "audio_seconds_per_second": window.rate(window.audio_seconds),
             "mfu": window.rate(window.flops) / self._peak_flops,
             "compiles": self._compiles,
@@ -229,7 +216,8 @@ class Report:
         self._window = _Work()
         self._start()
         self._write(step, values)
-        loss, accuracy = next(iter(figures.values())), figures.get("accuracy")
+        loss = next(iter(self.figures.values()))
+        accuracy = self.figures.get("accuracy")
         progress = f"loss {loss:.3f}" + ("" if accuracy is None else f"  accuracy {accuracy:.3f}")
         self._show(step, progress, values)
 
