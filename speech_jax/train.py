@@ -16,6 +16,7 @@ from speech_jax.data.batch import signature
 from speech_jax.data.plan import Plan
 from speech_jax.errors import UserError
 from speech_jax.evaluators.loop import Evaluation
+from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
 from speech_jax.training.checkpoint import Checkpoints
 from speech_jax.training.report import Report
@@ -80,7 +81,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     # ---- Restore -------------------------------------------------------------------------------
     watched = Watched(eval_splits[0], *task.best) if eval_splits else None
     stopper = EarlyStopping(config.checkpoint.patience, watched)
-    checkpoints = Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, best=watched)
+    checkpoints = Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, watched=watched)
     restored = checkpoints.restore(setup.abstract)
     if restored is None:
         state, data = _first_state(setup), {"next_batch": 0, "seconds": 0.0}
@@ -91,16 +92,19 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     workdir.record(config)  # all that can fail early has not
     workdir.record_plan(plan.buckets, corpus.fingerprint(), len(corpus))
     report = Report(
-        workdir,
+        workdir.metrics,
+        workdir.tensorboard,
         steps=steps,
         first=first,
         log_every=config.train.log_every,
-        schedule=setup.schedule,
         sample_rate=config.data.sample_rate,
         peak_flops=peak,
+        learning_rate=setup.schedule,
         figures=task.figures,
-        totals=data.get("totals", {}),
+        name=lambda index: source.utterances[index].id,
+        unreadable=lambda: len(corpus.skipped),
     )
+    report.from_dict(data.get("totals", {}))
     report.say(_opening(corpus, parts, setup, first))
     if note:
         report.say(note)
@@ -111,7 +115,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         checkpoints.save(
             step,
             state,
-            data=position | {"totals": report.totals(), "pending": pending},
+            data=position | {"totals": report.to_dict(), "pending": pending},
             stopper=stopper.to_dict(),
             config=files.plain(config),
             metrics=scores,
@@ -124,7 +128,8 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         for split in eval_splits:
             found[split] = evaluation.run(params, state.model_state, split)
             interruption.check()
-        report.scores(step, found)
+        rates = {split: score.rates for split, score in found.items()}
+        report.scores(step, rates, {split: score.line for split, score in found.items()})
         stopper.update(found[eval_splits[0]].results)
         return found[eval_splits[0]].rates
 
@@ -140,7 +145,8 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
             program = programs[signature(batch)]
             state, sums, finite = program.run(state, sharding.put_batch(batch, mesh))
             report.step(step, sums, finite, batch["index"], program.flops)
-            _check(report, config.train.max_skipped, task, corpus)
+            _check(report, config.train.max_skipped, task)
+            checkpoints.check()
             watchdog.beat()
 
             due = bool(eval_splits) and (step % config.train.eval_every == 0 or step == steps)
@@ -159,7 +165,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
                 report.say(f"saved update {step}; the same command goes on from there")
                 return None
         figures = report.finish()
-        _check(report, config.train.max_skipped, task, corpus)
+        _check(report, config.train.max_skipped, task)
 
     # ---- Results -------------------------------------------------------------------------------
     params, model_state = bundle.on_mesh(bundle.open(workdir.folder), mesh)
@@ -225,18 +231,15 @@ def _opening(corpus, parts, setup, first: int) -> str:
     )
 
 
-def _check(report: Report, most: int, task, corpus) -> None:
+def _check(report: Report, most: int, task: Task) -> None:
     """Ends a run that is of no use: too many updates were skipped, or the task finds so."""
-    for step, index in report.not_finite():
-        names = [corpus.source.utterances[i].id for i in index if i >= 0]
-        report.say(f"step {step}: not finite, skipped; its utterances: {' '.join(names)}")
     if report.skipped > most:
         raise TrainingError(
             f"{report.skipped} updates were not finite, more than config.train.max_skipped={most}: "
             "lower the learning rate or look at the utterances above"
         )
-    if report.latest:
-        task.check(report.latest.figures, report.latest.step)
+    if report.figures:
+        task.check(report.figures, report.logged)
 
 
 # ---- Evaluation --------------------------------------------------------------------------------

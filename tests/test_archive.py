@@ -14,7 +14,7 @@ import threading
 
 import pytest
 
-from speech_jax.data import archive
+from speech_jax.data.sources import archive
 
 CONTENT = bytes(range(256)) * 2000  # 512,000 bytes
 MD5 = hashlib.md5(CONTENT).hexdigest()

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from speech_jax.data import archive, audio, sources
+from speech_jax.data import audio, sources
+from speech_jax.data.sources import archive
 
 # Apache Beam keeps protobuf below 7, whose version 6 warns of how TFDS reads its metadata.
 pytestmark = pytest.mark.filterwarnings(r"ignore:label\(\) is deprecated:DeprecationWarning")

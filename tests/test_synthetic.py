@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from speech_jax.data import audio, sources, synthetic
+from speech_jax.data import audio, sources
+from speech_jax.data.sources import synthetic
 
 _COUNT = 24  # more than two processes' worth of chunks
 

@@ -1,0 +1,403 @@
+"""Audio files of every container as blocks of samples, read until there is no more.
+
+A header is a claim: it may be missing, zero, unknown or wrong. What comes out of a decoder is what
+counts, and whatever a decoder throws is an AudioError that names the file. soundfile reads most
+containers; PyAV (the extra `av`) reads those of phones and browsers.
+"""
+
+import contextlib
+import functools
+import os
+import re
+import threading
+from collections.abc import Iterator
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import soundfile
+from absl import logging
+
+from speech_jax.errors import UserError
+
+# Extensions of the files that are taken for audio: what soundfile opens from its content alone
+# (no headerless PCM), and what PyAV opens.
+EXTENSIONS = frozenset(
+    ["aif", "aifc", "aiff", "au", "caf", "flac", "mp3", "nist", "oga", "ogg", "opus", "rf64", "snd"]
+    + ["sph", "w64", "wav", "wave", "wavex"]
+    + ["3gp", "aac", "amr", "gsm", "m4a", "m4b", "mka", "mkv", "mov", "mp4", "webm", "wma"]
+)
+# Rates that recordings have, in Hz. A header outside of them is damaged.
+RATES = (2_000, 768_000)
+# A decoded file may miss this many seconds of what its header says (MP3 padding).
+SLACK = 0.1
+
+_BLOCK = 1 << 20  # values (samples times channels) that are decoded at once
+_PREROLL = 0.5  # seconds before a position from which MP3's decoder gets its state again
+# Encodings whose samples soundfile converts to int16 without a choice of scale; the others are
+# floating point (float WAV, Opus, Vorbis, MP3) and full scale is 1.0.
+_INTEGER = frozenset({"PCM_16", "PCM_24", "PCM_32", "PCM_S8", "PCM_U8", "ULAW", "ALAW"})
+# From this many frames up libsndfile means "unknown".
+_UNKNOWN_FRAMES = 1 << 48
+# Bytes that may follow the audio: tags, and what a decoder has not fetched yet from its buffer.
+_TAIL = 16384
+
+# What libsndfile's log tells of damage: a cut Ogg, a lost page, a chunk longer than the file, and
+# something that is no chunk where one belongs.
+_CUT_OGG = re.compile(r"Junk after the last page")
+_NO_END_MARK = re.compile(r"lacks an end-of-stream")
+_HOLE = re.compile(r"reports a hole|Skipped \d+ bytes looking")
+_CUT_CHUNK = re.compile(r"^\s*(?:data|SSND|riff|Data Size) *: (\d+) \(should be (\d+)\)", re.M)
+_NO_CHUNK = re.compile(r"Unknown chunk marker .* at position (\d+)\. Exiting parser")
+# Sizes from here up stand for "unknown" in files written to a pipe: not a sign of a cut.
+_UNKNOWN_SIZE = 0x7FFF0000
+
+# First bytes -> (name for people, FFmpeg's name) of what PyAV reads.
+_CONTAINERS = (
+    (re.compile(rb"....(ftyp|moov|mdat|wide|free|skip)", re.S), "MPEG-4 (m4a, mp4, 3gp)", "mov"),
+    (re.compile(rb"\x1aE\xdf\xa3"), "Matroska (webm, mkv)", "matroska"),
+    (re.compile(rb"#!AMR"), "AMR", "amr"),
+    (re.compile(rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11"), "Windows Media", "asf"),
+    (re.compile(rb"\xff[\xf0\xf1\xf8\xf9]"), "AAC", "aac"),
+)
+
+
+class AudioError(UserError):
+    """An audio file that cannot be used; the message names the file and the reason."""
+
+
+class UnsupportedError(AudioError):
+    """A container that nothing installed reads; the message says how to convert or install."""
+
+
+class Decoder(Protocol):
+    """An open file."""
+
+    rate: int  # Hz
+    channels: int
+    frames: int | None  # its length; None where no header can be believed
+    floating: bool  # blocks are float32, full scale at 1.0, and not int16
+    seeks: bool  # blocks(start) costs about the same for every start
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Yields [n, channels] of the frames from `start` up to `stop`, by default to the end.
+
+        What does not seek yields all, whatever is asked for. Raises AudioError for damage and for a
+        file that ends early.
+        """
+        ...
+
+
+@contextlib.contextmanager
+def opened(file: str | BinaryIO) -> Iterator[Decoder]:
+    """Opens the audio in `file`. Raises AudioError, here and in the body, for all that is wrong."""
+    name = name_of(file)
+    with contextlib.ExitStack() as stack:
+        try:
+            if isinstance(file, (str, os.PathLike)):
+                if not os.path.isfile(file):
+                    raise AudioError(f"{name}: no such file")
+                # Unbuffered, for libsndfile reads from the descriptor itself.
+                file = stack.enter_context(open(file, "rb", buffering=0))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            if size == 0:
+                raise AudioError(f"{name}: the file is empty (0 bytes)")
+            decoder = _open(file, name, size, stack)
+            if not RATES[0] <= decoder.rate <= RATES[1]:
+                raise AudioError(
+                    f"{name}: its header says {decoder.rate} Hz, which no recording has; the "
+                    "header is damaged"
+                )
+            yield decoder
+        except AudioError:
+            raise
+        except OSError as error:
+            raise AudioError(
+                f"{name}: cannot be read ({_reason(error)}); correct its rights or bring it back"
+            ) from error
+        except Exception as error:  # of any type: libraries differ, and change
+            raise AudioError(
+                f"{name}: cannot be decoded ({_reason(error)}); it is truncated or damaged"
+            ) from error
+
+
+def name_of(file: str | BinaryIO) -> str:
+    """Returns what to call `file` in a message: its path, or the name of the stream."""
+    if isinstance(file, (str, os.PathLike)):
+        return os.fspath(file)
+    return str(getattr(file, "name", "audio stream"))
+
+
+@functools.lru_cache(maxsize=4096)
+def warn_once(message: str) -> None:
+    """Logs a warning, once in a process: files are decoded again in every epoch."""
+    logging.warning("%s", message)
+
+
+def _open(file: BinaryIO, name: str, size: int, stack: contextlib.ExitStack) -> Decoder:
+    head = file.read(4096)
+    file.seek(0)
+    try:
+        sound = stack.enter_context(_Sound(_handle(file), closefd=False))
+    except Exception as error:
+        file.seek(0)
+        return _open_other(file, name, head, error, stack)
+    if sound.format == "MP3" and not _has_mp3_length(file, head, size):
+        sound = stack.enter_context(_piped(file))
+        return _SoundDecoder(sound, name, size, file, frames=None)
+    if (
+        sound.format in ("WAV", "WAVEX")
+        and sound.frames == 0
+        and _UnfinishedWav.has_audio(head, size)
+    ):
+        sound = stack.enter_context(_Sound(_UnfinishedWav(file, head), closefd=False))
+        return _SoundDecoder(sound, name, size, file, frames=None)
+    return _SoundDecoder(sound, name, size, file, frames=sound.frames)
+
+
+# ---- soundfile ---------------------------------------------------------------------------------
+
+
+class _Sound(soundfile.SoundFile):
+    """Reads on until the decoder ends.
+
+    SoundFile itself stops at the length of the header, and seeks after every read, which GSM and
+    FLAC of unknown length do not survive.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+class _SoundDecoder:
+    """What libsndfile reads."""
+
+    def __init__(self, sound: _Sound, name: str, size: int, file: BinaryIO, frames: int | None):
+        self._sound, self._name, self._size, self._file = sound, name, size, file
+        self.rate, self.channels = sound.samplerate, sound.channels
+        known = frames is not None and frames < _UNKNOWN_FRAMES
+        self.frames = frames if known and (frames or sound.format != "FLAC") else None
+        self.floating = sound.subtype not in _INTEGER
+        self.seeks = self.frames is not None and sound.subtype != "GSM610"
+        self._judge_header(sound.extra_info)
+
+    def _judge_header(self, log: str) -> None:
+        if _CUT_OGG.search(log):
+            raise AudioError(f"{self._name}: truncated, the file ends before its audio does")
+        self._judge_log(log)
+        if _NO_END_MARK.search(log):
+            warn_once(f"{self._name}: its last page has no end mark; it is used as far as it goes")
+        for promised, actual in _CUT_CHUNK.findall(log):
+            if not int(actual) < int(promised) < _UNKNOWN_SIZE:
+                continue
+            if int(promised) > self._size:
+                raise AudioError(f"{self._name}: truncated, the file ends before its audio does")
+            warn_once(f"{self._name}: its header counts itself as audio; it is used to its end")
+        for position in map(int, _NO_CHUNK.findall(log)):
+            # Audio that the header does not count would be lost: its share by the bytes before it.
+            left = (self._size - position) / max(position, 1) * (self.frames or 0) / self.rate
+            if left > SLACK:
+                raise AudioError(
+                    f"{self._name}: its header ends the audio after {self.frames / self.rate:.2f} "
+                    f"s, and {self._size - position:,} bytes follow that are none of a WAV; the "
+                    "header is damaged"
+                )
+
+    def _judge_log(self, log: str) -> None:
+        if _HOLE.search(log):
+            raise AudioError(f"{self._name}: damaged, a part of its audio is lost")
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        sound, most = self._sound, max(1, _BLOCK // self.channels)
+        position = 0
+        if start and self.seeks:
+            position = max(0, start - round(_PREROLL * self.rate))
+            sound.seek(position)
+        begin, skip = position, start - position
+        expected = min(filter(None, (self.frames, stop)), default=most)
+        while stop is None or position < stop:
+            want = min(most, max(expected - position, 1024))
+            block = sound.read(
+                want if stop is None else min(want, stop - position),
+                dtype="float32" if self.floating else "int16",
+                always_2d=True,
+            )
+            if not len(block):
+                break
+            position += len(block)
+            if skip < len(block):
+                yield block[skip:]
+            skip = max(0, skip - len(block))
+        self._judge_end(position, begin, stop)
+
+    def _judge_end(self, position: int, begin: int, stop: int | None) -> None:
+        if self._sound.format == "OGG":
+            self._judge_log(self._sound.extra_info)
+        promised = self.frames if stop is None else min(stop, self.frames or stop)
+        if promised is not None and promised - position > SLACK * self.rate:
+            raise AudioError(
+                f"{self._name}: truncated, it holds {position / self.rate:.2f} s of the "
+                f"{promised / self.rate:.2f} s in its header"
+            )
+        if stop is None and not begin and self._sound.format in ("FLAC", "OGG"):
+            left = self._size - self._file.tell()
+            if left > _TAIL:
+                raise AudioError(
+                    f"{self._name}: {left:,} bytes follow the end of its audio, after "
+                    f"{position / self.rate:.2f} s; it is several recordings in one file, or its "
+                    "header is damaged: split or convert it"
+                )
+
+
+def _handle(file: BinaryIO) -> int | BinaryIO:
+    """What soundfile opens: the descriptor of a file, read without Python, or the stream."""
+    try:
+        return file.fileno()
+    except (OSError, AttributeError):  # in memory
+        return file
+
+
+@contextlib.contextmanager
+def _piped(file: BinaryIO) -> Iterator[_Sound]:
+    """Opens a file through a pipe, where libsndfile cannot guess a length and reads to the end."""
+    file.seek(0)
+    source, sink = os.pipe()
+
+    def feed() -> None:
+        with open(sink, "wb", buffering=0) as out, contextlib.suppress(OSError, ValueError):
+            while block := file.read(1 << 16):
+                view = memoryview(block)
+                while view:
+                    view = view[out.write(view) :]
+
+    thread = threading.Thread(target=feed, daemon=True)
+    thread.start()
+    try:
+        with _Sound(source, closefd=False) as sound:
+            yield sound
+    finally:
+        os.close(source)  # ends the thread, which finds the pipe broken
+        thread.join()
+
+
+def _has_mp3_length(file: BinaryIO, head: bytes, size: int) -> bool:
+    """Whether an MP3 states its length (a Xing, Info or VBRI frame) and the file is no longer."""
+    start = 0
+    if head[:3] == b"ID3" and len(head) >= 10:
+        start = 10 + sum(
+            (byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True)
+        )
+        file.seek(start)
+        head = file.read(4096)
+        file.seek(0)
+    mark = re.search(rb"Xing|Info|VBRI", head)
+    if mark is None:
+        return False
+    at = mark.start()
+    if mark[0] == b"VBRI" or not head[at + 7] & 2:  # without a count of bytes
+        return True
+    skip = 4 if head[at + 7] & 1 else 0
+    stated = int.from_bytes(head[at + 8 + skip : at + 12 + skip])
+    return size - start <= stated + max(_TAIL, stated // 50)
+
+
+_UNWRITTEN = b"data\0\0\0\0"
+
+
+class _UnfinishedWav:
+    """A WAV whose writer died before it wrote the size: as one of unknown size."""
+
+    def __init__(self, file: BinaryIO, head: bytes):
+        at = head.find(_UNWRITTEN) + 4
+        self._file, self._span = file, (at, at + 4)
+
+    @staticmethod
+    def has_audio(head: bytes, size: int) -> bool:
+        """Whether a data chunk of size 0 stands in the head and is not the end of the file."""
+        return -1 < head.find(_UNWRITTEN) < size - 8
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, count: int = -1) -> bytes:
+        at = self._file.tell()
+        block = bytearray(self._file.read(count))
+        for position in range(max(at, self._span[0]), min(at + len(block), self._span[1])):
+            block[position - at] = 0xFF
+        return bytes(block)
+
+
+# ---- PyAV --------------------------------------------------------------------------------------
+
+
+def _open_other(
+    file: BinaryIO, name: str, head: bytes, error: Exception, stack: contextlib.ExitStack
+) -> Decoder:
+    """Opens with PyAV what soundfile refuses with `error`."""
+    found = next((what for first, *what in _CONTAINERS if first.match(head)), None)
+    if found is None and name.endswith(".gsm"):
+        found = ("GSM", "gsm")
+    if found is None:
+        raise AudioError(f"{name}: not audio that soundfile can read ({_reason(error)})") from error
+    title, demuxer = found
+    try:
+        import av
+    except ModuleNotFoundError:
+        raise UnsupportedError(
+            f"{name}: {title} is read by PyAV, which is not installed: convert it to FLAC or WAV, "
+            "or pip install 'speech_jax[av]'"
+        ) from None
+    try:
+        # Under one name, so that no content makes FFmpeg open other files.
+        container = stack.enter_context(av.open(file, format=demuxer, metadata_errors="ignore"))
+    except Exception as error:
+        raise UnsupportedError(
+            f"{name}: damaged or no {title} that PyAV can read ({_reason(error)}): restore it, or "
+            "convert it to FLAC or WAV"
+        ) from error
+    if not container.streams.audio:
+        raise AudioError(f"{name}: {title} without sound")
+    return _AvDecoder(container, name, av)
+
+
+class _AvDecoder:
+    """What FFmpeg reads, from the first sound stream, in order."""
+
+    floating, seeks = True, False
+
+    def __init__(self, container, name: str, av):
+        self._container, self._name = container, name
+        self._stream = container.streams.audio[0]
+        self._resampler = av.AudioResampler(format="flt")  # another layout, not another rate
+        self.rate, self.channels = self._stream.rate, self._stream.channels
+        seconds = None
+        if self._stream.duration:
+            seconds = float(self._stream.duration * self._stream.time_base)
+        elif container.duration and len(container.streams) == 1:
+            seconds = container.duration / av.time_base
+        self._promised = seconds
+        # MPEG-4's tables are exact; Matroska's duration counts what a decoder leaves out.
+        exact = self._stream.duration and "mov" in container.format.name
+        self.frames = round(seconds * self.rate) if exact else None
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        position = 0
+        for frame in self._container.decode(self._stream):
+            for piece in self._resampler.resample(frame):
+                block = piece.to_ndarray().reshape(-1, self.channels)
+                position += len(block)
+                yield block
+        if self._promised and self._promised - position / self.rate > 2 * SLACK:
+            raise AudioError(
+                f"{self._name}: truncated, it holds {position / self.rate:.2f} s of the "
+                f"{self._promised:.2f} s in its header"
+            )
+
+
+def _reason(error: Exception) -> str:
+    """Returns what a library says went wrong, in one line, without a prefix of soundfile's."""
+    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+    return " ".join((str(text) or type(error).__name__).split()).rstrip(".")[:200]
