@@ -3,6 +3,7 @@
 Run as a program, this file is one process of the two-process tests.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -22,7 +23,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import runs
-from speech_jax.training import checkpoint
+from speech_jax.training import saved as saved_files
 from speech_jax.training.checkpoint import CheckpointError, Checkpoints, load_best
 from speech_jax.training.stopping import Interruption, Watched
 
@@ -264,13 +265,11 @@ def test_checkpoints_of_before_are_read(mesh, saved, tmp_path, monkeypatch):
     state = make_state(mesh, 5)
     raw = state | {"key": jax.random.key_data(state["key"])}
     with Checkpoints(tmp_path, watched=WER) as checkpoints:
+        monkeypatch.setattr(dataclasses, "asdict", lambda _: {"metric": "wer", "mode": "min"})
         monkeypatch.setattr(
-            checkpoint.dataclasses, "asdict", lambda _: {"metric": "wer", "mode": "min"}
-        )
-        monkeypatch.setattr(
-            checkpoint,
-            "_signature",
-            lambda leaf, name=checkpoint._signature: name(leaf).replace("uint32[2]", "key<fry>[]"),
+            saved_files,
+            "signature",
+            lambda leaf, name=saved_files.signature: name(leaf).replace("uint32[2]", "key<fry>[]"),
         )
         for step, score in ((5, 0.1), (6, 0.2)):
             checkpoints.save(step, raw, data={}, stopper={}, config={}, metrics={"wer": score})
@@ -407,7 +406,7 @@ def test_a_record_is_not_believed_before_its_digest(mesh, scored, tmp_path):
 
 def test_a_checkpoint_that_cannot_be_read_back_is_not_kept(mesh, saved, tmp_path, monkeypatch):
     directory = shutil.copytree(saved, tmp_path / "copy")
-    monkeypatch.setattr(checkpoint.glob, "has_magic", lambda path: False)  # as orbax does alone
+    monkeypatch.setattr(saved_files.glob, "has_magic", lambda path: False)  # as orbax does alone
     checkpoints = Checkpoints(directory / "[x]")
     save(checkpoints, 1, mesh)
     with pytest.raises(CheckpointError, match="Cannot write checkpoint 1"):
