@@ -59,3 +59,11 @@ def read_json(path: pathlib.Path, kind: type = dict) -> Any:
             "bring it back or remove it"
         )
     return value
+
+
+def expand(path: str | os.PathLike) -> pathlib.Path:
+    """A path that a user gives, absolute: ~ and ~name are home folders."""
+    try:
+        return pathlib.Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no such home folder") from error

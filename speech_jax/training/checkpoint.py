@@ -10,33 +10,25 @@ This module sees pytrees of jax.Array and plain dicts, never models, tasks or da
 a run call its functions together, on a directory that all of them see; one run writes to it.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import glob
-import hashlib
-import json
 import logging as std_logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from speech_jax.errors import UserError
+from speech_jax.training import saved
+from speech_jax.training.saved import CheckpointError
 from speech_jax.training.stopping import Watched
 
-_DIGESTS = "digests.json"  # {file: SHA-256}, in each checkpoint's directory
-_RECORD = "record/metadata"
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be written or read; the message names it and the cure."""
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +39,6 @@ class Restored:
     state: Any
     data: dict
     stopper: dict
-    config: dict
-    metrics: dict
 
 
 class Checkpoints:
@@ -59,7 +49,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: str | epath.Path, *, keep: int = 3, watched: Watched | None = None
+        self, directory: str | os.PathLike, *, keep: int = 3, watched: Watched | None = None
     ):
         """Opens or creates `directory`; raises CheckpointError where that cannot be."""
         if keep < 1:
@@ -86,13 +76,13 @@ class Checkpoints:
                 self.directory,
                 options=options,
                 item_handlers={
-                    "state": _state_handler(self.directory),
+                    "state": saved.state_handler(self.directory),
                     "record": ocp.JsonCheckpointHandler(),
                 },
             )
         except Exception as error:
             raise CheckpointError(
-                f"Cannot keep checkpoints in {self.directory}: {_brief(error)}. "
+                f"Cannot keep checkpoints in {self.directory}: {saved.brief(error)}. "
                 "Name a directory that exists or can be created, and that is writable."
             ) from error
         self._scores = _scores(_records(self.directory, self._manager.all_steps()), watched)
@@ -120,7 +110,7 @@ class Checkpoints:
             self._damaged.remove(step)
         if step in self._manager.all_steps():
             return
-        leaves = _leaves(state)
+        leaves = saved.leaves_of(state)
         record = {
             "step": step,
             "data": data,
@@ -128,7 +118,7 @@ class Checkpoints:
             "config": config,
             "metrics": metrics or {},
             "best": dataclasses.asdict(self._watched) if self._watched else None,
-            "leaves": {name: _signature(leaf) for name, leaf in leaves.items()},
+            "leaves": {name: saved.signature(leaf) for name, leaf in leaves.items()},
         }
         score = self._watched and self._watched.score(record["metrics"])
         if score is not None:
@@ -157,7 +147,7 @@ class Checkpoints:
         return _last_good(
             self.directory,
             sorted(self._manager.all_steps()),
-            lambda path: _read(path, abstract_state, whole=True),
+            lambda path: _restored(path, abstract_state),
             self._damaged.add,
         )
 
@@ -184,22 +174,18 @@ class Checkpoints:
         try:
             function(*args, **kwargs)
         except Exception as error:
+            why = saved.brief(error)
             raise CheckpointError(
-                f"Cannot write checkpoint {self._writing} in {self.directory}: {_brief(error)}. "
+                f"Cannot write checkpoint {self._writing} in {self.directory}: {why}. "
                 "Check free space and permissions, then run the same command again: "
                 "earlier checkpoints are intact."
             ) from error
 
     def _seal(self) -> None:
-        """Called by orbax in its thread, when all files are written and not yet in their place.
-
-        Reads them back: every byte for its digest, and the smallest array as a restore would.
-        """
+        """Called by orbax in its thread, when all files are written and not yet in their place."""
         names = [f"{self._writing}{ocp.utils.TMP_DIR_SUFFIX}", f"{self._writing}"]  # no rename: gs
         path = next(path for path in map(self.directory.joinpath, names) if path.exists())
-        digests = _digests(path)
-        _read_leaves(path, self._smallest)
-        (path / _DIGESTS).write_text(json.dumps(digests))
+        saved.seal(path, self._smallest)
 
     def _kept(self, steps: Sequence[int]) -> list[bool]:
         good = sorted(set(steps) - self._damaged)
@@ -208,34 +194,41 @@ class Checkpoints:
         return [step in kept for step in steps]
 
 
-def restore_best(directory: str | epath.Path, abstract: Any) -> Restored:
-    """Returns a run's best checkpoint, for evaluation and fine-tuning.
+def load_best(directory: str | os.PathLike, under: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns arrays of a run's best checkpoint by name, on the host: {'params/kernel': array}.
 
-    `abstract` (as in `Checkpoints.restore`) may be a part of the state, such as {'params': ...}.
-    The best is so by what the run watched, and the newest where it watched nothing; where it is
+    They are those `under` these names ('params' is under 'params', and so is 'params/kernel'). The
+    best is so by what the run watched, and the newest where it watched nothing; where it is
     damaged, the next best is used, and a warning says so. Changes nothing in `directory`. Raises
-    CheckpointError where there is no good checkpoint, or a leaf is absent or of another shape.
+    CheckpointError where there is no good checkpoint, or it holds nothing under one of the names.
     """
     directory = epath.Path(directory).absolute()
     try:
         steps = sorted(ocp.utils.checkpoint_steps(directory))
     except OSError as error:
-        raise CheckpointError(f"Cannot read {directory}: {_brief(error)}.") from error
+        raise CheckpointError(f"Cannot read {directory}: {saved.brief(error)}.") from error
     records = _records(directory, steps)
     for step in steps:
         if step not in records:
             logging.warning("Checkpoint %d in %s is damaged, not used.", step, directory)
-    saved = records[max(records)]["best"] if records else None
-    watched = Watched(**({"split": ""} | saved)) if saved and saved["metric"] else None
+    best = records[max(records)]["best"] if records else None
+    watched = Watched(**({"split": ""} | best)) if best and best["metric"] else None
     steps = _by_score(steps, _scores(records, watched), watched)
-    found = _last_good(directory, steps, lambda path: _read(path, abstract, whole=False))
+    found = _last_good(directory, steps, lambda path: (int(path.name), saved.load(path, under)))
     if found is None:
         raise CheckpointError(
             f"No checkpoint in {directory}: train first, or name a run's checkpoint directory."
         )
-    if found.step != steps[-1]:
-        logging.warning("Checkpoint %d %s is used in its place.", found.step, found.metrics)
-    return found
+    step, arrays = found
+    if step != steps[-1]:
+        score = records[step]["metrics"]
+        logging.warning("Checkpoint %d, %s, is used in the place of the best.", step, score)
+    return arrays
+
+
+def _restored(path: epath.Path, abstract_state: Any) -> Restored:
+    record, state = saved.read(path, abstract_state)
+    return Restored(int(path.name), state, record["data"], record["stopper"])
 
 
 class _Manager(ocp.CheckpointManager):
@@ -261,15 +254,15 @@ class _Policy:
 def _last_good(
     directory: epath.Path,
     steps: Sequence[int],
-    read: Callable[[epath.Path], Restored],
+    read: Callable[[epath.Path], Result],
     on_damaged: Callable[[int], Any] = lambda step: None,
-) -> Restored | None:
+) -> Result | None:
     """Returns what `read` makes of the last good one of `steps`; None where there are none."""
     failures = []
     for step in _agreed(steps):
         try:
             return read(directory / str(step))
-        except _Damaged as error:
+        except saved.Damaged as error:
             logging.warning("Checkpoint %d in %s is damaged, not used: %s", step, directory, error)
             failures.append(f"checkpoint {step}: {error}")
             on_damaged(step)
@@ -298,8 +291,8 @@ def _records(directory: epath.Path, steps: Sequence[int]) -> dict[int, dict]:
     """Returns the records that are as they were saved; others are reported when they are used."""
     records = {}
     for step in steps:
-        with contextlib.suppress(_Damaged):
-            records[step] = _read_record(directory / str(step))
+        with contextlib.suppress(saved.Damaged):
+            records[step] = saved.read_record(directory / str(step))
     return records
 
 
@@ -321,193 +314,6 @@ def _by_score(
     return sorted(steps, key=lambda step: (step in scores, sign * scores.get(step, 0.0), step))
 
 
-# One checkpoint: reading and verifying.
-
-
-class _Damaged(Exception):
-    """This checkpoint's files are not what was saved: the message says how."""
-
-
-def _read(path: epath.Path, abstract: Any, *, whole: bool) -> Restored:
-    """Returns the checkpoint with the arrays that `abstract` describes, verified.
-
-    Raises _Damaged in every process if it is damaged for any, and CheckpointError where `abstract`
-    asks for other leaves than were saved (or, if `whole`, for fewer).
-    """
-    wanted = _named(abstract)
-    _together(lambda: _check_files(path) if jax.process_index() == 0 else None)
-    record = _together(lambda: _read_record(path))
-    _check_leaves(path, wanted, record["leaves"], whole)
-    leaves = _together(lambda: _read_leaves(path, wanted))
-    state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
-    return Restored(
-        int(path.name), state, *(record[k] for k in ("data", "stopper", "config", "metrics"))
-    )
-
-
-def _together(read: Callable[[], Any]) -> Any:
-    """Returns read(); raises _Damaged in all processes if it does in one, so that none waits."""
-    result, failure = None, None
-    try:
-        result = read()
-    except _Damaged as error:
-        failure = error
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.int32(failure is not None))
-        if failure is None and failed.any():
-            failure = _Damaged(f"process {int(failed.argmax())} cannot read it")
-    if failure is not None:
-        raise failure
-    return result
-
-
-def _digests(path: epath.Path) -> dict[str, str]:
-    """Returns {file: SHA-256} for all files of a checkpoint's two items."""
-    files = [
-        folder / name
-        for item in ("record", "state")
-        for folder, _, names in (path / item).walk()
-        for name in names
-    ]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
-        digests = list(pool.map(_digest, files))
-    return {
-        str(file.relative_to(path)): digest for file, digest in zip(files, digests, strict=True)
-    }
-
-
-def _digest(file: epath.Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _saved_digests(path: epath.Path) -> dict[str, str]:
-    try:
-        saved = json.loads((path / _DIGESTS).read_bytes())
-        if _RECORD not in saved or not all(isinstance(digest, str) for digest in saved.values()):
-            raise ValueError("they are not those of a checkpoint")
-    except Exception as error:  # damaged bytes make JSON of any type, or none
-        raise _Damaged(f"its digests cannot be read ({_brief(error)})") from error
-    return saved
-
-
-def _check_files(path: epath.Path) -> None:
-    saved = _saved_digests(path)
-    try:
-        found = _digests(path)
-    except OSError as error:
-        raise _Damaged(f"its files cannot be read ({_brief(error)})") from error
-    for name, digest in saved.items():
-        if found.get(name) != digest:
-            raise _Damaged(f"{name} has changed since it was saved")
-
-
-def _read_record(path: epath.Path) -> dict:
-    """Returns the record, which is parsed only if its bytes are those that were saved."""
-    saved = _saved_digests(path)[_RECORD]
-    try:
-        data = (path / _RECORD).read_bytes()
-        if hashlib.sha256(data).hexdigest() != saved:
-            raise ValueError("it has changed since it was saved")
-        return json.loads(data)
-    except (OSError, ValueError) as error:  # or just deleted by the run that wrote it
-        raise _Damaged(f"its record cannot be read ({_brief(error)})") from error
-
-
-def _read_leaves(
-    path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-    """Returns the arrays by name; one that says no place goes to this process's first device."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
-        for name, leaf in wanted.items()
-    }
-    args = ocp.args.PyTreeRestore(
-        places,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(places),
-        partial_restore=True,
-    )
-    try:
-        # The handler alone, without a Checkpointer: it has no barriers, so that a process which
-        # fails does not leave the others waiting.
-        found = jax.block_until_ready(_state_handler(path).restore(path / "state", args=args))
-    except Exception as error:  # tensorstore and orbax raise many types
-        raise _Damaged(f"its arrays cannot be read ({_brief(error)})") from error
-    return {name: _as_key(found[name], leaf) for name, leaf in wanted.items()}
-
-
-def _as_key(numbers: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Returns a random key of its data, as which orbax writes it; other arrays as they are."""
-    if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return numbers
-    kind = jax.random.key_impl(jnp.empty((), like.dtype))
-    return jax.random.wrap_key_data(numbers, impl=kind)
-
-
-def _state_handler(path: epath.Path) -> ocp.PyTreeCheckpointHandler:
-    # Orbax would have each replica of an array write a slice of it, at the price of compiling those
-    # slices, shape by shape, within the first save; and compression hardly shrinks weights. It
-    # takes a path with [ in it for a pattern when it merges arrays into one file: there, each array
-    # gets a file of its own.
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-    return ocp.PyTreeCheckpointHandler(
-        use_compression=False,
-        use_ocdbt=not glob.has_magic(str(path)),
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
-    )
-
-
-def _check_leaves(
-    path: epath.Path, wanted: Mapping[str, Any], saved: Mapping[str, str], whole: bool
-) -> None:
-    cure = "Use the configuration that the checkpoint was trained with, or another directory."
-    for name, leaf in wanted.items():
-        if name not in saved:
-            raise CheckpointError(f"Checkpoint {path} has no {name}: this model needs it. {cure}")
-        if _signature(leaf) != saved[name]:
-            raise CheckpointError(
-                f"Checkpoint {path} has {name} as {saved[name]}, and this model needs "
-                f"{_signature(leaf)}. {cure}"
-            )
-    extra = [name for name in saved if name not in wanted]
-    if whole and extra:
-        raise CheckpointError(f"Checkpoint {path} has {extra[0]}, unknown to this model. {cure}")
-
-
-def _brief(error: Exception) -> str:
-    """Returns the error on one line of bounded length: orbax's and tensorstore's run over many."""
-    text = " ".join(str(error).split()).split(" [tensorstore_spec")[0] or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
-
-
 def _not_an_orbax_error(record: std_logging.LogRecord) -> bool:
     """A log filter: orbax logs pages of traceback for an error that it then raises."""
     return record.levelno < std_logging.ERROR or "orbax" not in record.pathname
-
-
-# Leaves: names, shapes, shardings.
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Returns the leaves by name, in tree order: {'params/encoder/kernel': leaf}.
-
-    Saved under these names, a checkpoint does not depend on the classes of the containers.
-    """
-    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
-    if len(named) < len(pairs):
-        raise ValueError('Two leaves of the state have the same name: a key has a "/" in it.')
-    return named
-
-
-def _leaves(state: Any) -> dict[str, jax.Array]:
-    named = _named(state)
-    for name, leaf in named.items():
-        if not isinstance(leaf, jax.Array):
-            raise TypeError(f"{name} is a {type(leaf).__name__}: make it a jax.Array to save it.")
-    return named
-
-
-def _signature(leaf: Any) -> str:
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
