@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from speech_jax.models import layers
-from speech_jax.ops import masking, partition
+from speech_jax.ops import convolution, masking, partition
 
 _normal = nn.initializers.normal(0.02)
 
@@ -125,7 +125,7 @@ class Wav2Vec2(nn.Module):
     def output_lengths(self, lengths):
         """Hidden frames for `lengths` samples; the convolutions see no padding."""
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
-            lengths = _convolved(lengths, kernel, stride)
+            lengths = convolution.output_length(lengths, kernel, stride)
         return lengths
 
     def __call__(self, inputs, lengths, deterministic: bool, mask=None):
@@ -183,13 +183,13 @@ class Wav2Vec2(nn.Module):
         batch, frames, channels = x.shape
         if mask is None and self.mask_time and not deterministic:
             rng = self.make_rng("dropout")
-            mask = random_spans(rng, lengths, frames, self.mask_time, self.mask_time_length)
+            mask = masking.random_spans(rng, lengths, frames, self.mask_time, self.mask_time_length)
         if mask is not None:
             embedding = self.mask_embedding.astype(x.dtype)[None, None]
             x = jnp.where(mask[:, :, None], embedding, x)
         if self.mask_channel and not deterministic:
             whole = jnp.full((batch,), channels, lengths.dtype)
-            dropped = random_spans(
+            dropped = masking.random_spans(
                 self.make_rng("dropout"),
                 whole,
                 channels,
@@ -199,24 +199,6 @@ class Wav2Vec2(nn.Module):
             )
             x = jnp.where(dropped[:, None, :], jnp.zeros((), x.dtype), x)
         return x
-
-
-def random_spans(rng, lengths, size: int, fraction: float, span: int, minimum: int = 2):
-    """Bool [B, size]: spans of `span` positions that lie inside their row's length and may overlap.
-
-    A row of length L gets fraction * L / span spans, rounded at random up or down (the same way
-    for all rows), at least `minimum`, at distinct starts drawn uniformly; none where L < span.
-    """
-    rounding_rng, start_rng = jax.random.split(rng)
-    starts = jnp.maximum(lengths - (span - 1), 0)
-    wanted = fraction * lengths.astype(jnp.float32) / span + jax.random.uniform(rounding_rng)
-    count = jnp.minimum(jnp.maximum(wanted.astype(lengths.dtype), minimum), starts)
-    order = jax.random.uniform(start_rng, (lengths.shape[0], size))
-    order = jnp.where(masking.length_mask(starts, size), order, -1.0)
-    rank = jnp.argsort(jnp.argsort(-order, axis=1), axis=1)
-    begun = jnp.cumsum(rank < count[:, None], axis=1, dtype=jnp.int32)
-    ended = jnp.pad(begun, ((0, 0), (span, 0)))[:, :size]
-    return begun > ended
 
 
 class FeatureExtractor(nn.Module):
@@ -234,7 +216,7 @@ class FeatureExtractor(nn.Module):
     def __call__(self, inputs, lengths):
         if self.norm not in ("group", "layer"):
             raise ValueError(f"conv_norm must be 'group' or 'layer', got {self.norm!r}")
-        shortest = receptive_field(self.kernels, self.strides)
+        shortest = convolution.receptive_field(self.kernels, self.strides)
         if inputs.shape[1] < shortest:
             raise ValueError(f"audio has {inputs.shape[1]} samples, a frame needs {shortest}")
         x = inputs[:, :, None]
@@ -245,77 +227,23 @@ class FeatureExtractor(nn.Module):
             bias = jnp.zeros(channels)
             if self.use_bias:
                 bias = self.param(f"bias_{index}", nn.initializers.zeros, (channels,))
-            windows = _windows(x, kernel, stride)
-            weight = weight.reshape(-1, channels)
             if self.norm == "group" and index == 0:
                 scale = self.param("scale_0", nn.initializers.ones, (channels,))
                 shift = self.param("shift_0", nn.initializers.zeros, (channels,))
-                frames = _convolved(lengths, kernel, stride)
+                frames = convolution.output_length(lengths, kernel, stride)
                 if self.norm_padding:
-                    frames = jnp.full_like(frames, windows.shape[1])
-                weight, bias = _normalize_over_time(windows, frames, weight, scale, shift)
+                    whole = convolution.output_length(x.shape[1], kernel, stride)
+                    frames = jnp.full_like(frames, whole)
+                x = convolution.strided_and_normalized(
+                    x, frames, weight, stride, scale, shift, self.dtype
+                )
             else:
-                weight, bias = weight[None], bias[None]
-            x = jnp.matmul(windows.astype(self.dtype), weight.astype(self.dtype))
-            x = x + bias.astype(self.dtype)[:, None]
+                x = convolution.strided(x.astype(self.dtype), weight.astype(self.dtype), stride)
+                x = x + bias.astype(self.dtype)[None, None]
             if self.norm == "layer":
                 x = layers.LayerNorm(self.dtype, name=f"norm_{index}")(x)
             x = partition.split_rows(nn.gelu(x, approximate=False))
         return x
-
-
-def receptive_field(kernels, strides) -> int:
-    """How many samples one frame of the extractor sees."""
-    field = 1
-    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
-        field = (field - 1) * stride + kernel
-    return field
-
-
-def _convolved(lengths, kernel, stride):
-    maximum = max if isinstance(lengths, int) else jnp.maximum
-    return maximum((lengths - kernel) // stride + 1, 0)
-
-
-def _windows(x, kernel: int, stride: int):
-    """[B, T, C] to the windows of a strided convolution [B, T', kernel * C].
-
-    Slices and a reshape, so that the convolution is one matrix product: on CPU its gradients are
-    about twice as fast as those of lax.conv.
-    """
-    batch, length, channels = x.shape
-    frames = _convolved(length, kernel, stride)
-    pieces = -(-kernel // stride)
-    needed = (frames + pieces - 1) * stride
-    x = jnp.pad(x[:, :needed], ((0, 0), (0, max(0, needed - length)), (0, 0)))
-    x = x.reshape(batch, frames + pieces - 1, stride * channels)
-    widths = [min(stride, kernel - piece * stride) * channels for piece in range(pieces)]
-    parts = [x[:, piece : piece + frames, :width] for piece, width in enumerate(widths)]
-    return jnp.concatenate(parts, axis=-1)
-
-
-def _normalize_over_time(windows, frames, weight, scale, shift):
-    """Folds the group norm of a convolution's output into the convolution.
-
-    The mean and variance over time of `windows @ weight` follow from the mean and covariance of
-    the windows [B, F, K], so the output [B, F, C], the largest array of the network, is written
-    once, normalized. A bias of the convolution would cancel.
-
-    Returns:
-      weight [B, K, C] and bias [B, C] of each row.
-    """
-    valid = masking.length_mask(frames, windows.shape[1])[:, :, None]
-    windows = windows.astype(jnp.float32)
-    count = jnp.maximum(frames, 1).astype(jnp.float32)[:, None]
-    mean = jnp.where(valid, windows, 0.0).sum(axis=1) / count
-    centered = jnp.where(valid, windows - mean[:, None], 0.0)
-    exactly = {"precision": lax.Precision.HIGHEST}
-    covariance = jnp.einsum("btk,btl->bkl", centered, centered, **exactly) / count[:, :, None]
-    half = jnp.einsum("bkl,lc->bkc", covariance, weight, **exactly)
-    variance = jnp.maximum((half * weight[None]).sum(axis=1), 0.0)
-    factor = scale[None] * lax.rsqrt(variance + 1e-5)
-    bias = shift[None] - jnp.einsum("bk,kc->bc", mean, weight, **exactly) * factor
-    return weight[None] * factor[:, None], bias
 
 
 class PositionalConvolution(nn.Module):
@@ -336,61 +264,8 @@ class PositionalConvolution(nn.Module):
         magnitude = self.param("magnitude", lambda _: norm(direction))
         bias = self.param("bias", nn.initializers.zeros, (features,))
         weight = direction * (magnitude / norm(direction))[:, None, None]
-        x = grouped_convolution(x, weight.astype(self.dtype), self.groups)
+        x = convolution.grouped(x, weight.astype(self.dtype), self.groups)
         return nn.gelu(x + bias.astype(self.dtype)[None, None], approximate=False)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def grouped_convolution(x, weight, groups: int):
-    """[B, T, D] convolved over time with weight [K, D / groups, D], 'same' padding.
-
-    The gradient of the weight is a matrix product: XLA's own is some ten times slower on CPU.
-    """
-    kernel = weight.shape[0]
-    return lax.conv_general_dilated(
-        x,
-        weight,
-        window_strides=(1,),
-        padding=[(kernel // 2, (kernel - 1) // 2)],
-        dimension_numbers=("NWC", "WIO", "NWC"),
-        feature_group_count=groups,
-    )
-
-
-def _grouped_convolution_forward(x, weight, groups):
-    return grouped_convolution(x, weight, groups), (x, weight)
-
-
-def _grouped_convolution_backward(groups, residuals, gradient):
-    x, weight = residuals
-    _, input_vjp = jax.vjp(lambda x: grouped_convolution.fun(x, weight, groups), x)
-    return *input_vjp(gradient), _weight_gradient(x, gradient, weight.shape, groups)
-
-
-grouped_convolution.defvjp(_grouped_convolution_forward, _grouped_convolution_backward)
-
-
-def _weight_gradient(x, gradient, shape, groups):
-    # Tap k = a + block * b of the gradient is sum over s of x[s + a] * gradient[s - block * b]:
-    # one product of `block` shifted copies of x and kernel / block shifted copies of gradient.
-    kernel, width, _ = shape
-    batch, frames, _ = x.shape
-    block = math.gcd(kernel, 16)
-    rest = kernel - block
-    x = jnp.pad(x, ((0, 0), (kernel // 2, (kernel - 1) // 2), (0, 0)))
-    gradient = jnp.pad(gradient, ((0, 0), (rest, rest), (0, 0)))
-
-    def shifted(array, offsets):
-        array = array.reshape(batch, -1, groups, width).transpose(2, 0, 1, 3)
-        copies = [array[:, :, offset : offset + frames + rest] for offset in offsets]
-        copies = jnp.concatenate(copies, axis=-1)
-        return copies.reshape(groups, batch * (frames + rest), len(offsets) * width)
-
-    inputs = shifted(x, range(block))
-    outputs = shifted(gradient, range(rest, -1, -block))
-    product = jnp.einsum("gsi,gso->gio", inputs, outputs)
-    product = product.reshape(groups, block, width, kernel // block, width)
-    return product.transpose(3, 1, 2, 0, 4).reshape(shape)
 
 
 class Block(nn.Module):

@@ -18,7 +18,8 @@ from jax import lax
 from speech_jax.errors import UserError
 from speech_jax.evaluators import errors as metrics
 from speech_jax.models.frontend import FrontEnd
-from speech_jax.models.wav2vec2 import random_spans, receptive_field
+from speech_jax.ops.convolution import receptive_field
+from speech_jax.ops.masking import random_spans
 from speech_jax.ops import features
 
 
