@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_dict
 from speech_jax import models, tasks
 from speech_jax.errors import UserError
 from speech_jax.ops import augment
+from speech_jax.training import groups
 from speech_jax.training.adversarial import NORMS, SPACES, Adversary
 
 MODES = {
@@ -78,27 +79,30 @@ def default() -> ConfigDict:
     config.init.folder = ""  # pretrained weights of the encoder: a workdir, or of Hugging Face
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # adam, adamw, nadamw, sgd, lion
+    config.optimizer.name = "adamw"  # adam, adamw, lion, nadamw or sgd
     config.optimizer.clip_norm = 1.0  # 0: off
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
-    config.optimizer.weight_decay = 1e-3
-    config.optimizer.no_decay = "(bias|scale)$"
-    config.optimizer.frozen = ()  # (regular expression, updates that it stands still for or -1)
+    config.optimizer.weight_decay = 1e-3  # decoupled; of adam and sgd in the gradient (L2)
+    # Rules for the ends of parameters' paths, see rules.py; the first that matches holds.
+    config.optimizer.decay = ((groups.NO_DECAY, 0.0),)  # what multiplies weight_decay
+    config.optimizer.rates = ()  # what multiplies the learning rate
+    config.optimizer.layer_decay = 1.0  # of the learning rate, from a layer to the one below it
+    config.optimizer.frozen = ()  # updates for which a parameter stands still; -1: for ever
 
     config.schedule = ConfigDict()
     config.schedule.name = "noam"  # constant, cosine, exponential, noam, polynomial, tri_stage
     config.schedule.peak = 1e-3
     config.schedule.warmup = 10_000
 
-    config.adversarial = adversarial = ConfigDict()  # see tasks/adversarial.py: Adversary
-    adversarial.method = "none"  # none, fgsm, pgd, free or vat
+    config.adversarial = adversarial = ConfigDict()  # see training/adversarial.py: Adversary
+    adversarial.method = "none"  # none, fgsm, pgd or vat
     adversarial.space = "waveform"  # or features: log-mel in nats, before normalization
     adversarial.norm = "linf"  # or l2: root mean square over an utterance
     adversarial.epsilon = 0.001  # the bound, in the waveform as a fraction of full scale
     adversarial.snr_db = config_dict.placeholder(float)  # the bound in decibels, not epsilon
     adversarial.alpha = 0.5  # (1 - alpha) clean + alpha adversarial loss
-    adversarial.steps = 3  # ascents of pgd and vat; updates of free for each batch
+    adversarial.steps = 3  # ascents of pgd and vat
     adversarial.step_size = 0.0  # of an ascent, as a fraction of epsilon; 0: the method's usual
     adversarial.random_start = False
     adversarial.warmup = 0  # steps over which epsilon rises from 0
@@ -169,11 +173,7 @@ def check(config: ConfigDict) -> None:
             f"config.data.batch_seconds={config.data.batch_seconds:g} is less than "
             f"config.data.max_seconds={config.data.max_seconds:g}: a batch must hold an utterance"
         )
-    if Adversary(**config.adversarial).updates > 1 and config.train.accumulate > 1:
-        raise UserError(
-            "config.adversarial.method='free' cannot be used with config.train.accumulate > 1: its "
-            "perturbation belongs to a whole batch"
-        )
+    Adversary(**config.adversarial)
     if any(speed <= 0 for speed in config.data.speeds) or 1.0 not in config.data.speeds:
         raise UserError(f"config.data.speeds={config.data.speeds} must be positive and hold 1.0")
 

@@ -96,7 +96,7 @@ def open_model(config: ConfigDict, workdir: pathlib.Path, mesh):
     """(task, tokenizer or None, parameters, model state) of the best checkpoint of a workdir."""
     task, tokenizer = experiment.open_task(config, workdir)
     shapes = jax.eval_shape(task.init, jax.random.key(0), probe(config, mesh))
-    return task, tokenizer, *restore(config, workdir, mesh, *shapes)
+    return task, tokenizer, *restore(config, workdir, mesh, task, *shapes)
 
 
 class Run(NamedTuple):
@@ -125,19 +125,19 @@ def probe(config: ConfigDict, mesh) -> dict[str, jax.ShapeDtypeStruct]:
         "audio": ((rows, samples), "int16"),
         "audio_length": ((rows,), "int32"),
         "labels": ((rows, 8), "int32"),
-        "label_length": ((rows,), "int32"),
+        "labels_length": ((rows,), "int32"),
         "weight": ((rows,), "float32"),
         "index": ((rows,), "int32"),
     }
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 
 
-def restore(config: ConfigDict, workdir: pathlib.Path, mesh, params, state):
+def restore(config: ConfigDict, workdir: pathlib.Path, mesh, task, params, state):
     """The (averaged, if so trained) parameters and the model state of the best checkpoint."""
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         params,
-        sharding.shard_params(params, mesh),
+        sharding.shard_params(params, mesh, task.rules),
     )
     whole = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), state

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from speech_jax import evaluate, experiment
 from speech_jax.bundle import start as pretrained
-from speech_jax.config import split_names
+from speech_jax.config import default, split_names
 from speech_jax.preflight import hlo
-from speech_jax.training import adversarial, optim, sharding
+from speech_jax.training import adversarial, groups, optim, sharding
 from speech_jax.training import costs as flops
 from speech_jax.training.checkpoint import Checkpoints
 from speech_jax.training.report import Report, TrainingError
@@ -38,10 +38,10 @@ def abstract_state(config: ConfigDict, task, schedule, mesh, probe):
     """
     rng = jax.random.key(config.seed)
     params, model_state = jax.eval_shape(task.init, rng, probe)
-    updates = experiment.make_adversary(config).updates  # the optimizer counts these, not steps
     tx = optim.make_optimizer(
-        schedule=lambda count: schedule(count // updates), params=params, **config.optimizer
+        schedule=schedule, params=params, defaults=default().optimizer, **config.optimizer
     )
+    learned = lambda tree: groups.split(tree, groups.trainable(params, config.optimizer.frozen))[0]
     aux = jax.eval_shape(task.loss, params, model_state, probe)[2]
 
     def init() -> TrainState:
@@ -52,16 +52,16 @@ def abstract_state(config: ConfigDict, task, schedule, mesh, probe):
             rng=jax.random.key(config.seed + 1),
             params=params,
             model_state=model_state,
-            opt_state=tx.init(params),
+            opt_state=tx.init(learned(params)),
             ema=params if config.train.ema_decay else {},
             sums={name: jnp.zeros(()) for name in (*SUMS, *aux["sums"])},
         )
 
     shapes = jax.eval_shape(init)
-    split = sharding.shard_params(params, mesh)
+    split = sharding.shard_params(params, mesh, task.rules)
     shardings = jax.tree.map(lambda _: sharding.replicated(mesh), shapes).replace(
         params=split,
-        opt_state=sharding.shard_optimizer(tx, params, split, mesh),
+        opt_state=sharding.shard_optimizer(tx, learned(params), learned(split), mesh),
         ema=split if config.train.ema_decay else {},
     )
     abstract = jax.tree.map(
@@ -78,7 +78,7 @@ def batch_shapes(bucket, mesh) -> dict[str, jax.ShapeDtypeStruct]:
         "audio": ((rows, samples), jnp.int16),
         "audio_length": ((rows,), jnp.int32),
         "labels": ((rows, labels), jnp.int32),
-        "label_length": ((rows,), jnp.int32),
+        "labels_length": ((rows,), jnp.int32),
         "weight": ((rows,), jnp.float32),
         "index": ((rows,), jnp.int32),
     }
@@ -125,7 +125,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
         evaluator.corpus(split)  # what is missing is said before the training, not after it
 
     # ---- State and step ------------------------------------------------------------------------
-    schedule = optim.make_schedule(steps=steps, **config.schedule)
+    schedule = optim.make_schedule(steps=steps, defaults=default().schedule, **config.schedule)
     abstract, init, tx = abstract_state(
         config, task, schedule, mesh, batch_shapes(buckets[0], mesh)
     )
@@ -205,7 +205,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
     batches.close()
 
     # ---- Results -------------------------------------------------------------------------------
-    best = evaluate.restore(config, workdir, mesh, abstract.params, abstract.model_state)
+    best = evaluate.restore(config, workdir, mesh, task, abstract.params, abstract.model_state)
     with watchdog:
         scores = evaluate.score_splits(evaluator, *best, splits, workdir, report.say)
     seconds += time.monotonic() - started
@@ -275,18 +275,16 @@ def jit_step(config: ConfigDict, task, tx, abstract, mesh):
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     everywhere = sharding.replicated(mesh)
     adversary = experiment.make_adversary(config)
-    gradients = adversarial.gradients(task, adversary)
+    mask = groups.trainable(abstract.params, config.optimizer.frozen)
+    make = lambda task: adversarial.gradients(task, adversary)
     step = make_step(
-        accumulate(gradients, config.train.accumulate),
+        accumulate(groups.gradients(make, task, mask), config.train.accumulate),
         tx,
+        mask=mask,
         ema_decay=config.train.ema_decay,
-        log_every=config.train.log_every * adversary.updates,
+        log_every=config.train.log_every,
     )
-    return jax.jit(
-        adversarial.replay(step, task, adversary),
-        out_shardings=(shardings, everywhere, everywhere),
-        donate_argnums=0,
-    )
+    return jax.jit(step, out_shardings=(shardings, everywhere, everywhere), donate_argnums=0)
 
 
 def score(evaluator, state: TrainState, splits) -> dict:

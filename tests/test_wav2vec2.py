@@ -9,7 +9,7 @@ from speech_jax import models
 from speech_jax.models import stack_layers
 
 SMALL = {
-    "features": 16, "num_layers": 2, "heads": 2, "feed_forward": 24,
+    "width": 16, "num_layers": 2, "heads": 2, "feed_forward": 24,
     "conv_channels": (8, 8, 12), "conv_kernels": (10, 8, 8), "conv_strides": (5, 8, 8),
     "position_kernel": 8, "position_groups": 4,
     "scan": False,
@@ -232,7 +232,7 @@ def test_bfloat16_computes_in_it_and_stays_close():
 def test_wrong_settings_are_named():
     for settings, message in (
         ({"conv_norm": "batch"}, "conv_norm must be 'group' or 'layer', got 'batch'"),
-        ({"heads": 3}, "16 features cannot be split into 3 heads"),
+        ({"heads": 3}, "a width of 16 cannot be split into 3 heads"),
     ):
         with pytest.raises(ValueError, match=message):
             make(**settings).init(jax.random.key(0), waveform(), jnp.array(LENGTHS), True)

@@ -35,7 +35,7 @@ def with_encoder(params, state, config: ConfigDict):
         found = evaluate.open_run(folder)
         model, rate = found.config.model, found.config.data.sample_rate
         features = found.config.features
-        if found.task.encoder.frontend == "waveform":
+        if found.task.encoder.listens == "waveform":
             features = {"normalize": features.normalize}
     else:
         found = _read_hugging_face(folder)

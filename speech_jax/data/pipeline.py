@@ -5,7 +5,7 @@
     iterator = batches(corpus, buckets, seed=0, start=0)
 
 A batch is a dict of numpy arrays, right-padded with zeros: `audio` int16 [B, T] samples,
-`audio_length` int32 [B], `labels` int32 [B, N], `label_length` int32 [B], `weight` float32 [B] (0
+`audio_length` int32 [B], `labels` int32 [B, N], `labels_length` int32 [B], `weight` float32 [B] (0
 for a filler row) and `index` int32 [B], the utterance's place in its source (-1 for a filler row).
 B is this host's share of the global batch.
 
@@ -345,7 +345,7 @@ def _load(element, *, corpus, seed, process_index, process_count, noise, on_erro
         "audio": np.zeros((rows, bucket.samples), np.int16),
         "audio_length": np.zeros(rows, np.int32),
         "labels": np.zeros((rows, bucket.labels), np.int32),
-        "label_length": np.zeros(rows, np.int32),
+        "labels_length": np.zeros(rows, np.int32),
         "weight": np.zeros(rows, np.float32),
         "index": np.full(rows, -1, np.int32),
     }
@@ -367,7 +367,7 @@ def _load(element, *, corpus, seed, process_index, process_count, noise, on_erro
         batch["audio"][row, : len(samples)] = samples
         batch["audio_length"][row] = len(samples)
         batch["labels"][row, : len(labels)] = labels
-        batch["label_length"][row] = len(labels)
+        batch["labels_length"][row] = len(labels)
         batch["weight"][row] = 1
         batch["index"][row] = place
     return batch

@@ -1,6 +1,9 @@
 """wav2vec 2.0 (Baevski et al. 2020): a convolutional and Transformer encoder over waveforms.
 
-Parameters map one to one onto those of the released checkpoints (deploy/hf.py).
+Parameters map one to one onto those of the released checkpoints (bundle/huggingface.py).
+
+Shapes: B rows, T samples, T' frames, C the width of the feature extractor's output, D the width of
+the Transformer, H heads of W = D / H.
 """
 
 import functools
@@ -12,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from speech_jax.errors import UserError
 from speech_jax.models import layers
 from speech_jax.ops import convolution, masking, partition
 
@@ -19,11 +23,11 @@ _normal = nn.initializers.normal(0.02)
 
 
 class Wav2Vec2(nn.Module):
-    """Waveform [B, T] to hidden [B, T', features], a frame every 20 ms of 16 kHz audio.
+    """Waveform [B, T] to hidden [B, T', width], a frame every 20 ms of 16 kHz audio.
 
     Attributes:
-      features: width of the Transformer (D).
-      num_layers, heads, feed_forward: its depth, attention heads and feed-forward width.
+      width: of the Transformer (D).
+      num_layers, heads, feed_forward: its depth, attention heads and hidden units of a layer.
       pre_norm: normalize before each residual branch (Large) or after the sum (Base).
       conv_channels, conv_kernels, conv_strides: the feature extractor, layer by layer.
       conv_norm: 'group' normalizes each channel of the first layer over time (Base), 'layer' the
@@ -44,7 +48,7 @@ class Wav2Vec2(nn.Module):
       dtype: what the arithmetic runs in; parameters are float32.
     """
 
-    features: int = 768
+    width: int = 768
     num_layers: int = 12
     heads: int = 12
     feed_forward: int = 3072
@@ -69,17 +73,33 @@ class Wav2Vec2(nn.Module):
     remat: bool = False
     dtype: Any = "float32"
 
-    frontend = "waveform"
+    listens: ClassVar = "waveform"
+    rules: ClassVar[layers.Rules] = (
+        *layers.RULES,
+        (r"extractor/kernel_\d", (None, None, "fsdp")),
+        (r"extractor/(bias|scale|shift)_\d", ()),
+        (r"projection/kernel", ("fsdp", None)),
+        (r"projection/bias", ()),
+        (r"mask_embedding", ()),
+        (r"position/direction", (None, None, "fsdp")),
+        (r"position/(magnitude|bias)", ()),
+    )
+    # The group norm is folded into the first convolution, and the weight norm is of all taps.
+    float32: ClassVar = (
+        *layers.FLOAT32,
+        r"extractor/(kernel|scale|shift)_0",
+        r"position/(direction|magnitude)",
+    )
     # Base and Large: table 7 of fairseq's release. Tiny is for two CPU cores.
     VARIANTS: ClassVar = {
         "tiny": {
-            "features": 128, "num_layers": 4, "heads": 4, "feed_forward": 512,
+            "width": 128, "num_layers": 4, "heads": 4, "feed_forward": 512,
             "conv_channels": (32, 64, 64, 96, 96, 128, 128), "position_kernel": 32,
             "position_groups": 8, "scan": False,
         },
         "base": {},
         "large": {
-            "features": 1024, "num_layers": 24, "heads": 16, "feed_forward": 4096,
+            "width": 1024, "num_layers": 24, "heads": 16, "feed_forward": 4096,
             "pre_norm": True, "conv_norm": "layer", "conv_bias": True,
         },
     }  # fmt: skip
@@ -95,9 +115,9 @@ class Wav2Vec2(nn.Module):
             dtype=self.dtype,
         )
         self.feature_norm = layers.LayerNorm(self.dtype)
-        self.projection = nn.Dense(self.features, dtype=self.dtype, kernel_init=_normal)
+        self.projection = nn.Dense(self.width, dtype=self.dtype, kernel_init=_normal)
         uniform = nn.initializers.uniform(1.0)
-        self.mask_embedding = self.param("mask_embedding", uniform, (self.features,))
+        self.mask_embedding = self.param("mask_embedding", uniform, (self.width,))
         if self.position_kernel:
             self.position = PositionalConvolution(
                 self.position_kernel, self.position_groups, dtype=self.dtype
@@ -117,23 +137,35 @@ class Wav2Vec2(nn.Module):
         else:
             self.layer = [block(**settings) for _ in range(self.num_layers)]
 
-    def layer_settings(self):
+    def layer_settings(self) -> tuple[type[nn.Module], dict[str, Any]]:
         """The module of a layer, called as module(x, mask, seed, skip), and its attributes."""
         names = ("heads", "pre_norm", "dropout", "dtype")
-        return Block, {name: getattr(self, name) for name in names} | {"width": self.feed_forward}
+        settings = {name: getattr(self, name) for name in names}
+        return Block, settings | {"hidden": self.feed_forward}
 
-    def output_lengths(self, lengths):
+    def geometry(self) -> tuple[int, int]:
+        """How many samples a frame sees, and how many there are from frame to frame."""
+        field = convolution.receptive_field(self.conv_kernels, self.conv_strides)
+        return field, math.prod(self.conv_strides)
+
+    def output_lengths(self, lengths: int | jax.Array) -> int | jax.Array:
         """Hidden frames for `lengths` samples; the convolutions see no padding."""
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
             lengths = convolution.output_length(lengths, kernel, stride)
         return lengths
 
-    def __call__(self, inputs, lengths, deterministic: bool, mask=None):
+    def __call__(
+        self,
+        inputs: jax.Array,
+        lengths: jax.Array,
+        deterministic: bool,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         """Hidden [B, T', D] (0 past the end) and its lengths; `mask` as in `contextualize`."""
         features, lengths = self.extract(inputs, lengths)
         return self.contextualize(self.normalize(features), lengths, deterministic, mask), lengths
 
-    def extract(self, inputs, lengths):
+    def extract(self, inputs: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The extractor's output [B, T', C], 0 past the end, and its lengths [B]."""
         if self.feature_gradient == 0.0:
             features = lax.stop_gradient(self.extractor(inputs, lengths))
@@ -143,12 +175,18 @@ class Wav2Vec2(nn.Module):
         valid = masking.length_mask(lengths, features.shape[1])[:, :, None]
         return jnp.where(valid, features, jnp.zeros((), features.dtype)), lengths
 
-    def normalize(self, features):
-        """Layer-normalized features [B, T', C]: what is projected, and what is quantized."""
+    def normalize(self, features: jax.Array) -> jax.Array:
+        """Layer-normalized features [B, T', C]: the input of the projection and the quantizer."""
         return self.feature_norm(features)
 
-    def contextualize(self, features, lengths, deterministic: bool, mask=None):
-        """The layers over normalized features [B, T', C].
+    def contextualize(
+        self,
+        features: jax.Array,
+        lengths: jax.Array,
+        deterministic: bool,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """The layers over normalized features [B, T', C]: hidden [B, T', D].
 
         mask: bool [B, T'], frames to replace by the mask embedding; None draws `mask_time` spans
         in training and masks nothing otherwise.
@@ -179,7 +217,9 @@ class Wav2Vec2(nn.Module):
             x = self.norm(x)
         return jnp.where(valid[:, :, None], x, jnp.zeros((), x.dtype))
 
-    def _mask(self, x, lengths, deterministic, mask):
+    def _mask(
+        self, x: jax.Array, lengths: jax.Array, deterministic: bool, mask: jax.Array | None
+    ) -> jax.Array:
         batch, frames, channels = x.shape
         if mask is None and self.mask_time and not deterministic:
             rng = self.make_rng("dropout")
@@ -213,13 +253,13 @@ class FeatureExtractor(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, inputs, lengths):
+    def __call__(self, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
         if self.norm not in ("group", "layer"):
-            raise ValueError(f"conv_norm must be 'group' or 'layer', got {self.norm!r}")
+            raise UserError(f"conv_norm must be 'group' or 'layer', got {self.norm!r}")
         shortest = convolution.receptive_field(self.kernels, self.strides)
         if inputs.shape[1] < shortest:
-            raise ValueError(f"audio has {inputs.shape[1]} samples, a frame needs {shortest}")
-        x = inputs[:, :, None]
+            raise UserError(f"audio has {inputs.shape[1]} samples, a frame needs {shortest}")
+        x = inputs[:, :, None]  # [B, T, 1]
         geometry = zip(self.channels, self.kernels, self.strides, strict=True)
         for index, (channels, kernel, stride) in enumerate(geometry):
             shape = (kernel, x.shape[2], channels)
@@ -254,15 +294,15 @@ class PositionalConvolution(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x):
-        features = x.shape[-1]
-        shape = (self.kernel, features // self.groups, features)
-        std = 2.0 / math.sqrt(self.kernel * features)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        shape = (self.kernel, width // self.groups, width)
+        std = 2.0 / math.sqrt(self.kernel * width)
         direction = self.param("direction", nn.initializers.normal(std), shape)
-        # As the weight norm starts out: the weight itself.
+        # The weight starts out as the direction.
         norm = lambda weight: jnp.sqrt(jnp.square(weight).sum(axis=(1, 2)))
         magnitude = self.param("magnitude", lambda _: norm(direction))
-        bias = self.param("bias", nn.initializers.zeros, (features,))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
         weight = direction * (magnitude / norm(direction))[:, None, None]
         x = convolution.grouped(x, weight.astype(self.dtype), self.groups)
         return nn.gelu(x + bias.astype(self.dtype)[None, None], approximate=False)
@@ -275,18 +315,24 @@ class Block(nn.Module):
     """
 
     heads: int
-    width: int
+    hidden: int
     pre_norm: bool
     dropout: float
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, mask, seed, skip):
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        seed: jax.Array | None,
+        skip: jax.Array | None,
+    ) -> tuple[jax.Array, None]:
         x = partition.split_rows(x)
         attention_norm = layers.LayerNorm(self.dtype, name="attention_norm")
         feed_forward_norm = layers.LayerNorm(self.dtype, name="feed_forward_norm")
         attention = Attention(self.heads, self.dropout, self.dtype, name="attention")
-        feed_forward = FeedForward(self.width, self.dropout, self.dtype, name="feed_forward")
+        feed_forward = FeedForward(self.hidden, self.dropout, self.dtype, name="feed_forward")
         if self.pre_norm:
             y = x + attention(attention_norm(x), mask, seed)
             y = y + feed_forward(feed_forward_norm(y), seed)
@@ -306,42 +352,42 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, mask, seed):
-        features = x.shape[-1]
-        if features % self.heads:
-            raise ValueError(f"{features} features cannot be split into {self.heads} heads")
-        width = features // self.heads
+    def __call__(self, x: jax.Array, mask: jax.Array, seed: jax.Array | None) -> jax.Array:
+        width = x.shape[-1]
+        if width % self.heads:
+            raise UserError(f"a width of {width} cannot be split into {self.heads} heads")
+        each = width // self.heads
         dense = functools.partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=_normal)
-        projected = dense((3, self.heads, width), name="qkv")(x)
+        projected = dense((3, self.heads, each), name="qkv")(x)  # [B, T', 3, H, W]
         query, key, value = (projected[:, :, i] for i in range(3))
-        query = query * jnp.asarray(width**-0.5, self.dtype)
-        scores = jnp.einsum("bthd,bshd->bhts", query, key).astype(jnp.float32)
+        query = query * jnp.asarray(each**-0.5, self.dtype)
+        scores = jnp.einsum("bthd,bshd->bhts", query, key).astype(jnp.float32)  # [B, H, T', T']
         # Finite, so that a row without a single valid frame stays free of NaN.
         scores = jnp.where(mask[:, None, None, :], scores, -1e30)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         weights = layers.dropout(weights, self.dropout, seed, site=0)
-        context = jnp.einsum("bhts,bshd->bthd", weights, value)
-        output = dense(features, axis=(-2, -1), name="project")(context)
+        context = jnp.einsum("bhts,bshd->bthd", weights, value)  # [B, T', H, W]
+        output = dense(width, axis=(-2, -1), name="project")(context)
         return layers.dropout(output, self.dropout, seed, site=1)
 
 
 class FeedForward(nn.Module):
-    """[B, T, D] to [B, T, D] through `width` hidden units and GELU."""
+    """[B, T', D] to [B, T', D] through `hidden` units and GELU."""
 
-    width: int
+    hidden: int
     dropout: float
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, seed):
+    def __call__(self, x: jax.Array, seed: jax.Array | None) -> jax.Array:
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
-        hidden = nn.gelu(dense(self.width, name="expand")(x), approximate=False)
+        hidden = nn.gelu(dense(self.hidden, name="expand")(x), approximate=False)
         x = dense(x.shape[-1], name="project")(hidden)
         return layers.dropout(x, self.dropout, seed, site=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scale_gradient(x, factor: float):
+def _scale_gradient(x: jax.Array, factor: float) -> jax.Array:
     return x
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from speech_jax.ops import masking, partition
@@ -25,10 +26,14 @@ def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
     return field
 
 
-def output_length(lengths: int | jax.Array, kernel: int, stride: int) -> int | jax.Array:
-    """Frames after a convolution without padding."""
-    maximum = max if isinstance(lengths, int) else jnp.maximum
-    return maximum((lengths - kernel) // stride + 1, 0)
+def output_length(
+    lengths: int | np.ndarray | jax.Array, kernel: int, stride: int
+) -> int | np.ndarray | jax.Array:
+    """Frames after a convolution without padding: the whole windows that fit."""
+    frames = (lengths - kernel) // stride + 1
+    if isinstance(lengths, int):
+        return max(frames, 0)
+    return (np if isinstance(lengths, np.ndarray) else jnp).maximum(frames, 0)
 
 
 # ---- Strided -----------------------------------------------------------------------------------

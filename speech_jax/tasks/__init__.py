@@ -33,8 +33,8 @@ from speech_jax import registry
 
 TASKS = {
     "asr": "speech_jax.tasks.recognize:ASR",
-    "best_rq": "speech_jax.tasks.pretrain:BestRQ",
-    "contrastive": "speech_jax.tasks.pretrain:Contrastive",
+    "best_rq": "speech_jax.tasks.best_rq:BestRQ",
+    "contrastive": "speech_jax.tasks.contrastive:Contrastive",
 }
 
 Pytree = Any

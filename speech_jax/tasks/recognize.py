@@ -11,6 +11,10 @@ from speech_jax.decoding import ctc as decoding
 from speech_jax.evaluators import errors as metrics
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc
+from speech_jax.rules import Rules
+
+# How the head's parameters lie on a mesh.
+RULES: Rules = ((r"head/kernel", ("fsdp", "tensor")), (r"head/bias", ("tensor",)))
 
 
 class CTCModel(nn.Module):
@@ -34,6 +38,9 @@ class ASR:
     frontend: FrontEnd
     vocabulary_size: int
 
+    parts: ClassVar = {"audio": "audio", "labels": "transcript"}
+    along: ClassVar = "samples"
+    best: ClassVar = ("wer", "min")
     labelled: ClassVar = True
     metric: ClassVar = "wer"
 
@@ -41,6 +48,11 @@ class ASR:
     def model(self) -> CTCModel:
         """Encoder and head; its parameters are {"encoder": ..., "head": ...}."""
         return CTCModel(self.encoder, self.vocabulary_size)
+
+    @property
+    def rules(self) -> Rules:
+        """How the parameters lie on a mesh."""
+        return (*self.encoder.rules, *RULES)
 
     def init(self, rng, batch):
         """Parameters (float32) and model state (empty without batch norm)."""
@@ -67,19 +79,19 @@ class ASR:
     def loss(self, params, state, batch, rng=None, step=0):
         """The CTC loss of rows with weight whose alignment fits; the others are counted."""
         logits, lengths, state = self.logits(params, state, batch, rng, step)
-        labels, label_length = batch["labels"], batch["label_length"]
-        feasible = ctc.ctc_feasible(lengths, labels, label_length)
-        nats = ctc.ctc_loss(logits, lengths, labels, label_length, zero_infinity=True)
+        labels, labels_length = batch["labels"], batch["labels_length"]
+        feasible = ctc.ctc_feasible(lengths, labels, labels_length)
+        nats = ctc.ctc_loss(logits, lengths, labels, labels_length, zero_infinity=True)
         weight = jnp.where(feasible, batch["weight"], 0.0)
         sums = {"infeasible": (batch["weight"] - weight).sum()}
-        tokens = (weight * label_length.astype(jnp.float32)).sum()
+        tokens = (weight * labels_length.astype(jnp.float32)).sum()
         return (nats * weight).sum(), tokens, {"state": state, "sums": sums}
 
     def predict(self, params, state, batch):
-        """Greedy hypotheses: {"labels": int32 [B, T'], "label_length": int32 [B]}."""
+        """Greedy hypotheses: {"labels": int32 [B, T'], "labels_length": int32 [B]}."""
         logits, lengths, _ = self.logits(params, state, batch)
         labels, count = decoding.greedy(logits, lengths)
-        return {"labels": labels, "label_length": count}
+        return {"labels": labels, "labels_length": count}
 
     def figures(self, sums):
         """The loss in nats a label, and the utterances whose alignment did not fit."""
@@ -92,7 +104,7 @@ class ASR:
     def score(self, row, utterance, tokenizer):
         """Word and character errors of a hypothesis, and both texts."""
         reference = tokenizer.normalize(utterance.text)
-        hypothesis = tokenizer.decode(row["labels"][: row["label_length"]])
+        hypothesis = tokenizer.decode(row["labels"][: row["labels_length"]])
         counts = metrics.count_errors(reference, hypothesis)
         details = {"reference": reference, "hypothesis": hypothesis, "wer": round(counts.wer, 4)}
         return counts, details

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from speech_jax.errors import UserError
+from speech_jax.training import groups
 
 
 class Loss(NamedTuple):
@@ -91,10 +92,11 @@ class TrainState:
     sums: dict[str, jax.Array]
 
 
-def make_step(gradients, tx, *, ema_decay: float = 0.0, log_every: int = 1):
+def make_step(gradients, tx, *, mask=None, ema_decay: float = 0.0, log_every: int = 1):
     """The update of a TrainState by a global batch: (state, batch) -> (state, sums, finite).
 
-    `gradients` is what tasks.gradients or a wrapper of it returns. An update that is not finite is
+    `gradients` is what `gradients` or a wrapper of it returns; it is of the parameters that learn
+    where `mask` (groups.trainable) says that others do not. An update that is not finite is
     skipped: everything but the step and the count of skipped updates stays as it was.
     """
 
@@ -105,8 +107,10 @@ def make_step(gradients, tx, *, ema_decay: float = 0.0, log_every: int = 1):
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss.sum) & jnp.isfinite(norm)
 
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        learned, still = groups.split(state.params, mask) if mask else (state.params, None)
+        updates, opt_state = tx.update(gradient, state.opt_state, learned)
+        learned = optax.apply_updates(learned, updates)
+        params = groups.join(learned, still) if mask else learned
         ema = optax.incremental_update(params, state.ema, 1 - ema_decay) if ema_decay else {}
         new = (params, loss.aux["state"], opt_state, ema)
         old = (state.params, state.model_state, state.opt_state, state.ema)
