@@ -23,7 +23,7 @@ import numpy as np
 from speech_jax import models
 from speech_jax.bundle import huggingface as hf
 from speech_jax.ops import ctc
-from speech_jax.tasks import pretrain
+from speech_jax.tasks import contrastive
 from speech_jax.tasks.recognize import CTCModel
 
 try:
@@ -93,10 +93,15 @@ def make_batch(samples: int, seed: int = 0, vocabulary: int = 12, ragged: bool =
     lengths = lengths if ragged else np.full(3, samples, np.int32)
     audio = rng.standard_normal((3, samples)).astype(np.float32)
     audio *= np.arange(samples) < lengths[:, None]
-    label_length = np.array([9, 4, 6], np.int32)
+    labels_length = np.array([9, 4, 6], np.int32)
     labels = rng.integers(1, vocabulary, (3, 9)).astype(np.int32)
-    labels *= np.arange(9) < label_length[:, None]
-    return {"audio": audio, "audio_length": lengths, "labels": labels, "label_length": label_length}
+    labels *= np.arange(9) < labels_length[:, None]
+    return {
+        "audio": audio,
+        "audio_length": lengths,
+        "labels": labels,
+        "labels_length": labels_length,
+    }
 
 
 def attention_mask(batch):
@@ -138,7 +143,7 @@ def _their_ctc(model, batch):
     labels = (
         torch.tensor(batch["labels"])
         .long()
-        .masked_fill(torch.tensor(np.arange(9) >= batch["label_length"][:, None]), -100)
+        .masked_fill(torch.tensor(np.arange(9) >= batch["labels_length"][:, None]), -100)
     )
     result = model(
         torch.tensor(batch["audio"]), attention_mask=attention_mask(batch), labels=labels
@@ -178,7 +183,7 @@ def our_ctc(model: hf.Model, batch):
                 method == "__call__" and type(module).__name__ in _CAPTURED
             ),
         )
-        nats = ctc.ctc_loss(logits, frames, batch["labels"], batch["label_length"])
+        nats = ctc.ctc_loss(logits, frames, batch["labels"], batch["labels_length"])
         return nats.sum(), (captured["intermediates"]["encoder"], frames)
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -203,7 +208,7 @@ def make_draws(batch, config, seed: int = 0):
             negatives[row, frame] = rng.choice(others, negatives.shape[2])
     shape = (config["num_codevector_groups"], config["num_codevectors_per_group"])
     noise = rng.gumbel(size=(*mask.shape, *shape)).astype(np.float32)
-    return pretrain.Draws(mask, mask, negatives, noise)
+    return contrastive.Draws(mask, mask, negatives, noise)
 
 
 def their_pretraining(model, batch, draws):
@@ -240,7 +245,7 @@ def their_pretraining(model, batch, draws):
 def our_pretraining(model: hf.Model, config, batch, draws):
     """The same of ours, with the parameters' tree of gradients and the new model state."""
     quiet = {"scan": False, "norm_padding": True, "dropout": 0.0, "input_dropout": 0.0}
-    task = pretrain.Contrastive(
+    task = contrastive.Contrastive(
         models.make_encoder(**model.encoder, **quiet),
         frontend=None,
         groups=config["num_codevector_groups"],

@@ -18,7 +18,7 @@ from speech_jax import models
 from speech_jax.bundle import huggingface as hf
 from speech_jax.bundle import tensors
 from speech_jax.data import text
-from speech_jax.tasks.pretrain import Draws
+from speech_jax.tasks.contrastive import Draws
 
 GOLDEN = pathlib.Path(__file__).parent / "data"
 live = pytest.mark.skipif(
@@ -129,7 +129,7 @@ def test_transformers_loads_what_we_write(kind, head, tmp_path):
 def random_model(head, kind="wav2vec2"):
     """A model of ours with random parameters and a vocabulary of '|', 'a', 'b'."""
     small = {
-        "features": 8, "num_layers": 2, "heads": 2, "feed_forward": 12,
+        "width": 8, "num_layers": 2, "heads": 2, "feed_forward": 12,
         "conv_channels": (4,) * 6 + (6,), "conv_kernels": (10, 3, 3, 3, 3, 2, 2),
     }  # fmt: skip
     settings = {**small, "conv_strides": (5, 2, 2, 2, 2, 2, 2), "conv_norm": "layer"}

@@ -92,14 +92,14 @@ def test_batches_hold_the_utterances(folder, corpus):
             "audio": np.int16,
             "audio_length": np.int32,
             "labels": np.int32,
-            "label_length": np.int32,
+            "labels_length": np.int32,
             "weight": np.float32,
             "index": np.int32,
         }
         assert (batch["audio"].shape[1], batch["labels"].shape[1], rows) in _buckets(corpus)
         for row in range(rows):
             place, length = batch["index"][row], batch["audio_length"][row]
-            labels = batch["labels"][row][: batch["label_length"][row]]
+            labels = batch["labels"][row][: batch["labels_length"][row]]
             assert not batch["audio"][row][length:].any()
             assert not batch["labels"][row][len(labels) :].any()
             if place < 0:
@@ -228,7 +228,7 @@ def test_audio_that_cannot_be_loaded_is_skipped_and_named(damaged, corpus):
     for one, two in zip(batches, _take(corpus, repeat=False), strict=True):
         lost = np.isin(two["index"], list(bad))
         assert (one["weight"][lost] == 0).all()
-        assert (one["label_length"][lost] == 0).all()
+        assert (one["labels_length"][lost] == 0).all()
         np.testing.assert_array_equal(one["index"][~lost], two["index"][~lost])
         np.testing.assert_array_equal(one["audio"][~lost], two["audio"][~lost])
 
@@ -312,7 +312,7 @@ def test_audio_alone(folder):
     source = _source(folder)
     corpus = pipeline.encode_corpus(source, None, sample_rate=_RATE)
     assert len(corpus) == 24
-    assert not _take(corpus, 1)[0]["label_length"].any()
+    assert not _take(corpus, 1)[0]["labels_length"].any()
     assert corpus.seconds == pytest.approx(sum(u.duration for u in source.utterances))
 
 

@@ -156,7 +156,7 @@ def _complete(source, folder) -> dict[str, Any]:
 def _encoder_settings(config) -> dict[str, Any]:
     settings = {
         "name": "wav2vec2",
-        "features": config["hidden_size"],
+        "width": config["hidden_size"],
         "num_layers": config["num_hidden_layers"],
         "heads": config["num_attention_heads"],
         "feed_forward": config["intermediate_size"],
@@ -209,7 +209,7 @@ def convert(tensors, config, head: str, folder="") -> dict[str, Any]:
     }
     embedding = hf_names.prefix(head, settings["name"]) + "masked_spec_embed"
     # Absent where the model was never masked; then nothing depends on its value.
-    tensors.setdefault(embedding, np.zeros(settings["features"], np.float32))
+    tensors.setdefault(embedding, np.zeros(settings["width"], np.float32))
     shapes = flax.traverse_util.flatten_dict(_shapes(config, settings, head), sep="/")
     params = {}
     entries = hf_names.entries(
@@ -325,7 +325,7 @@ def _config(model: Model) -> dict[str, Any]:
         config["mask_time_prob"] = 0.05
     config |= {
         "architectures": [architecture(model.head, settings["name"])],
-        "hidden_size": settings["features"],
+        "hidden_size": settings["width"],
         "num_hidden_layers": settings["num_layers"],
         "num_attention_heads": settings["heads"],
         "intermediate_size": settings["feed_forward"],

@@ -95,7 +95,7 @@ def unused(settings, head) -> dict[str, np.ndarray]:
     """Those tensors, as theirs asks for them with the settings of `unused_config`."""
     if settings["name"] != "wav2vec2_conformer":
         return {}
-    start, features = prefix(head, settings["name"]) + "encoder", settings["features"]
+    start, features = prefix(head, settings["name"]) + "encoder", settings["width"]
     tensors = {
         "pos_conv_embed.conv.weight_g": np.ones((1, 1, 1), np.float32),
         "pos_conv_embed.conv.weight_v": np.ones((features, 1, 1), np.float32),
@@ -113,7 +113,7 @@ def unused(settings, head) -> dict[str, np.ndarray]:
 
 def unused_config(settings) -> dict[str, int]:
     """Settings of theirs that make the convolution that it never applies a small one."""
-    return {"num_conv_pos_embeddings": 1, "num_conv_pos_embedding_groups": settings["features"]}
+    return {"num_conv_pos_embeddings": 1, "num_conv_pos_embedding_groups": settings["width"]}
 
 
 # ---- Encoders ----------------------------------------------------------------------------------
