@@ -142,16 +142,18 @@ def _open(file: BinaryIO, name: str, size: int, stack: contextlib.ExitStack) -> 
     except Exception as error:
         file.seek(0)
         return _open_other(file, name, head, error, stack)
+    log, mended = sound.extra_info, None
     if sound.format == "MP3" and not _has_mp3_length(file, head, size):
         sound = stack.enter_context(_piped(file))
         return _SoundDecoder(sound, name, size, file, frames=None)
-    if (
-        sound.format in ("WAV", "WAVEX")
-        and sound.frames == 0
-        and _UnfinishedWav.has_audio(head, size)
-    ):
-        sound = stack.enter_context(_Sound(_UnfinishedWav(file, head), closefd=False))
-        return _SoundDecoder(sound, name, size, file, frames=None)
+    if sound.format in ("WAV", "WAVEX") and sound.frames == 0:
+        mended = _with_size(file, head, size)
+    elif sound.format == "OGG" and _NO_END_MARK.search(log):
+        warn_once(f"{name}: its last page has no end mark; it is used as far as it goes")
+        mended = _with_end_mark(file, size)
+    if mended is not None:
+        mended.seek(0)
+        sound = stack.enter_context(_Sound(mended, closefd=False))
     return _SoundDecoder(sound, name, size, file, frames=sound.frames)
 
 
@@ -185,8 +187,6 @@ class _SoundDecoder:
         if _CUT_OGG.search(log):
             raise AudioError(f"{self._name}: truncated, the file ends before its audio does")
         self._judge_log(log)
-        if _NO_END_MARK.search(log):
-            warn_once(f"{self._name}: its last page has no end mark; it is used as far as it goes")
         for promised, actual in _CUT_CHUNK.findall(log):
             if not int(actual) < int(promised) < _UNKNOWN_SIZE:
                 continue
@@ -287,9 +287,10 @@ def _has_mp3_length(file: BinaryIO, head: bytes, size: int) -> bool:
         start = 10 + sum(
             (byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True)
         )
+        position = file.tell()  # libsndfile's, too
         file.seek(start)
         head = file.read(4096)
-        file.seek(0)
+        file.seek(position)
     mark = re.search(rb"Xing|Info|VBRI", head)
     if mark is None:
         return False
@@ -301,20 +302,11 @@ def _has_mp3_length(file: BinaryIO, head: bytes, size: int) -> bool:
     return size - start <= stated + max(_TAIL, stated // 50)
 
 
-_UNWRITTEN = b"data\0\0\0\0"
+class _Mended:
+    """A file in which some bytes are read as they should be."""
 
-
-class _UnfinishedWav:
-    """A WAV whose writer died before it wrote the size: as one of unknown size."""
-
-    def __init__(self, file: BinaryIO, head: bytes):
-        at = head.find(_UNWRITTEN) + 4
-        self._file, self._span = file, (at, at + 4)
-
-    @staticmethod
-    def has_audio(head: bytes, size: int) -> bool:
-        """Whether a data chunk of size 0 stands in the head and is not the end of the file."""
-        return -1 < head.find(_UNWRITTEN) < size - 8
+    def __init__(self, file: BinaryIO, at: int, mended: bytes):
+        self._file, self._at, self._mended = file, at, mended
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         return self._file.seek(offset, whence)
@@ -323,11 +315,48 @@ class _UnfinishedWav:
         return self._file.tell()
 
     def read(self, count: int = -1) -> bytes:
-        at = self._file.tell()
-        block = bytearray(self._file.read(count))
-        for position in range(max(at, self._span[0]), min(at + len(block), self._span[1])):
-            block[position - at] = 0xFF
-        return bytes(block)
+        start = self._file.tell()
+        block = self._file.read(count)
+        first, last = max(start, self._at), min(start + len(block), self._at + len(self._mended))
+        if first >= last:
+            return block
+        mended = self._mended[first - self._at : last - self._at]
+        return block[: first - start] + mended + block[last - start :]
+
+
+def _with_size(file: BinaryIO, head: bytes, size: int) -> _Mended | None:
+    """Returns a WAV whose writer died before it wrote the size of its audio; None for another."""
+    at = head.find(b"data\0\0\0\0")
+    return _Mended(file, at + 4, b"\xff\xff\xff\xff") if -1 < at < size - 8 else None
+
+
+def _with_end_mark(file: BinaryIO, size: int) -> _Mended | None:
+    """Returns an Ogg whose last page is whole with the mark that it lacks; None for another."""
+    start = max(0, size - 70_000)  # a page has 65,307 bytes at most
+    file.seek(start)
+    tail = file.read()
+    file.seek(0)
+    at = tail.rfind(b"OggS")
+    page = bytearray(tail[at:])
+    if at < 0 or len(page) < 27 or len(page) != 27 + page[26] + sum(page[27 : 27 + page[26]]):
+        return None
+    page[5] |= 4
+    page[22:26] = bytes(4)
+    page[22:26] = _ogg_checksum(page).to_bytes(4, "little")
+    return _Mended(file, start + at, bytes(page))
+
+
+def _ogg_checksum(page: bytes) -> int:
+    table = []
+    for value in range(256):
+        value <<= 24
+        for _ in range(8):
+            value = (value << 1 & 0xFFFFFFFF) ^ (0x04C11DB7 if value & 0x80000000 else 0)
+        table.append(value)
+    checksum = 0
+    for byte in page:
+        checksum = (checksum << 8 & 0xFFFFFFFF) ^ table[checksum >> 24 ^ byte]
+    return checksum
 
 
 # ---- PyAV --------------------------------------------------------------------------------------
