@@ -36,18 +36,21 @@ _PREROLL = 0.5  # seconds before a position from which MP3's decoder gets its st
 # Encodings whose samples soundfile converts to int16 without a choice of scale; the others are
 # floating point (float WAV, Opus, Vorbis, MP3) and full scale is 1.0.
 _INTEGER = frozenset({"PCM_16", "PCM_24", "PCM_32", "PCM_S8", "PCM_U8", "ULAW", "ALAW"})
+_WIDTHS = {"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "PCM_S8": 1, "ULAW": 1, "ALAW": 1, "FLOAT": 4}
 # From this many frames up libsndfile means "unknown".
 _UNKNOWN_FRAMES = 1 << 48
-# Bytes that may follow the audio: tags, and what a decoder has not fetched yet from its buffer.
-_TAIL = 16384
+# Bytes that may follow the audio, as tags do.
+_TAIL = 2048
 
 # What libsndfile's log tells of damage: a cut Ogg, a lost page, a chunk longer than the file, and
 # something that is no chunk where one belongs.
 _CUT_OGG = re.compile(r"Junk after the last page")
 _NO_END_MARK = re.compile(r"lacks an end-of-stream")
 _HOLE = re.compile(r"reports a hole|Skipped \d+ bytes looking")
-_CUT_CHUNK = re.compile(r"^\s*(?:data|SSND|riff|Data Size) *: (\d+) \(should be (\d+)\)", re.M)
-_NO_CHUNK = re.compile(r"Unknown chunk marker .* at position (\d+)\. Exiting parser")
+_CUT_CHUNK = re.compile(
+    r"^\s*(?:data|SSND|riff|Data Size|Riff size) *: (\d+) \(should be (\d+)\)", re.M
+)
+_NO_CHUNK = re.compile(r"Unknown chunk marker .* at position (\d+)[^.]*\. Exiting parser")
 # Sizes from here up stand for "unknown" in files written to a pipe: not a sign of a cut.
 _UNKNOWN_SIZE = 0x7FFF0000
 
@@ -143,9 +146,10 @@ def _open(file: BinaryIO, name: str, size: int, stack: contextlib.ExitStack) -> 
         file.seek(0)
         return _open_other(file, name, head, error, stack)
     log, mended = sound.extra_info, None
-    if sound.format == "MP3" and not _has_mp3_length(file, head, size):
-        sound = stack.enter_context(_piped(file))
-        return _SoundDecoder(sound, name, size, file, frames=None)
+    if sound.format == "MP3" and (stream := _without_length(file, head, size)):
+        least = 0 if stream is file else sound.frames  # a length that is too small counts
+        sound = stack.enter_context(_piped(stream))
+        return _SoundDecoder(sound, name, size, file, frames=None, least=least)
     if sound.format in ("WAV", "WAVEX") and sound.frames == 0:
         mended = _with_size(file, head, size)
     elif sound.format == "OGG" and _NO_END_MARK.search(log):
@@ -154,7 +158,9 @@ def _open(file: BinaryIO, name: str, size: int, stack: contextlib.ExitStack) -> 
     if mended is not None:
         mended.seek(0)
         sound = stack.enter_context(_Sound(mended, closefd=False))
-    return _SoundDecoder(sound, name, size, file, frames=sound.frames)
+    stated = re.search(rb"sample_count -i (\d+)", head) if sound.format == "NIST" else None
+    frames = max(sound.frames, int(stated[1][:12])) if stated else sound.frames
+    return _SoundDecoder(sound, name, size, file, frames=frames)
 
 
 # ---- soundfile ---------------------------------------------------------------------------------
@@ -174,8 +180,17 @@ class _Sound(soundfile.SoundFile):
 class _SoundDecoder:
     """What libsndfile reads."""
 
-    def __init__(self, sound: _Sound, name: str, size: int, file: BinaryIO, frames: int | None):
+    def __init__(
+        self,
+        sound: _Sound,
+        name: str,
+        size: int,
+        file: BinaryIO,
+        frames: int | None,
+        least: int = 0,
+    ):
         self._sound, self._name, self._size, self._file = sound, name, size, file
+        self._least = least
         self.rate, self.channels = sound.samplerate, sound.channels
         known = frames is not None and frames < _UNKNOWN_FRAMES
         self.frames = frames if known and (frames or sound.format != "FLAC") else None
@@ -193,6 +208,9 @@ class _SoundDecoder:
             if int(promised) > self._size:
                 raise AudioError(f"{self._name}: truncated, the file ends before its audio does")
             warn_once(f"{self._name}: its header counts itself as audio; it is used to its end")
+        width = _WIDTHS.get(self._sound.subtype, 0) * self.channels * (self.frames or 0)
+        if self._sound.format in ("AU", "CAF") and width and self._size - width > 4 * _TAIL:
+            raise AudioError(f"{self._name}: its header ends the audio long before the file ends")
         for position in map(int, _NO_CHUNK.findall(log)):
             # Audio that the header does not count would be lost: its share by the bytes before it.
             left = (self._size - position) / max(position, 1) * (self.frames or 0) / self.rate
@@ -233,8 +251,9 @@ class _SoundDecoder:
     def _judge_end(self, position: int, begin: int, stop: int | None) -> None:
         if self._sound.format == "OGG":
             self._judge_log(self._sound.extra_info)
-        promised = self.frames if stop is None else min(stop, self.frames or stop)
-        if promised is not None and promised - position > SLACK * self.rate:
+        promised = max(self.frames or 0, self._least)
+        promised = promised if stop is None else min(stop, promised)
+        if promised - position > SLACK * self.rate:
             raise AudioError(
                 f"{self._name}: truncated, it holds {position / self.rate:.2f} s of the "
                 f"{promised / self.rate:.2f} s in its header"
@@ -280,28 +299,6 @@ def _piped(file: BinaryIO) -> Iterator[_Sound]:
         thread.join()
 
 
-def _has_mp3_length(file: BinaryIO, head: bytes, size: int) -> bool:
-    """Whether an MP3 states its length (a Xing, Info or VBRI frame) and the file is no longer."""
-    start = 0
-    if head[:3] == b"ID3" and len(head) >= 10:
-        start = 10 + sum(
-            (byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True)
-        )
-        position = file.tell()  # libsndfile's, too
-        file.seek(start)
-        head = file.read(4096)
-        file.seek(position)
-    mark = re.search(rb"Xing|Info|VBRI", head)
-    if mark is None:
-        return False
-    at = mark.start()
-    if mark[0] == b"VBRI" or not head[at + 7] & 2:  # without a count of bytes
-        return True
-    skip = 4 if head[at + 7] & 1 else 0
-    stated = int.from_bytes(head[at + 8 + skip : at + 12 + skip])
-    return size - start <= stated + max(_TAIL, stated // 50)
-
-
 class _Mended:
     """A file in which some bytes are read as they should be."""
 
@@ -322,6 +319,34 @@ class _Mended:
             return block
         mended = self._mended[first - self._at : last - self._at]
         return block[: first - start] + mended + block[last - start :]
+
+
+def _without_length(file: BinaryIO, head: bytes, size: int) -> BinaryIO | _Mended | None:
+    """Returns an MP3 whose length only decoding tells, without a wrong one; None for another.
+
+    The length is in a Xing, Info or VBRI frame, the first one. It is wrong where the file goes on
+    behind the bytes that it counts, as after `cat a.mp3 b.mp3`.
+    """
+    start = 0
+    if head[:3] == b"ID3" and len(head) >= 10:
+        start = 10 + sum(
+            (byte & 0x7F) << bits for byte, bits in zip(head[6:10], (21, 14, 7, 0), strict=True)
+        )
+        position = file.tell()  # libsndfile's, too
+        file.seek(start)
+        head = file.read(4096)
+        file.seek(position)
+    mark = re.search(rb"Xing|Info|VBRI", head)
+    if mark is None:
+        return file
+    at = mark.start()
+    flags = head[at + 7 : at + 8]
+    if mark[0] == b"VBRI" or not flags or not flags[0] & 2:  # no count of bytes
+        return None
+    count = head[at + 8 + 4 * (flags[0] & 1) :][:4]
+    if size - start <= int.from_bytes(count) * 1.02 + _TAIL:
+        return None
+    return _Mended(file, start + at, bytes(4))
 
 
 def _with_size(file: BinaryIO, head: bytes, size: int) -> _Mended | None:
@@ -402,14 +427,12 @@ class _AvDecoder:
         self._stream = container.streams.audio[0]
         self._resampler = av.AudioResampler(format="flt")  # another layout, not another rate
         self.rate, self.channels = self._stream.rate, self._stream.channels
-        seconds = None
-        if self._stream.duration:
-            seconds = float(self._stream.duration * self._stream.time_base)
-        elif container.duration and len(container.streams) == 1:
-            seconds = container.duration / av.time_base
+        seconds = float((self._stream.duration or 0) * self._stream.time_base)
         self._promised = seconds
+        if container.duration and len(container.streams) == 1:
+            self._promised = max(seconds, container.duration / av.time_base)
         # MPEG-4's tables are exact; Matroska's duration counts what a decoder leaves out.
-        exact = self._stream.duration and "mov" in container.format.name
+        exact = seconds and "mov" in container.format.name
         self.frames = round(seconds * self.rate) if exact else None
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
@@ -419,7 +442,7 @@ class _AvDecoder:
                 block = piece.to_ndarray().reshape(-1, self.channels)
                 position += len(block)
                 yield block
-        if self._promised and self._promised - position / self.rate > 2 * SLACK:
+        if self._promised - position / self.rate > 1.3 * SLACK:
             raise AudioError(
                 f"{self._name}: truncated, it holds {position / self.rate:.2f} s of the "
                 f"{self._promised:.2f} s in its header"
