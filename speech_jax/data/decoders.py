@@ -45,6 +45,7 @@ _TAIL = 2048
 # What libsndfile's log tells of damage: a cut Ogg, a lost page, a chunk longer than the file, and
 # something that is no chunk where one belongs.
 _CUT_OGG = re.compile(r"Junk after the last page")
+_TROUBLE = re.compile(r"Junk|hole|Skipped|should be|Exiting parser")
 _NO_END_MARK = re.compile(r"lacks an end-of-stream")
 _HOLE = re.compile(r"reports a hole|Skipped \d+ bytes looking")
 _CUT_CHUNK = re.compile(
@@ -138,29 +139,24 @@ def warn_once(message: str) -> None:
 
 
 def _open(file: BinaryIO, name: str, size: int, stack: contextlib.ExitStack) -> Decoder:
-    head = file.read(4096)
-    file.seek(0)
     try:
         sound = stack.enter_context(_Sound(_handle(file), closefd=False))
     except Exception as error:
-        file.seek(0)
-        return _open_other(file, name, head, error, stack)
-    log, mended = sound.extra_info, None
-    if sound.format == "MP3" and (stream := _without_length(file, head, size)):
-        least = 0 if stream is file else sound.frames  # a length that is too small counts
+        return _open_other(file, name, error, stack)
+    kind, log = sound.format, sound.extra_info
+    stated, least = sound.frames, 0
+    if kind == "MP3" and (stream := _without_length(file, size)):
+        least = 0 if stream is file else stated  # a length that is too small counts, too
+        stated = None
         sound = stack.enter_context(_piped(stream))
-        return _SoundDecoder(sound, name, size, file, frames=None, least=least)
-    if sound.format in ("WAV", "WAVEX") and sound.frames == 0:
-        mended = _with_size(file, head, size)
-    elif sound.format == "OGG" and _NO_END_MARK.search(log):
-        warn_once(f"{name}: its last page has no end mark; it is used as far as it goes")
-        mended = _with_end_mark(file, size)
-    if mended is not None:
-        mended.seek(0)
+    elif mended := _mended(file, size, kind, stated, log):
+        if kind == "OGG":
+            warn_once(f"{name}: its last page has no end mark; it is used as far as it goes")
         sound = stack.enter_context(_Sound(mended, closefd=False))
-    stated = re.search(rb"sample_count -i (\d+)", head) if sound.format == "NIST" else None
-    frames = max(sound.frames, int(stated[1][:12])) if stated else sound.frames
-    return _SoundDecoder(sound, name, size, file, frames=frames)
+        stated = sound.frames
+    elif kind == "NIST" and (count := re.search(rb"sample_count -i (\d+)", _head(file))):
+        stated = max(stated, int(count[1][:12]))
+    return _SoundDecoder(sound, name, size, file, kind, log, stated, least)
 
 
 # ---- soundfile ---------------------------------------------------------------------------------
@@ -186,44 +182,49 @@ class _SoundDecoder:
         name: str,
         size: int,
         file: BinaryIO,
-        frames: int | None,
-        least: int = 0,
+        kind: str,
+        log: str,
+        stated: int | None,
+        least: int,
     ):
         self._sound, self._name, self._size, self._file = sound, name, size, file
-        self._least = least
+        self._kind, self._least = kind, least
         self.rate, self.channels = sound.samplerate, sound.channels
-        known = frames is not None and frames < _UNKNOWN_FRAMES
-        self.frames = frames if known and (frames or sound.format != "FLAC") else None
-        self.floating = sound.subtype not in _INTEGER
-        self.seeks = self.frames is not None and sound.subtype != "GSM610"
-        self._judge_header(sound.extra_info)
+        subtype = sound.subtype
+        known = stated is not None and stated < _UNKNOWN_FRAMES and (stated or kind != "FLAC")
+        self.frames = stated if known else None
+        self.floating = subtype not in _INTEGER
+        self.seeks = known and subtype != "GSM610"
+        if _TROUBLE.search(log):
+            self._judge_log(log)
+        elif kind in ("AU", "CAF") and self.frames:
+            audio = _WIDTHS.get(subtype, size) * self.channels * self.frames
+            self._judge_rest(size - audio, 4 * _TAIL, self.frames)
 
-    def _judge_header(self, log: str) -> None:
+    def _judge_log(self, log: str) -> None:
         if _CUT_OGG.search(log):
             raise AudioError(f"{self._name}: truncated, the file ends before its audio does")
-        self._judge_log(log)
+        if _HOLE.search(log):
+            raise AudioError(f"{self._name}: damaged, a part of its audio is lost")
         for promised, actual in _CUT_CHUNK.findall(log):
             if not int(actual) < int(promised) < _UNKNOWN_SIZE:
                 continue
             if int(promised) > self._size:
                 raise AudioError(f"{self._name}: truncated, the file ends before its audio does")
             warn_once(f"{self._name}: its header counts itself as audio; it is used to its end")
-        width = _WIDTHS.get(self._sound.subtype, 0) * self.channels * (self.frames or 0)
-        if self._sound.format in ("AU", "CAF") and width and self._size - width > 4 * _TAIL:
-            raise AudioError(f"{self._name}: its header ends the audio long before the file ends")
         for position in map(int, _NO_CHUNK.findall(log)):
-            # Audio that the header does not count would be lost: its share by the bytes before it.
-            left = (self._size - position) / max(position, 1) * (self.frames or 0) / self.rate
-            if left > SLACK:
-                raise AudioError(
-                    f"{self._name}: its header ends the audio after {self.frames / self.rate:.2f} "
-                    f"s, and {self._size - position:,} bytes follow that are none of a WAV; the "
-                    "header is damaged"
-                )
+            # As many bytes as a tenth of a second has, by those before them.
+            most = SLACK * self.rate * position / max(self.frames or 0, 1)
+            self._judge_rest(self._size - position, most, self.frames or 0)
 
-    def _judge_log(self, log: str) -> None:
-        if _HOLE.search(log):
-            raise AudioError(f"{self._name}: damaged, a part of its audio is lost")
+    def _judge_rest(self, left: int, most: float, frames: int) -> None:
+        """Raises for audio that its header does not count, and that would be lost."""
+        if left > most:
+            raise AudioError(
+                f"{self._name}: {left:,} bytes follow the end of its audio, after "
+                f"{frames / self.rate:.2f} s; it is several recordings in one file, or its header "
+                "is damaged: split or convert it"
+            )
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         sound, most = self._sound, max(1, _BLOCK // self.channels)
@@ -232,11 +233,11 @@ class _SoundDecoder:
             position = max(0, start - round(_PREROLL * self.rate))
             sound.seek(position)
         begin, skip = position, start - position
-        expected = min(filter(None, (self.frames, stop)), default=most)
-        while stop is None or position < stop:
-            want = min(most, max(expected - position, 1024))
+        # libsndfile itself goes no further than the length that it found.
+        end = min(filter(None, (self.frames, stop)), default=None)
+        while end is None or position < end:
             block = sound.read(
-                want if stop is None else min(want, stop - position),
+                most if end is None else min(most, end - position),
                 dtype="float32" if self.floating else "int16",
                 always_2d=True,
             )
@@ -249,7 +250,7 @@ class _SoundDecoder:
         self._judge_end(position, begin, stop)
 
     def _judge_end(self, position: int, begin: int, stop: int | None) -> None:
-        if self._sound.format == "OGG":
+        if self._kind == "OGG":
             self._judge_log(self._sound.extra_info)
         promised = max(self.frames or 0, self._least)
         promised = promised if stop is None else min(stop, promised)
@@ -258,14 +259,8 @@ class _SoundDecoder:
                 f"{self._name}: truncated, it holds {position / self.rate:.2f} s of the "
                 f"{promised / self.rate:.2f} s in its header"
             )
-        if stop is None and not begin and self._sound.format in ("FLAC", "OGG"):
-            left = self._size - self._file.tell()
-            if left > _TAIL:
-                raise AudioError(
-                    f"{self._name}: {left:,} bytes follow the end of its audio, after "
-                    f"{position / self.rate:.2f} s; it is several recordings in one file, or its "
-                    "header is damaged: split or convert it"
-                )
+        if stop is None and not begin and self._kind in ("FLAC", "OGG"):
+            self._judge_rest(self._size - self._file.tell(), _TAIL, position)
 
 
 def _handle(file: BinaryIO) -> int | BinaryIO:
@@ -274,6 +269,15 @@ def _handle(file: BinaryIO) -> int | BinaryIO:
         return file.fileno()
     except (OSError, AttributeError):  # in memory
         return file
+
+
+def _head(file: BinaryIO, start: int = 0) -> bytes:
+    """Returns 4 KiB from `start` on; the position, which libsndfile shares, stays where it is."""
+    position = file.tell()
+    file.seek(start)
+    head = file.read(4096)
+    file.seek(position)
+    return head
 
 
 @contextlib.contextmanager
@@ -321,21 +325,18 @@ class _Mended:
         return block[: first - start] + mended + block[last - start :]
 
 
-def _without_length(file: BinaryIO, head: bytes, size: int) -> BinaryIO | _Mended | None:
+def _without_length(file: BinaryIO, size: int) -> BinaryIO | _Mended | None:
     """Returns an MP3 whose length only decoding tells, without a wrong one; None for another.
 
     The length is in a Xing, Info or VBRI frame, the first one. It is wrong where the file goes on
     behind the bytes that it counts, as after `cat a.mp3 b.mp3`.
     """
-    start = 0
+    start, head = 0, _head(file)
     if head[:3] == b"ID3" and len(head) >= 10:
         start = 10 + sum(
             (byte & 0x7F) << bits for byte, bits in zip(head[6:10], (21, 14, 7, 0), strict=True)
         )
-        position = file.tell()  # libsndfile's, too
-        file.seek(start)
-        head = file.read(4096)
-        file.seek(position)
+        head = _head(file, start)
     mark = re.search(rb"Xing|Info|VBRI", head)
     if mark is None:
         return file
@@ -349,14 +350,21 @@ def _without_length(file: BinaryIO, head: bytes, size: int) -> BinaryIO | _Mende
     return _Mended(file, start + at, bytes(4))
 
 
-def _with_size(file: BinaryIO, head: bytes, size: int) -> _Mended | None:
-    """Returns a WAV whose writer died before it wrote the size of its audio; None for another."""
-    at = head.find(b"data\0\0\0\0")
-    return _Mended(file, at + 4, b"\xff\xff\xff\xff") if -1 < at < size - 8 else None
+def _mended(file: BinaryIO, size: int, kind: str, frames: int, log: str) -> _Mended | None:
+    """Returns a file with what its writer did not come to write, None where nothing is missing."""
+    mended = None
+    if kind in ("WAV", "WAVEX") and frames == 0:
+        at = _head(file).find(b"data\0\0\0\0")  # the size of the audio
+        mended = _Mended(file, at + 4, b"\xff\xff\xff\xff") if -1 < at < size - 8 else None
+    elif kind == "OGG" and _NO_END_MARK.search(log):
+        mended = _with_end_mark(file, size)
+    if mended:
+        mended.seek(0)
+    return mended
 
 
 def _with_end_mark(file: BinaryIO, size: int) -> _Mended | None:
-    """Returns an Ogg whose last page is whole with the mark that it lacks; None for another."""
+    """Returns an Ogg with the mark of its last page, None where that page is cut."""
     start = max(0, size - 70_000)  # a page has 65,307 bytes at most
     file.seek(start)
     tail = file.read()
@@ -388,9 +396,11 @@ def _ogg_checksum(page: bytes) -> int:
 
 
 def _open_other(
-    file: BinaryIO, name: str, head: bytes, error: Exception, stack: contextlib.ExitStack
+    file: BinaryIO, name: str, error: Exception, stack: contextlib.ExitStack
 ) -> Decoder:
     """Opens with PyAV what soundfile refuses with `error`."""
+    file.seek(0)
+    head = _head(file)
     found = next((what for first, *what in _CONTAINERS if first.match(head)), None)
     if found is None and name.endswith(".gsm"):
         found = ("GSM", "gsm")
