@@ -98,7 +98,7 @@ def dropped(texts: Iterable[str], normalizer: str) -> Counter[str]:
     What only changes its case or its form is not lost, nor is punctuation; that a normalizer leaves
     out vowels, tones and accents, or whole scripts, shows here.
     """
-    # All at once: characters are counted where Python is fast, and only the distinct ones looked at.
+    # All at once: Python counts characters fast, and only the distinct ones are looked at.
     together = "\n".join(texts)
     return _parts(together) - _parts(normalize(together, normalizer))
 
