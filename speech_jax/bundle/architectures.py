@@ -31,7 +31,7 @@ from speech_jax.bundle.schema import (
 # What a key may hold, where it stands in a config.json; other keys travel unread.
 _SIZE = whole(1, 1 << 16)
 _SETTINGS = {
-    "architectures": optional(several(TEXT)),
+    "architectures": optional(several(TEXT, least=0)),
     "hidden_size": _SIZE,
     "num_hidden_layers": whole(1, 1_000),
     "num_attention_heads": _SIZE,
@@ -103,14 +103,14 @@ def complete(source: Mapping[str, Any], where: object) -> dict[str, Any]:
     geometry = [config[key] for key in ("conv_dim", "conv_kernel", "conv_stride")]
     if len(set(map(len, geometry))) > 1:
         raise ModelFolderError(f"{where}: conv_dim, conv_kernel and conv_stride differ in length")
-    for part, whole_ in (
+    for part, total in (
         ("num_attention_heads", "hidden_size"),
         ("num_codevector_groups", "codevector_dim"),
         *(() if _is_conformer(config) else (("num_conv_pos_embedding_groups", "hidden_size"),)),
     ):
-        if config[whole_] % config[part]:
+        if config[total] % config[part]:
             raise ModelFolderError(
-                f"{where}: {part}={config[part]} does not divide {whole_}={config[whole_]}"
+                f"{where}: {part}={config[part]} does not divide {total}={config[total]}"
             )
     if _frame(*geometry[1:]) > _LONGEST_FRAME:
         raise ModelFolderError(
@@ -182,7 +182,7 @@ def head_of(config: Mapping[str, Any], tensors: Collection[str], where: object) 
     return next((head for key, head in marks.items() if key in tensors), "none")
 
 
-def classes(config: Mapping[str, Any], where: object) -> list[str]:
+def class_names(config: Mapping[str, Any], where: object) -> list[str]:
     """The names of a classification head's classes, in the order of its outputs.
 
     Raises ModelFolderError for an id2label that is no numbering of different names.
@@ -195,14 +195,14 @@ def classes(config: Mapping[str, Any], where: object) -> list[str]:
 
 
 def from_settings(
-    settings: Mapping[str, Any], head: str, params: Mapping[str, Any], names_: list[str] | None
+    settings: Mapping[str, Any], head: str, params: Mapping[str, Any], labels: list[str] | None
 ) -> dict[str, Any]:
     """What config.json says of a model of ours: the inverse of the above.
 
     Args:
       settings: of the encoder, those of KNOWN.
       params: the whole model's; the head's sizes are taken from them.
-      names_: of the classes of a classification head.
+      labels: of the classes of a classification head.
     """
     config = {
         "architectures": [architecture(head, settings["name"])],
@@ -238,20 +238,20 @@ def from_settings(
             "num_conv_pos_embeddings": settings["position_kernel"],
             "num_conv_pos_embedding_groups": settings["position_groups"],
         }
-    return config | _of_head(head, params, names_)
+    return config | _of_head(head, params, labels)
 
 
-def _of_head(head: str, params: Mapping[str, Any], names_: list[str] | None) -> dict[str, Any]:
+def _of_head(head: str, params: Mapping[str, Any], labels: list[str] | None) -> dict[str, Any]:
     try:
         if head == "ctc":
             return {"vocab_size": len(params["head"]["bias"])}
         if head == "classification":
-            names_ = names_ or [f"LABEL_{i}" for i in range(len(params["classifier"]["bias"]))]
+            labels = labels or [f"LABEL_{i}" for i in range(len(params["classifier"]["bias"]))]
             return {
                 "classifier_proj_size": len(params["projector"]["bias"]),
                 "use_weighted_layer_sum": "layer_weights" in params,
-                "id2label": {str(i): name for i, name in enumerate(names_)},
-                "label2id": {name: i for i, name in enumerate(names_)},
+                "id2label": {str(i): name for i, name in enumerate(labels)},
+                "label2id": {name: i for i, name in enumerate(labels)},
             }
         if head == "pretraining":
             groups, codes, width = params["quantizer"]["codebook"].shape

@@ -11,20 +11,16 @@ JSON says besides is kept as text in config.source, and is written again.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import pathlib
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 from absl import logging
 from ml_collections import ConfigDict
@@ -32,7 +28,7 @@ from ml_collections import ConfigDict
 from speech_jax import config as defaults
 from speech_jax import models, tasks
 from speech_jax.bundle import architectures, names, schema, vocabulary
-from speech_jax.bundle.format import Bundle
+from speech_jax.bundle.format import Bundle, appearing
 from speech_jax.bundle.names import HEADS, WIDTH, architecture
 from speech_jax.bundle.schema import FLAG, TEXT, ModelFolderError, one_of, optional, several, whole
 from speech_jax.bundle.tensors import read_safetensors, read_tensors, to_float32
@@ -98,8 +94,8 @@ def _assembled(
         if tokenizer := vocabulary.tokenizer(files, symbols):
             parts["labels"] = Transcript(tokenizer=tokenizer, name="labels")
     elif head == "classification":
-        names_ = architectures.classes(config, where)
-        parts["target"] = Category(classes=names_, name="target", tag="label")
+        classes = tuple(architectures.class_names(config, where))
+        parts["target"] = Category(classes=classes, name="target", tag="label")
     task, changes = _TASKS[head], _of_task(head, params)
     bundle = defaults.default()
     with bundle.unlocked():
@@ -392,32 +388,7 @@ def _tokenizer_files(
     return 0, {}
 
 
-# ---- Files and command -------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def appearing(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A scratch folder that becomes `folder` at the end; nothing is left where that fails."""
-    folder = pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelFolderError(f"{folder} exists and is not empty: name a new folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise ModelFolderError(f"cannot write {folder}: {error}") from error
-    try:
-        yield partial
-        mask = os.umask(0)
-        os.umask(mask)
-        for path in (partial, *partial.iterdir()):
-            path.chmod((0o777 if path is partial else 0o666) & ~mask)
-        os.replace(partial, folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError | UnicodeError | safetensors.SafetensorError):
-            raise ModelFolderError(f"cannot write {folder}: {error}") from error
-        raise
+# ---- The command -------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from speech_jax import files
 from speech_jax.errors import UserError
 
-_MOST_BYTES = 64 << 20
+_MOST_BYTES = 16 << 20
 _DEEPEST = 50  # nested lists and objects: what is written again must not exhaust the stack
 
 
@@ -37,11 +37,11 @@ def whole(low: int, high: int) -> Kind:
     )
 
 
-def several(kind: Kind, most: int = 1 << 16) -> Kind:
-    """A list of 1 to `most` values of a kind."""
+def several(kind: Kind, least: int = 1, most: int = 1 << 16) -> Kind:
+    """A list of `least` to `most` values of a kind."""
     return Kind(
-        f"a list of 1 to {most} values, each {kind.words}",
-        lambda x: isinstance(x, list) and 1 <= len(x) <= most and all(map(kind.fits, x)),
+        f"a list of {least} to {most} values, each {kind.words}",
+        lambda x: isinstance(x, list) and least <= len(x) <= most and all(map(kind.fits, x)),
     )
 
 

@@ -7,7 +7,7 @@ import pathlib
 
 @dataclasses.dataclass(frozen=True)
 class Category:
-    classes: list[str]
+    classes: tuple[str, ...]
     name: str = "target"
     tag: str = "label"
 
@@ -16,4 +16,4 @@ class Category:
 
     @classmethod
     def restore(cls, folder: pathlib.Path) -> "Category":
-        return cls(json.loads((folder / "target.json").read_text("utf-8")))
+        return cls(tuple(json.loads((folder / "target.json").read_text("utf-8"))))
