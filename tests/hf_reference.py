@@ -22,8 +22,10 @@ import numpy as np
 
 from speech_jax import models
 from speech_jax.bundle import huggingface as hf
+from speech_jax.bundle.format import Bundle
+from speech_jax.bundle.names import architecture
 from speech_jax.ops import ctc
-from speech_jax.tasks import contrastive
+from speech_jax.tasks import pretrain
 from speech_jax.tasks.recognize import CTCModel
 
 try:
@@ -74,7 +76,7 @@ def make(name: str, head: str, **changes):
         encoder, config = "wav2vec2_conformer", transformers.Wav2Vec2ConformerConfig(**settings)
     else:
         encoder, config = "wav2vec2", transformers.Wav2Vec2Config(**settings)
-    model = getattr(transformers, hf.architecture(head, encoder))(config)
+    model = getattr(transformers, architecture(head, encoder))(config)
     with torch.no_grad():
         for _, statistic in _statistics(model):
             statistic.add_(0.2 * torch.randn_like(statistic).abs())
@@ -93,15 +95,10 @@ def make_batch(samples: int, seed: int = 0, vocabulary: int = 12, ragged: bool =
     lengths = lengths if ragged else np.full(3, samples, np.int32)
     audio = rng.standard_normal((3, samples)).astype(np.float32)
     audio *= np.arange(samples) < lengths[:, None]
-    labels_length = np.array([9, 4, 6], np.int32)
+    label_length = np.array([9, 4, 6], np.int32)
     labels = rng.integers(1, vocabulary, (3, 9)).astype(np.int32)
-    labels *= np.arange(9) < labels_length[:, None]
-    return {
-        "audio": audio,
-        "audio_length": lengths,
-        "labels": labels,
-        "labels_length": labels_length,
-    }
+    labels *= np.arange(9) < label_length[:, None]
+    return {"audio": audio, "audio_length": lengths, "labels": labels, "label_length": label_length}
 
 
 def attention_mask(batch):
@@ -143,7 +140,7 @@ def _their_ctc(model, batch):
     labels = (
         torch.tensor(batch["labels"])
         .long()
-        .masked_fill(torch.tensor(np.arange(9) >= batch["labels_length"][:, None]), -100)
+        .masked_fill(torch.tensor(np.arange(9) >= batch["label_length"][:, None]), -100)
     )
     result = model(
         torch.tensor(batch["audio"]), attention_mask=attention_mask(batch), labels=labels
@@ -167,11 +164,11 @@ def _stack(rows):
 _CAPTURED = ("Wav2Vec2", "Wav2Vec2Conformer", "FeatureExtractor", "Block")
 
 
-def our_ctc(model: hf.Model, batch):
+def our_ctc(model: Bundle, batch):
     """The same of ours, with the parameters' tree of gradients."""
-    padding = model.encoder["name"] == "wav2vec2"
-    encoder = models.make_encoder(**model.encoder, scan=False, norm_padding=padding)
-    network = CTCModel(encoder, len(model.params["head"]["bias"]))
+    settings = model.config.model.to_dict()
+    settings["norm_padding"] = settings["name"] == "wav2vec2"
+    network = CTCModel(models.make_encoder(**settings), len(model.params["head"]["bias"]))
 
     def loss(params):
         (logits, frames), captured = network.apply(
@@ -183,7 +180,7 @@ def our_ctc(model: hf.Model, batch):
                 method == "__call__" and type(module).__name__ in _CAPTURED
             ),
         )
-        nats = ctc.ctc_loss(logits, frames, batch["labels"], batch["labels_length"])
+        nats = ctc.ctc_loss(logits, frames, batch["labels"], batch["label_length"])
         return nats.sum(), (captured["intermediates"]["encoder"], frames)
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -208,7 +205,7 @@ def make_draws(batch, config, seed: int = 0):
             negatives[row, frame] = rng.choice(others, negatives.shape[2])
     shape = (config["num_codevector_groups"], config["num_codevectors_per_group"])
     noise = rng.gumbel(size=(*mask.shape, *shape)).astype(np.float32)
-    return contrastive.Draws(mask, mask, negatives, noise)
+    return pretrain.Draws(mask, mask, negatives, noise)
 
 
 def their_pretraining(model, batch, draws):
@@ -242,19 +239,16 @@ def their_pretraining(model, batch, draws):
     return values, _gradients(model)
 
 
-def our_pretraining(model: hf.Model, config, batch, draws):
+def our_pretraining(model: Bundle, config, batch, draws):
     """The same of ours, with the parameters' tree of gradients and the new model state."""
-    quiet = {"scan": False, "norm_padding": True, "dropout": 0.0, "input_dropout": 0.0}
-    task = contrastive.Contrastive(
-        models.make_encoder(**model.encoder, **quiet),
+    quiet = {"norm_padding": True, "dropout": 0.0, "input_dropout": 0.0}
+    arguments = model.config.task.to_dict()
+    assert arguments.pop("name") == "contrastive"
+    arguments |= {"negatives": config["num_negatives"], "penalty_weight": 0.0}
+    task = pretrain.Contrastive(
+        models.make_encoder(**(model.config.model.to_dict() | quiet)),
         frontend=None,
-        groups=config["num_codevector_groups"],
-        codes=config["num_codevectors_per_group"],
-        code_features=config["codevector_dim"],
-        final_features=config["proj_codevector_dim"],
-        negatives=config["num_negatives"],
-        penalty_weight=0.0,
-        feature_dropout=0.0,
+        **(arguments | {"feature_dropout": 0.0}),
     )
 
     def loss(params):
