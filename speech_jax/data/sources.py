@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO, Protocol
 
 import numpy as np
@@ -37,8 +37,7 @@ class Utterance:
     id: str
     duration: float
     text: str = ""
-    speaker: str = ""
-    label: str = ""
+    tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class SourceError(UserError):
@@ -193,7 +192,7 @@ def _open_librispeech(
             problems[files[name]] = "empty transcript; complete its line in the .trans.txt"
     durations = _durations(usable, folder, _durations_file(cache, folder), problems)
     found = (
-        (Utterance(name, durations[path], transcripts[name], _speaker(path)), path)
+        (Utterance(name, durations[path], transcripts[name], {"speaker": _speaker(path)}), path)
         for path, name in usable.items()
         if path in durations
     )
@@ -336,7 +335,7 @@ def _open_manifest(
     )
     found = (
         (
-            Utterance(row["id"], durations[row["path"]], row["text"], row["speaker"], row["label"]),
+            Utterance(row["id"], durations[row["path"]], row["text"], row["tags"]),
             row["path"],
         )
         for row in rows
@@ -401,7 +400,8 @@ def _manifest_row(line: bytes, manifest: pathlib.Path) -> dict:
         if not (number and math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"duration is {seconds!r}; it must be seconds above 0, or left out")
         seconds = float(seconds)
-    fields = {key: row.get(key) for key in ("text", "speaker", "label")}
+    known = ("id", "audio_filepath", "duration", "offset")
+    fields = {"text": None} | {key: value for key, value in row.items() if key not in known}
     for key, value in fields.items():
         # Speaker numbers are common; a text that is not a string is a mistake.
         if not isinstance(value, str | None if key == "text" else str | int | None):
@@ -409,7 +409,8 @@ def _manifest_row(line: bytes, manifest: pathlib.Path) -> dict:
         fields[key] = "" if value is None else str(value).strip()
     path = os.path.join(manifest.parent, os.path.expanduser(name))
     name = str(row.get("id") or pathlib.PurePath(name).with_suffix("").as_posix())
-    return {"id": name, "path": path, "duration": seconds} | fields
+    text = fields.pop("text")
+    return {"id": name, "path": path, "duration": seconds, "text": text, "tags": fields}
 
 
 # ---- Prepared ----------------------------------------------------------------------------------
