@@ -18,15 +18,27 @@ from speech_jax.data.batch import Bucket, collate, length_key, size_names
 from speech_jax.data.parts import Part, PartError
 from speech_jax.data.parts.audio import STATISTICS, Audio, Crop, open_noise
 from speech_jax.data.plan import stretched_length
-from speech_jax.data.sources import FileSource, Utterance
+from speech_jax.data.sources import Utterance
 from speech_jax.errors import UserError
 
 RATE = 8000
 _TEXT = {"tokenizer": "characters", "normalizer": "upper", "vocabulary_size": 100}
 
 
+@dataclasses.dataclass(frozen=True)
+class Recordings:
+    """A source of files."""
+
+    utterances: tuple[Utterance, ...]
+    paths: tuple[str, ...]
+
+    def open(self, index: int, stream: str = "audio") -> str:
+        assert stream == "audio"
+        return self.paths[index]
+
+
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> FileSource:
+def source(tmp_path_factory) -> Recordings:
     """Six utterances of 0.3 to 0.8 s that lack nothing."""
     folder = tmp_path_factory.mktemp("parts")
     utterances, paths = [], []
@@ -38,7 +50,7 @@ def source(tmp_path_factory) -> FileSource:
         tags = {"speaker": f"s{number % 2}", "translation": f"zwei {'x' * number}".strip()}
         text = f"AB{'C' * (number % 3)} A"
         utterances.append(Utterance(str(number), seconds, text, tags))
-    return FileSource(tuple(utterances), tuple(paths), {})
+    return Recordings(tuple(utterances), tuple(paths))
 
 
 def _moments(samples: np.ndarray) -> tuple:
@@ -137,7 +149,7 @@ def _assert_equal(one: Mapping[str, np.ndarray], two: Mapping[str, np.ndarray]) 
         np.testing.assert_array_equal(one[name], two[name])
 
 
-def _changed(source: FileSource, changes: Mapping[str, Any], *indices: int) -> FileSource:
+def _changed(source: Recordings, changes: Mapping[str, Any], *indices: int) -> Recordings:
     utterances = list(source.utterances)
     for index in indices:
         utterances[index] = dataclasses.replace(utterances[index], **changes)
