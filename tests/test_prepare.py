@@ -162,7 +162,9 @@ def test_prepared_data_is_not_prepared_again(tmp_path, corpus):
         prepare.prepare(open_prepared(tmp_path / "out"), "train", tmp_path / "other")
 
 
-@pytest.mark.parametrize("damage", [None, "", "[1]", '["x", 1.0, "", {}]\n', '["x", 1.0, "", {"a": 1}]\n' * 14])
+@pytest.mark.parametrize(
+    "damage", [None, "", "[1]", '["x", 1.0, "", {}]\n', '["x", 1.0, "", {"a": 1}]\n' * 14]
+)
 def test_the_index_is_made_again_where_it_is_missing_or_damaged(tmp_path, corpus, damage):
     prepare.prepare(corpus, "train", tmp_path / "out")
     index = folder_of(tmp_path / "out") / "index.jsonl"

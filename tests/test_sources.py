@@ -215,7 +215,10 @@ def test_a_manifest_takes_what_nemo_writes(tmp_path):
     (tmp_path / "b").mkdir()
     text = "\ufeff" + "\n\n".join(json.dumps(row) for row in rows)
     (tmp_path / "dev.jsonl").write_text(text, "utf-8")
-    expected = (sources.Utterance("a", 0.5, "ONE"), sources.Utterance("b", 0.5, tags={"speaker": "12"}))
+    expected = (
+        sources.Utterance("a", 0.5, "ONE"),
+        sources.Utterance("b", 0.5, tags={"speaker": "12"}),
+    )
     for root, split in [(tmp_path, "dev"), (tmp_path, "dev.jsonl"), (".", tmp_path / "dev.jsonl")]:
         opened = sources.open_source("manifest", root=root, split=str(split))
         assert opened.utterances == expected
@@ -351,7 +354,10 @@ def test_a_split_of_which_nothing_is_left_is_an_error(tmp_path):
         ('{"audio_filepath": "good.wav", "offset": 1.5}', "offset 1.5 and duration .* lead beyond"),
         ('{"audio_filepath": "good.wav", "offset": -1}', "offset is -1; it must be seconds, 0 or"),
         ('{"audio_filepath": "good.wav", "offset": "1"}', "offset is '1'"),
-        ('{"audio_filepath": "good.wav", "offset": 0, "duration": 2}', "offset 0 and duration 2 lead"),
+        (
+            '{"audio_filepath": "good.wav", "offset": 0, "duration": 2}',
+            "offset 0 and duration 2 lead",
+        ),
         ('{"audio_filepath": "good.wav"}', "id 'good' is also that of .*dev\\.jsonl:1"),
         ('{"audio_filepath": "a.wav", "label": ["b"]}', r"label is \['b'\]"),
         ('{"audio_filepath": "\udcff"}', "not UTF-8"),
@@ -412,7 +418,9 @@ def test_absent_data_is_an_error_that_says_what_there_is(tmp_path):
     assert "does not exist" in message("manifest", root=tmp_path / "no")
     assert "no split" in message(split="")
     assert "needs root" in message(root="")
-    assert "librispeech, manifest, prepared, synthetic, kaldi, common_voice, parquet" in message("tfrecord")
+    assert "librispeech, manifest, prepared, synthetic, kaldi, common_voice, parquet" in message(
+        "tfrecord"
+    )
     assert "on_error is 'ignore'" in message(on_error="ignore")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from speech_jax.errors import UserError
+from speech_jax.evaluators.masked import Masked
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import features
 from speech_jax.rules import Rules
@@ -67,11 +68,9 @@ class BestRQ:
     collapse_fraction: float = 0.0005
     collapse_after: int = 1_000
 
-    parts: ClassVar = {"audio": "audio"}
+    parts: ClassVar = {"audio": "crop"}
     along: ClassVar = "samples"
     best: ClassVar = ("error_rate", "min")
-    labelled: ClassVar = False
-    metric: ClassVar = "error_rate"
 
     def __post_init__(self) -> None:
         if self.encoder.listens == "waveform" and not hasattr(self.encoder, "geometry"):
@@ -173,10 +172,15 @@ class BestRQ:
             cure=cure,
         )
 
-    def score(self, row, utterance, tokenizer):
-        """Sums over an utterance's masked frames."""
-        del utterance, tokenizer
-        return masked.score(row)
+    def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
+        """Every utterance can be used."""
+        del sizes
+        return {}
+
+    def evaluator(self, parts: Mapping[str, Any]) -> Masked:
+        """How well masked frames are told apart."""
+        del parts
+        return Masked()
 
     def _predict(
         self, params: Any, state: Any, batch: Mapping[str, jax.Array], rng: jax.Array | None

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from speech_jax.errors import UserError
+from speech_jax.evaluators.masked import Masked
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.rules import Rules
 from speech_jax.tasks import masked
@@ -208,11 +209,9 @@ class Contrastive:
     collapse_fraction: float = 0.02
     collapse_after: int = 1_000
 
-    parts: ClassVar = {"audio": "audio"}
+    parts: ClassVar = {"audio": "crop"}
     along: ClassVar = "samples"
     best: ClassVar = ("error_rate", "min")
-    labelled: ClassVar = False
-    metric: ClassVar = "error_rate"
 
     def __post_init__(self) -> None:
         if not hasattr(self.encoder, "contextualize"):
@@ -297,10 +296,15 @@ class Contrastive:
             cure=cure,
         )
 
-    def score(self, row, utterance, tokenizer):
-        """Sums over an utterance's masked frames."""
-        del utterance, tokenizer
-        return masked.score(row)
+    def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
+        """Every utterance can be used."""
+        del sizes
+        return {}
+
+    def evaluator(self, parts: Mapping[str, Any]) -> Masked:
+        """How well masked frames are told apart."""
+        del parts
+        return Masked()
 
     def compare(
         self,

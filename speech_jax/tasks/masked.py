@@ -7,13 +7,11 @@ part.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from speech_jax.errors import UserError
-from speech_jax.evaluators import errors as metrics
 from speech_jax.ops import masking
 
 
@@ -65,13 +63,6 @@ def figures(sums: Mapping[str, float], means: Sequence[str]) -> dict[str, float]
     values["accuracy"] = sums["correct"] / max(sums["masked"], 1.0)
     values |= {name: sums[name] / max(sums["parts"], 1.0) for name in means}
     return values | {"masked_frames": sums["masked"]}
-
-
-def score(row: Mapping[str, Any]) -> tuple[metrics.MaskedCounts, dict[str, float]]:
-    """Counts of an utterance's masked frames, and what they come to."""
-    sums = (float(row[name]) for name in ("nats", "correct", "masked"))
-    counts = metrics.MaskedCounts(1, *sums)
-    return counts, counts.results()
 
 
 def check_collapse(
