@@ -1,7 +1,7 @@
 """A trained model as plain data. Everything that uses a model takes a bundle and nothing else.
 
-    bundle.open(folder)        a workdir, a saved bundle, or a folder of Hugging Face
-    bundle.save(model, folder) a folder that stands for itself
+bundle.open(folder)        a workdir, a saved bundle, or a folder of Hugging Face
+bundle.save(model, folder) a folder that stands for itself
 """
 
 import os
