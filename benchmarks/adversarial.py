@@ -11,14 +11,12 @@ turns.
 
 import argparse
 
-import jax
-import numpy as np
+from ml_collections import ConfigDict
 
-from benchmarks.report import interleaved_medians, report
+from benchmarks.hardware.build import Model
+from benchmarks.table import interleaved_medians, report
 from speech_jax import config as defaults
-from speech_jax import experiment, models, train
-from speech_jax.data.plan import Bucket
-from speech_jax.training import optim, sharding
+from speech_jax import models
 
 METHODS = {
     "clean": {},
@@ -44,9 +42,9 @@ def main():
     config = defaults.default()
     config.model = models.settings(*flags.model.split(":"))
     config.schedule = {"name": "constant", "peak": 1e-4}
-    samples = int(flags.seconds * config.data.sample_rate)
-    bucket = Bucket(samples, labels=int(8 * flags.seconds), rows=flags.rows)
-    steps = {name: _Step(config, changes, bucket) for name, changes in METHODS.items()}
+    steps = {
+        name: _Step(config, changes, flags.rows, flags.seconds) for name, changes in METHODS.items()
+    }
     seconds = interleaved_medians(steps, repeats=flags.repeats)
 
     clean, rows = steps["clean"], []
@@ -71,37 +69,18 @@ def main():
 class _Step:
     """The compiled step of training with some method, on a batch of noise."""
 
-    def __init__(self, config, changes, bucket):
+    def __init__(self, config: ConfigDict, changes: dict, rows: int, seconds: float):
         config = config.copy_and_resolve_references()
         config.adversarial.update(changes)
-        mesh = sharding.make_mesh()
-        task = experiment.make_task(config, VOCABULARY)
-        schedule = optim.make_schedule(steps=config.train.steps, **config.schedule)
-        shapes = train.batch_shapes(bucket, mesh)
-        abstract, init, tx = train.abstract_state(config, task, schedule, mesh, shapes)
-        program = train.compile_steps(config, task, tx, abstract, [bucket], mesh)[bucket.samples]
-        self._run = program.run
-        self._state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
-        self._batch = sharding.put_batch(_noise(bucket), mesh)
-        self.flops = program.flops
-        self.xla_flops = program.run.cost_analysis()["flops"]
-        self.temporary = program.run.memory_analysis().temp_size_in_bytes
+        model = Model(config, VOCABULARY)
+        model.start()
+        self._step = model.trace(rows, seconds, labels_per_second=8).compile()
+        self._step.load()
+        self.flops, self.temporary = self._step.flops, self._step.temporary
+        self.xla_flops = self._step.xla_flops
 
-    def __call__(self):
-        self._state, *_ = jax.block_until_ready(self._run(self._state, self._batch))
-
-
-def _noise(bucket):
-    rng = np.random.default_rng(0)
-    rows, samples, labels = bucket.rows, bucket.samples, bucket.labels
-    return {
-        "audio": (1000 * rng.standard_normal((rows, samples))).astype(np.int16),
-        "audio_length": np.full(rows, samples, np.int32),
-        "labels": rng.integers(1, VOCABULARY, (rows, labels), dtype=np.int32),
-        "labels_length": np.full(rows, labels, np.int32),
-        "weight": np.ones(rows, np.float32),
-        "index": np.arange(rows, dtype=np.int32),
-    }
+    def __call__(self) -> None:
+        self._step()
 
 
 if __name__ == "__main__":

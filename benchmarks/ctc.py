@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.report import interleaved_medians, report
+from benchmarks.table import interleaved_medians, report
 from speech_jax.ops import ctc
 
 SHAPES = ((16, 400, 60, 1024), (16, 400, 150, 32), (8, 1500, 200, 1024), (32, 400, 100, 128))

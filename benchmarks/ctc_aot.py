@@ -18,25 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.report import report
+from benchmarks.ctc import SHAPES
+from benchmarks.table import report
 from speech_jax.ops.ctc import ctc_loss
-
-SHAPES = ((16, 400, 60, 1024), (16, 400, 150, 32), (8, 1500, 200, 1024), (32, 400, 100, 128))
-
-# XLA's GpuTargetConfigProto of an H200, in text.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 151397597184 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 }
-runtime_version { major: 13 minor: 0 patch: 0 } device_description_str: "NVIDIA H200"
-"""
+from speech_jax.training import costs
 
 
 def topology(platform):
@@ -45,7 +30,7 @@ def topology(platform):
         return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology="1x1x1", target_config=H200
+        platform="cuda", topology_name="", topology="1x1x1", target_config=costs.gpu_target("h200")
     )
 
 

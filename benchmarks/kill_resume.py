@@ -23,7 +23,7 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 
-from benchmarks.report import report
+from benchmarks.table import report
 
 STAGES = ("training", "saving", "evaluating")
 TIMED = ("audio_seconds_per_second", "mfu", "compiles")

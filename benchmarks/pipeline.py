@@ -15,8 +15,10 @@ import os
 import numpy as np
 import soundfile
 
-from benchmarks.report import interleaved_medians, report
-from speech_jax.data import pipeline, plan, sources
+from benchmarks.table import interleaved_medians, report
+from speech_jax.data import pipeline, sources
+from speech_jax.data.parts.audio import Audio
+from speech_jax.data.plan import Plan
 
 _RATE = 16000
 
@@ -32,7 +34,7 @@ class _Planned:
 
     def __getitem__(self, i):
         bucket, ids, _ = self._batches[i]
-        samples = np.zeros((bucket.rows, bucket.samples), np.int16)
+        samples = np.zeros((bucket.rows, bucket.size("samples")), np.int16)
         lengths = np.zeros(bucket.rows, np.int32)
         for row, place in enumerate(ids[ids >= 0]):
             decoded = self._read(self._source.open(int(place)))
@@ -49,8 +51,8 @@ def _drain(batches):
     return sum(int(lengths.sum()) for _, lengths in batches)
 
 
-def _ours(corpus, buckets, threads):
-    iterator = pipeline.batches(corpus, buckets, shuffle=False, repeat=False, threads=threads)
+def _ours(corpus, plan, threads):
+    iterator = pipeline.batches(corpus, plan, repeat=False, threads=threads)
     total = sum(int(batch["audio_length"].sum()) for batch in iterator)
     iterator.close()
     return total
@@ -87,18 +89,18 @@ def main():
     arguments = parser.parse_args()
 
     source = sources.open_source(arguments.source, root=arguments.root, split=arguments.split)
-    corpus = pipeline.encode_corpus(source, None, sample_rate=_RATE)
-    buckets = pipeline.corpus_buckets(corpus, count=8, batch_seconds=arguments.batch_seconds)
-    batches = plan.plan_epoch(
-        corpus.samples, corpus.label_lengths, buckets, seed=0, epoch=0, shuffle=False
-    )
+    corpus = pipeline.make_corpus(source, {"audio": Audio(sample_rate=_RATE)})
+    budget = int(arguments.batch_seconds * _RATE)
+    buckets = corpus.buckets(along="samples", count=8, budget=budget, round_to=_RATE // 10)
+    plan = Plan(corpus.lengths, "samples", buckets, shuffle=False)
+    batches = plan.epoch(0)
     workers = arguments.workers
     plain = _Planned(source, batches, _soundfile)
     calls = {
         "thread pool + soundfile (peer)": lambda: _thread_pool(plain, workers),
-        "speech_jax, no threads": lambda: _ours(corpus, buckets, 0),
-        f"speech_jax, {workers} threads": lambda: _ours(corpus, buckets, workers),
-        "speech_jax, 16 threads": lambda: _ours(corpus, buckets, 16),
+        "speech_jax, no threads": lambda: _ours(corpus, plan, 0),
+        f"speech_jax, {workers} threads": lambda: _ours(corpus, plan, workers),
+        "speech_jax, 16 threads": lambda: _ours(corpus, plan, 16),
     }
     if importlib.util.find_spec("torch"):
         calls[f"torch DataLoader, {workers} workers (peer)"] = _torch_loader(plain, workers)

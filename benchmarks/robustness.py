@@ -13,7 +13,7 @@ import argparse
 import json
 import pathlib
 
-from benchmarks.report import report
+from benchmarks.table import report
 from speech_jax.evaluators.robustness import plot
 
 

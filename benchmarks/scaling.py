@@ -8,7 +8,7 @@ should not grow. Compiles for the slices (extra tpu-aot); no figure here is a me
 
 import argparse
 
-from benchmarks.report import report
+from benchmarks.table import report
 from configs import librispeech
 from speech_jax.preflight import compile as preflight
 

@@ -6,7 +6,7 @@
 Both start from the same weights and get the same full batch; forward, backward and AdamW, without
 dropout or masks. On CPU both compute in float32; on a GPU in bfloat16, the peer through
 torch.compile. `--frozen` leaves the feature extractor out of training, as fine-tuning does. MFU is
-of the arithmetic of the unfused program, over the peak of speech_jax/flops.py.
+of the arithmetic of the unfused program, over the peak of speech_jax/training/costs.py.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import report
+from benchmarks import table
 from speech_jax import models
 from speech_jax.bundle import huggingface as hf
 from speech_jax.ops import ctc
@@ -158,7 +158,7 @@ def main():
         peer = transformers_step(folder, batch, device=device, frozen=chosen.frozen)
     calls = {"speech_jax": step, chosen.peer: peer}
     losses = {name: call() for name, call in calls.items()}  # equal, or they do different work
-    seconds = report.interleaved_medians(calls, repeats=chosen.repeats, warmup=1)
+    seconds = table.interleaved_medians(calls, repeats=chosen.repeats, warmup=1)
     rows = [
         {
             "step": name,
@@ -171,7 +171,7 @@ def main():
         }
         for name, time in seconds.items()
     ]
-    report.report(rows, file=chosen.json)
+    table.report(rows, file=chosen.json)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import platform
 _PACKAGES = ("speech_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
-def versions() -> dict[str, str]:
+def versions(*others: str) -> dict[str, str]:
     """Versions of what matters for a result; a checkout that is not installed says so."""
-    return {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    packages = _PACKAGES + others
+    return {name: _version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def _version(package: str) -> str:

@@ -7,10 +7,11 @@ import jax
 import pytest
 
 import runs
+from speech_jax import experiment
 from speech_jax.errors import UserError
+from speech_jax.preflight import assumed, hlo
 from speech_jax.preflight import compile as preflight
-from speech_jax.preflight import hlo
-from speech_jax.training import costs as flops
+from speech_jax.training import costs, sharding
 
 pytestmark = pytest.mark.optax
 
@@ -75,6 +76,36 @@ def test_a_program_is_read():
     assert moved.memory == loop + (3200 + 3200 + 12) + 6400 + 4000
 
 
+def test_lines_that_are_not_understood_are_counted_and_hide_nothing_else():
+    strange = """  %odd = f32[2]{0}
+  %new = f32[2,100]{1,0} fusion(%x), kind=kLoop, calls=%gone
+  %loop2 = f32[] while(%x), condition=%gone, body=%gone
+"""
+    text = PROGRAM.replace("  ROOT %part", strange + "  ROOT %part")
+    moved, before = hlo.traffic(text, 8), hlo.traffic(PROGRAM, 8)
+    assert (before.unread, moved.unread) == (0, 2)
+    assert moved[:2] == before[:2]
+
+
+def test_the_longest_bucket_is_that_of_a_corpus():
+    config = runs.tiny_config("nowhere")
+    config.data.speeds = (0.9, 1.0, 1.1)
+    config.data.batch_seconds = 23.0
+    parts = assumed.make_parts(config)
+    task = experiment.make_task(config, parts)
+    bucket = assumed.longest_bucket(config, task, parts, sharding.make_mesh(data=4, fsdp=2))
+    # 2 s at a speed of 0.9, rounded up to a tenth; rows in multiples of the eight devices.
+    assert (bucket.rows, bucket.size("samples")) == (8, 36_800)
+    assert bucket.size("labels") >= 2 * assumed.LABELS_PER_SECOND["characters"]
+
+
+def test_a_gpu_is_described_to_its_compiler():
+    target = costs.gpu_target("h200")
+    assert 'device_description_str: "NVIDIA H200"' in target
+    assert f"device_memory_size: {int(costs.CHIPS['H200'].memory)}" in target
+    assert costs.gpu_target("h100") != target
+
+
 def test_this_machine_is_measured_and_fsdp_sends_parameters_only():
     config = runs.tiny_config("nowhere")
     config.model.num_layers, config.model.scan = 2, True
@@ -95,7 +126,7 @@ def test_this_machine_is_measured_and_fsdp_sends_parameters_only():
 
 def test_it_says_whether_it_fits_and_what_limits_it(monkeypatch, capsys):
     config = runs.tiny_config("nowhere")
-    monkeypatch.setitem(flops.CHIPS, "cpu", flops.Chip(1e12, 2**30, 1e9, 1e9))
+    monkeypatch.setitem(costs.CHIPS, "cpu", costs.Chip(1e12, 2**30, 1e9, 1e9))
     figures = preflight.run(config)
     printed = capsys.readouterr().out
     for line in ("parameters per chip", "sent by all-gather", "roofline step", "data sheets"):
@@ -109,18 +140,18 @@ def test_it_says_whether_it_fits_and_what_limits_it(monkeypatch, capsys):
     small = figures | {"fits": False, "why": "2.0 of 1.0 GiB"}
     preflight.show(small)
     assert "NO: 2.0 of 1.0 GiB" in capsys.readouterr().out
-    monkeypatch.setitem(flops.CHIPS, "cpu", flops.Chip(1e12, 2**10, 1e9, 1e9))
+    monkeypatch.setitem(costs.CHIPS, "cpu", costs.Chip(1e12, 2**10, 1e9, 1e9))
     monkeypatch.setattr(preflight, "measure", lambda *_: small)
     with pytest.raises(UserError, match=r"it does not fit this machine: 2\.0 of 1\.0 GiB"):
         preflight.run(config)
 
 
 def test_a_group_that_spans_hosts_sends_over_their_adapters():
-    chip = flops.CHIPS["H100"]
+    chip = costs.CHIPS["H100"]
     assert preflight._rate((0, 1, 2, 3), 8, chip) == chip.link
     assert preflight._rate((0, 8), 8, chip) == chip.network
     assert preflight._rate(tuple(range(16)), 8, chip) == 8 * chip.network
-    assert preflight._rate((0, 8), 8, flops.CHIPS["TPU v6"]) == flops.CHIPS["TPU v6"].link
+    assert preflight._rate((0, 8), 8, costs.CHIPS["TPU v6"]) == costs.CHIPS["TPU v6"].link
 
 
 @pytest.mark.parametrize(
@@ -128,8 +159,8 @@ def test_a_group_that_spans_hosts_sends_over_their_adapters():
     [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("NVIDIA H200", 989e12)],
 )
 def test_a_chip_is_found_by_what_jax_calls_it(kind, peak):
-    assert flops.chip(kind).flops == peak
-    assert flops.chip("cpu") is None
+    assert costs.chip(kind).flops == peak
+    assert costs.chip("cpu") is None
 
 
 @pytest.mark.parametrize(

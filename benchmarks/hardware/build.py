@@ -98,6 +98,11 @@ class Step:
         self.temporary = self._program.memory_analysis().temp_size_in_bytes
         return self
 
+    @property
+    def xla_flops(self) -> float:
+        """The compiler's own count, in which a loop's body counts once."""
+        return self._program.cost_analysis()["flops"]
+
     def load(self) -> None:
         """Puts a batch of noise on the device."""
         self._batch = sharding.put_batch(noise(self._shapes), self.model.mesh)

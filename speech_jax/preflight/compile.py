@@ -2,7 +2,7 @@
 
 No data and no accelerator is needed: the batch is the longest bucket that the configuration allows,
 full. The step time is a roofline: arithmetic, memory traffic and collectives each at the rate on
-the chip's data sheet (flops.CHIPS), the slowest of the three if they overlap entirely. A real step
+the chip's data sheet (costs.CHIPS), the slowest of the three if they overlap entirely. A real step
 takes longer; what the roofline says is whether a plan can be good, and what limits it.
 """
 
@@ -13,48 +13,15 @@ from collections import Counter
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from speech_jax import experiment, train
-from speech_jax.data.plan import LABELS_MULTIPLE, Bucket
+from speech_jax import experiment
 from speech_jax.errors import UserError
-from speech_jax.preflight import hlo
-from speech_jax.training import costs as flops
-from speech_jax.training import optim, sharding
-
-# Estimates for the shape of a batch, where there is no corpus to count in.
-CHARACTERS = 32  # in the vocabulary
-LABELS_PER_SECOND = {"characters": 16, "sentencepiece": 5}
-
-# What XLA's GPU compiler wants to know of a device (GpuTargetConfigProto).
-_GPU = """
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: {shared} threads_per_core_limit: 2048 core_count: {cores}
-  fpus_per_core: {fpus} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: {cache}
-  clock_rate_ghz: {clock} device_memory_size: {memory}
-  shared_memory_per_block_optin: {optin} cuda_compute_capability {{ major: {major} }}
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-runtime_version {{ major: 13 minor: 0 patch: 0 }}
-device_description_str: "NVIDIA {name}"
-"""
-_HOPPER = {
-    "major": 9, "cores": 132, "fpus": 128, "clock": 1.98, "shared": 233472, "optin": 232448,
-    "cache": 52428800,
-}  # fmt: skip
-_AMPERE = {
-    "major": 8, "cores": 108, "fpus": 64, "clock": 1.41, "shared": 167936, "optin": 166912,
-    "cache": 41943040,
-}  # fmt: skip
-_GPUS = {"a100": _AMPERE, "h100": _HOPPER, "h200": _HOPPER}
+from speech_jax.preflight import assumed, hlo
+from speech_jax.training import costs, sharding
 
 
 class Slice(NamedTuple):
@@ -97,18 +64,12 @@ def find_devices(topology: str) -> Slice:
     kind, shape = match.groups()
     sizes = [int(size) for size in shape.split("x")]
     jax.config.update("jax_platforms", "cpu")  # the devices are not here
-    if kind in _GPUS and len(sizes) <= 2:
+    if kind in costs.GPUS and len(sizes) <= 2:
         hosts, each = sizes if len(sizes) == 2 else (1, *sizes)
         # Autotuning would run on the device, and Triton's products want it: cuBLAS does without.
         wanted = " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + wanted
-        rates = flops.CHIPS[kind.upper()]
-        target = _GPU.format(
-            name=kind.upper(),
-            memory=int(rates.memory),
-            bandwidth=int(rates.bandwidth),
-            **_GPUS[kind],
-        )
+        target = costs.gpu_target(kind)
         arguments = {"topology": f"1x{hosts}x{each}", "target_config": target}
         return Slice(topology, _describe(topology, "cuda", "", "gpu", **arguments), hosts)
     if kind in ("v4", "v5e", "v5p", "v6e"):
@@ -118,7 +79,7 @@ def find_devices(topology: str) -> Slice:
         return Slice(topology, _describe(topology, "tpu", topology, "tpu-aot", **arguments), 1)
     raise UserError(
         f"--topology={topology!r} is not known: v4, v5e, v5p or v6e with a shape such as 4x4, or "
-        f"{', '.join(_GPUS)} with N devices or HOSTSxN"
+        f"{', '.join(costs.GPUS)} with N devices or HOSTSxN"
     )
 
 
@@ -142,21 +103,19 @@ def measure(config: ConfigDict, where: Slice) -> dict:
 
     Keys: 'topology', 'device', 'devices', 'mesh', 'rows', 'seconds' (of a row), 'fits', 'why';
     bytes 'parameters', 'optimizer' (and averaged parameters), 'temporary', 'total', 'memory'; of a
-    step 'flops', 'memory_traffic' (bytes), 'collectives' {kind: {'count', 'bytes' sent}};
+    step 'flops', 'memory_traffic' (bytes), 'collectives' {kind: {'count', 'bytes' sent}}, 'unread'
+    (instructions of the program that were not understood, and are missing in these);
     and, where the chip's rates are known and it fits, seconds 'arithmetic_seconds',
     'memory_seconds', 'collective_seconds' and 'step_seconds', 'bound', 'mfu',
     'audio_hours_per_second' (of all devices together).
     """
     mesh = sharding.make_mesh(**config.mesh, devices=where.devices)
-    bucket = longest_bucket(config, mesh)
-    size = config.text.vocabulary_size if config.text.tokenizer == "sentencepiece" else CHARACTERS
-    mels = config.features.mels
-    unit = {"mean": np.zeros(mels, np.float32), "std": np.ones(mels, np.float32)}
-    task = experiment.make_task(config, size, unit if config.features.normalize == "global" else {})
-    schedule = optim.make_schedule(steps=config.train.steps, **config.schedule)
-    batch = train.batch_shapes(bucket, mesh)
-    abstract, _, tx = train.abstract_state(config, task, schedule, mesh, batch)
-    chip = flops.chip(where.devices[0].device_kind)
+    parts = assumed.make_parts(config)
+    task = experiment.make_task(config, parts)
+    bucket = assumed.longest_bucket(config, task, parts, mesh)
+    setup = experiment.make_setup(config, task, assumed.fields_of(parts), mesh, bucket)
+    abstract = setup.abstract
+    chip = costs.chip(where.devices[0].device_kind)
     count = len(where.devices)
     figures = {
         "topology": where.name,
@@ -164,7 +123,7 @@ def measure(config: ConfigDict, where: Slice) -> dict:
         "devices": count,
         "mesh": dict(mesh.shape),
         "rows": bucket.rows,
-        "seconds": bucket.samples / config.data.sample_rate,
+        "seconds": bucket.size("samples") / config.data.sample_rate,
         "parameters": _bytes(abstract.params),
         "optimizer": _bytes((abstract.opt_state, abstract.ema)),
         "memory": chip.memory if chip else None,
@@ -172,9 +131,9 @@ def measure(config: ConfigDict, where: Slice) -> dict:
         "why": "",
     }
     with jax.set_mesh(mesh):
-        traced = train.jit_step(config, task, tx, abstract, mesh).trace(abstract, batch)
+        traced = setup.step().trace(abstract, setup.batch(bucket))
         lowered = traced.lower()
-    figures["flops"] = flops.matmul_flops(traced.jaxpr) / count
+    figures["flops"] = costs.matmul_flops(traced.jaxpr) / count
     try:
         # All that is asked for is memory, collectives and a schedule, not the fastest kernels: the
         # TPU compiler would take some twenty times as long.
@@ -183,7 +142,7 @@ def measure(config: ConfigDict, where: Slice) -> dict:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return figures | {"fits": False, "why": " ".join(str(error).split())[:300]}
-    total = flops.memory_needed(compiled)
+    total = costs.memory_needed(compiled)
     figures |= {"temporary": compiled.memory_analysis().temp_size_in_bytes, "total": total}
     if chip and total > chip.memory:
         figures |= {"fits": False, "why": f"{total / 2**30:.1f} of {chip.memory / 2**30:.1f} GiB"}
@@ -194,20 +153,10 @@ def measure(config: ConfigDict, where: Slice) -> dict:
         sent[one.kind] += one.times * one.sent
     figures |= {
         "memory_traffic": moved.memory,
+        "unread": moved.unread,
         "collectives": {kind: {"count": kinds[kind], "bytes": sent[kind]} for kind in kinds},
     }
     return figures | (_roofline(figures, moved, where, chip) if chip else {})
-
-
-def longest_bucket(config: ConfigDict, mesh) -> Bucket:
-    """The batch shape of the longest utterances at the slowest speed, as a corpus would have it."""
-    seconds = config.data.max_seconds / min(config.data.speeds)
-    samples = math.ceil(seconds * 10 - 1e-9) * config.data.sample_rate // 10
-    multiple = sharding.batch_shards(mesh) * config.train.accumulate
-    rows = int(config.data.batch_seconds * config.data.sample_rate) // samples
-    labels = config.data.max_seconds * LABELS_PER_SECOND[config.text.tokenizer]
-    labels = math.ceil(labels / LABELS_MULTIPLE) * LABELS_MULTIPLE
-    return Bucket(samples, labels, max(rows // multiple, 1) * multiple)
 
 
 def _options(where: Slice) -> dict | None:
@@ -256,7 +205,7 @@ def _rate(group, each: int, chip) -> float:
 
 def show(figures: dict) -> None:
     """Prints figures as a table, with the rates that the estimate is made with."""
-    chip = flops.chip(figures["device"])
+    chip = costs.chip(figures["device"])
     mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
     title = f"{figures['topology']}: {figures['devices']} x {figures['device']}, mesh {mesh}"
     table = Table(title=title, title_justify="left", show_header=False)
@@ -274,6 +223,8 @@ def show(figures: dict) -> None:
             table.add_row(f"sent by {kind}", f"{moved['bytes'] / 1e6:.1f} MB in {moved['count']}")
         if not figures["collectives"]:
             table.add_row("collectives", "none")
+        if figures["unread"]:
+            table.add_row("not understood", f"{figures['unread']} instructions: more is moved")
     if "step_seconds" in figures:
         for name in ("arithmetic", "memory", "collective"):
             table.add_row(f"{name} time", f"{1e3 * figures[f'{name}_seconds']:.2f} ms")
@@ -285,7 +236,7 @@ def show(figures: dict) -> None:
         network = f", {chip.network / 1e9:g} GB/s to other hosts" if chip.network else ""
         table.caption = (
             f"at {chip.flops / 1e12:g} TFLOP/s (bfloat16), {chip.bandwidth / 1e9:g} GB/s of "
-            f"memory, {chip.link / 1e9:g} GB/s to other chips{network}: data sheets, see flops.py"
+            f"memory, {chip.link / 1e9:g} GB/s to other chips{network}: data sheets, see costs.py"
         )
     Console(highlight=False).print(table)
 

@@ -41,6 +41,7 @@ class Traffic(NamedTuple):
 
     memory: float  # bytes read from and written to device memory, about
     collectives: list[Collective]
+    unread: int = 0  # instructions that were not understood, and count for nothing
 
 
 class _Instruction(NamedTuple):
@@ -57,32 +58,40 @@ def traffic(text: str, devices: int) -> Traffic:
     Memory traffic is what each operation (or fusion of operations) reads and writes: slices count
     as what is sliced, and values that a TPU keeps on the chip do not count.
     """
-    computations, entry = _parse(text)
+    computations, entry, unread = _parse(text)
     memory, collectives = 0.0, []
     for name, times, fused in _runs(computations, entry):
         body = {instruction.name: instruction for instruction in computations[name]}
         for instruction in body.values():
             kind = instruction.opcode.removesuffix("-start")
-            if kind in _COLLECTIVES:
-                # On TPU, a reduce-scatter is an all-reduce in a fusion that keeps a part of it.
-                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"
-                collectives.append(_collective(instruction, kind, body, times, devices))
-            if not fused:
-                memory += times * _accessed(instruction, body, computations)
-    return Traffic(memory, collectives)
+            # What a new compiler writes differently must not hide what can be read.
+            try:
+                if kind in _COLLECTIVES:
+                    # On TPU, a reduce-scatter is an all-reduce in a fusion that keeps a part of it.
+                    if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                        kind = "reduce-scatter"
+                    collectives.append(_collective(instruction, kind, body, times, devices))
+                if not fused:
+                    memory += times * _accessed(instruction, body, computations)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                unread += 1
+    return Traffic(memory, collectives, unread)
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    computations, current, entry = {}, None, ""
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str, int]:
+    """Computations by name, which of them is the entry, and how many lines were not understood."""
+    computations, current, entry, unread = {}, None, "", 0
     for line in text.splitlines():
         if line.endswith("{") and " -> " in line and not line.startswith(" "):
             name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
             current = computations.setdefault(name, [])
             entry = name if line.startswith("ENTRY") else entry
         elif current is not None and line.startswith(" ") and " = " in line:
-            current.append(_instruction(line))
-    return computations, entry
+            try:
+                current.append(_instruction(line))
+            except (IndexError, ValueError):
+                unread += 1
+    return computations, entry, unread
 
 
 def _instruction(line: str) -> _Instruction:
@@ -107,6 +116,8 @@ def _closing(text: str) -> int:
 
 def _runs(computations, entry: str, times: int = 1, fused: bool = False) -> Iterator:
     """(computation, how often it runs, whether it is a part of a fusion), from the entry down."""
+    if entry not in computations:
+        return
     yield entry, times, fused
     for instruction in computations[entry]:
         attributes, opcode = instruction.attributes, instruction.opcode
@@ -115,7 +126,8 @@ def _runs(computations, entry: str, times: int = 1, fused: bool = False) -> Iter
                 re.findall(rf"{part}=%([\w.\-]+)", attributes) for part in ("condition", "body")
             )
             known = re.search(r'known_trip_count":\{"n":"(\d+)"', attributes)
-            loops = int(known[1]) if known else _trips(computations[condition[0]])
+            below = computations.get(condition[0], []) if condition else []
+            loops = int(known[1]) if known else _trips(below)
         elif opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", attributes)
             pattern = r"%([\w.\-]+)" if branches else r"(?:true|false)_computation=%([\w.\-]+)"
@@ -137,7 +149,7 @@ def _trips(condition: list[_Instruction]) -> int:
     }
     for instruction in condition:
         if instruction.opcode == "compare" and "direction=LT" in instruction.attributes:
-            return values.get(instruction.operands[1], 1)
+            return values.get("".join(instruction.operands[1:2]), 1)
     return 1
 
 

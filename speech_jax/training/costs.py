@@ -43,6 +43,41 @@ CHIPS = {
 }
 
 
+# What XLA's compiler wants to know of a GPU besides (GpuTargetConfigProto), by generation.
+_TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: {shared} threads_per_core_limit: 2048 core_count: {cores}
+  fpus_per_core: {fpus} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: {cache}
+  clock_rate_ghz: {clock} device_memory_size: {memory}
+  shared_memory_per_block_optin: {optin} cuda_compute_capability {{ major: {major} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "NVIDIA {name}"
+"""
+_HOPPER = {
+    "major": 9, "cores": 132, "fpus": 128, "clock": 1.98, "shared": 233472, "optin": 232448,
+    "cache": 52428800,
+}  # fmt: skip
+_AMPERE = {
+    "major": 8, "cores": 108, "fpus": 64, "clock": 1.41, "shared": 167936, "optin": 166912,
+    "cache": 41943040,
+}  # fmt: skip
+GPUS = {"a100": _AMPERE, "h100": _HOPPER, "h200": _HOPPER}
+
+
+def gpu_target(kind: str) -> str:
+    """XLA's description of a GPU of GPUS, to compile for where there is none."""
+    name = kind.upper()
+    rates = CHIPS[name]
+    memory, bandwidth = int(rates.memory), int(rates.bandwidth)
+    return _TARGET.format(name=name, memory=memory, bandwidth=bandwidth, **GPUS[kind])
+
+
 def chip(device_kind: str) -> Chip | None:
     """The rates of a kind of device; None for one that is not in the table."""
     kind = device_kind.lower()
@@ -88,12 +123,17 @@ def _bodies(params):
 
 @functools.cache
 def peak_flops() -> float:
-    """FLOP/s of one local device: its data sheet's, or what a float32 matrix product gets here."""
+    """FLOP/s of one local device: its data sheet's, or what a matrix product gets here.
+
+    The product is of float32 on a CPU and of bfloat16 on an accelerator, as training is there. It
+    runs on the device: call this before there is other work on it.
+    """
     device = jax.local_devices()[0]
     if rates := chip(device.device_kind):
         return rates.flops
-    size = 1024
-    x = jnp.ones((size, size), jnp.float32)
+    on_cpu = device.platform == "cpu"
+    size = 1024 if on_cpu else 8192
+    x = jnp.ones((size, size), jnp.float32 if on_cpu else jnp.bfloat16)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
     seconds = []
@@ -102,7 +142,7 @@ def peak_flops() -> float:
         product(x, x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     # Virtual CPU devices share the cores that the product ran on.
-    sharing = jax.local_device_count() if device.platform == "cpu" else 1
+    sharing = jax.local_device_count() if on_cpu else 1
     return 2.0 * size**3 / float(np.median(seconds)) / sharing
 
 

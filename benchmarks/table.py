@@ -5,9 +5,10 @@ import platform
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from statistics import median
+
+from speech_jax.versions import versions
 
 
 def interleaved_medians(calls, *, repeats=15, warmup=2):
@@ -41,7 +42,7 @@ def report(rows, *, file=None, device=None):
     if file:
         result = {
             "device": device or _device(),
-            "versions": _versions(),
+            "versions": versions("numpy", "torch", "transformers", "libtpu"),
             "commit": _commit(),
             "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
             "rows": rows,
@@ -75,13 +76,6 @@ def _device():
     import os
 
     return f"CPU, {os.cpu_count()} cores: {name}"
-
-
-def _versions():
-    names = ("speech_jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "libtpu")
-    found = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
-    versions = {name: found[name] for name in names if name in found}
-    return {"python": platform.python_version(), **versions}
 
 
 def _commit():
