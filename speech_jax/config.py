@@ -24,10 +24,10 @@ from speech_jax.training.adversarial import NORMS, SPACES, Adversary
 
 # What a value must be, beside having the type of its default.
 CHOICES = {
-    "data.source": tuple(SOURCES),
+    "data.source": SOURCES,
     "data.on_error": ("raise", "skip"),
     "text.tokenizer": ("characters", "sentencepiece"),
-    "text.normalizer": tuple(NORMALIZERS),
+    "text.normalizer": NORMALIZERS,
     "features.normalize": ("utterance", "global", "none"),
     "robustness.space": SPACES,
     "robustness.norm": NORMS,
@@ -246,7 +246,7 @@ def check(config: ConfigDict) -> None:
     for key, known in CHOICES.items():
         value = _get(config, key)
         if value is not None and value not in known:
-            near = difflib.get_close_matches(str(value), known, n=1)
+            near = difflib.get_close_matches(str(value), list(known), n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise UserError(f"config.{key}={value!r}{hint}: it must be one of {', '.join(known)}")
     for key, (demand, fits) in RANGES.items():

@@ -66,12 +66,16 @@ def open_training(config: ConfigDict) -> sources.Source:
 
 
 def make_parts(
-    config: ConfigDict, folder: pathlib.Path, source: sources.Source | None = None
+    config: ConfigDict,
+    folder: pathlib.Path,
+    source: sources.Source | None = None,
+    fresh: bool = False,
 ) -> dict[str, Part]:
     """The parts of the configured task by their name in a batch.
 
     Those that `folder` holds are restored; where there is a `source`, the others are made of it
-    and saved in `folder`. All processes of a run call this together.
+    and saved in `folder`. In a folder that is `fresh` all are made: what a start that failed has
+    left there may be of other settings. All processes of a run call this together.
 
     Raises:
       PartError: `source` lacks what a part learns from.
@@ -84,13 +88,14 @@ def make_parts(
         known = inspect.signature(constructor.make).parameters
         for key in config.parts.get(name, {}):
             registry.lookup(f"setting of config.parts.{name}", known, key)
-        try:
-            made[name] = constructor.restore(folder, name, **settings)
-            continue
-        except FileNotFoundError as error:
-            if source is None:
-                lost = pathlib.Path(str(error.filename or error)).name
-                raise UserError(f"{folder} holds no {lost}: train there first") from error
+        if not fresh:
+            try:
+                made[name] = constructor.restore(folder, name, **settings)
+                continue
+            except FileNotFoundError as error:
+                if source is None:
+                    lost = pathlib.Path(str(error.filename or error)).name
+                    raise UserError(f"{folder} holds no {lost}: train there first") from error
         if jax.process_index() == 0:
             constructor.make(source, name, **settings).save(folder)
         barrier(f"part {name}")
@@ -143,7 +148,7 @@ def training_corpus(
 ) -> pipeline.Corpus:
     """The utterances of `source` that can be trained on; the others are counted in the log."""
     data = config.data
-    if data.noise_root:
+    if data.noise_root and "audio" in parts:
         noise = open_noise(
             data.noise_root, probability=data.noise_probability, snr_db=data.noise_snr_db
         )
@@ -326,7 +331,7 @@ class Setup:
         """The step as one jitted function; it gives its state's memory to the next one."""
         config, everywhere = self.config, sharding.replicated(self.mesh)
         adversary = make_adversary(config)
-        mask = groups.trainable(self.abstract.params, config.optimizer.frozen)
+        mask = groups.trainable(self.abstract.params, config.optimizer.get("frozen", ()))
         make = lambda task: adversarial.gradients(task, adversary)
         step = steps.make_step(
             steps.accumulate(groups.gradients(make, self.task, mask), config.train.accumulate),
@@ -371,7 +376,9 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
     tx = optim.make_optimizer(
         schedule=schedule, params=params, defaults=default().optimizer, **config.optimizer
     )
-    learned = lambda tree: groups.split(tree, groups.trainable(params, config.optimizer.frozen))[0]
+    learned = lambda tree: groups.split(
+        tree, groups.trainable(params, config.optimizer.get("frozen", ()))
+    )[0]
     sums = jax.eval_shape(task.loss, params, model_state, probe)[2]["sums"]
 
     def init() -> steps.TrainState:

@@ -48,9 +48,10 @@ def run(config: ConfigDict, workdir: Workdir) -> dict | None:
 
 def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> dict | None:
     started = time.monotonic()
-    if config.optimizer.frozen and not config.init.folder:
+    frozen = config.optimizer.get("frozen")
+    if frozen and not config.init.folder:
         raise TrainingError(
-            f"config.optimizer.frozen={config.optimizer.frozen} would hold random weights still: "
+            f"config.optimizer.frozen={frozen} would hold random weights still: "
             "name what to start from in config.init.folder"
         )
     eval_splits = split_names(config.data.eval_splits)
@@ -63,7 +64,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     # ---- Data ----------------------------------------------------------------------------------
     mesh = sharding.make_mesh(**config.mesh)
     source = experiment.open_training(config)
-    parts = experiment.make_parts(config, workdir.folder, source)
+    parts = experiment.make_parts(config, workdir.folder, source, fresh=not workdir.config.exists())
     task = experiment.make_task(config, parts)
     corpus = experiment.training_corpus(config, source, parts, task)
     plan, note = _plan(config, workdir, corpus, task, mesh)

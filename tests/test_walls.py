@@ -96,7 +96,6 @@ def configure(name: str, root: pathlib.Path):
     config.task = tasks.settings(name, width=3)
     config.parts = CASES[name].get("parts", {})
     config.text.normalizer = "none"
-    config.optimizer.no_decay = "kernel$"
     config.schedule = {"name": "constant", "peak": 1e-1, "warmup": 1}
     config.train.update({"steps": STEPS, "eval_every": 3, "log_every": 1})
     config.checkpoint.every = 2
