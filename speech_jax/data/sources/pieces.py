@@ -1,5 +1,6 @@
 """Where to cut recordings that are longer than a model or its memory takes."""
 
+import itertools
 import math
 from typing import BinaryIO
 
@@ -58,6 +59,4 @@ def quiet_pieces(
         places = np.flatnonzero(quiet <= quiet.min())
         cuts.append(first + int(places[len(places) // 2]))
     ends = [*(cut * hop / rate for cut in cuts), len(samples) / rate]
-    return [
-        Segment(file, start, stop - start) for start, stop in zip(ends[:-1], ends[1:], strict=True)
-    ]
+    return [Segment(file, start, stop - start) for start, stop in itertools.pairwise(ends)]
