@@ -69,11 +69,11 @@ def read(folder: str | os.PathLike) -> Bundle:
       ModelFolderError: for a missing or damaged file, an architecture that is not ours, a missing
         or left-over tensor, a shape that does not fit the configuration.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).expanduser()
     files = {
         name: schema.read(folder / name, checks)
         for name, checks in _SCHEMAS.items()
-        if name == "config.json" or (folder / name).exists()
+        if name == "config.json" or os.path.exists(folder / name)
     }
     return _assembled(files, read_tensors(folder), folder)
 
@@ -212,7 +212,7 @@ def read_model_folder(folder: str | os.PathLike) -> Bundle:
 
     Raises ModelFolderError for a missing or damaged file, or weights that do not fit.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).expanduser()
     said = schema.read(folder / "model.json", _MODEL)
     flat = read_safetensors(folder / "params.safetensors")
     try:
