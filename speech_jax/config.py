@@ -7,22 +7,79 @@ any work is done.
 """
 
 import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict, config_dict
 
 from speech_jax import models, tasks
+from speech_jax.data.sources import SOURCES
+from speech_jax.data.text import NORMALIZERS
 from speech_jax.errors import UserError
 from speech_jax.ops import augment
+from speech_jax.training import groups
 from speech_jax.training.adversarial import NORMS, SPACES, Adversary
 
-MODES = {
-    "data.source": ("librispeech", "manifest", "prepared", "synthetic"),
+# What a value must be, beside having the type of its default.
+CHOICES = {
+    "data.source": tuple(SOURCES),
     "data.on_error": ("raise", "skip"),
     "text.tokenizer": ("characters", "sentencepiece"),
+    "text.normalizer": tuple(NORMALIZERS),
     "features.normalize": ("utterance", "global", "none"),
     "robustness.space": SPACES,
     "robustness.norm": NORMS,
+    "model.dtype": ("float32", "bfloat16"),
 }
+_ABOVE_ZERO = ("must be greater than 0", lambda value: value > 0)
+_FROM_ZERO = ("must be at least 0", lambda value: value >= 0)
+_SHARE = ("must be in [0, 1]", lambda value: 0 <= value <= 1)
+_SHARE_BELOW_ONE = ("must be in [0, 1)", lambda value: 0 <= value < 1)
+_SEED = ("must be in [0, 2**31)", lambda value: 0 <= value < 2**31)
+RANGES = {
+    "seed": _SEED,
+    **dict.fromkeys(
+        (
+            "data.sample_rate", "data.max_seconds", "data.batch_seconds", "data.buckets",
+            "data.eval_buckets", "text.vocabulary_size", "features.mels", "features.window_ms",
+            "features.hop_ms", "features.high_hz", "robustness.epsilons", "train.steps",
+            "train.accumulate", "train.log_every", "train.eval_every", "checkpoint.every",
+            "checkpoint.keep", "schedule.peak", "data.speeds", "model.width", "model.heads",
+            "model.num_layers", "model.kernel", "model.expansion", "model.feed_forward",
+            "model.conv_channels", "model.conv_kernels", "model.conv_strides",
+            "model.subsampling_channels", "model.position_groups", "task.codes", "task.groups",
+            "task.negatives", "task.mask_length",
+        ),
+        _ABOVE_ZERO,
+    ),
+    **dict.fromkeys(
+        (
+            "data.train_minutes", "data.min_seconds", "data.threads", "features.low_hz",
+            "features.floor", "spec_augment.start_step", "spec_augment.time_masks",
+            "spec_augment.frequency_masks", "spec_augment.time_width", "spec_augment.time_warp",
+            "spec_augment.frequency_width", "optimizer.clip_norm", "optimizer.weight_decay",
+            "schedule.warmup", "schedule.hold", "train.max_skipped", "checkpoint.patience",
+            "checkpoint.watchdog_seconds", "model.position_kernel", "model.feature_gradient",
+        ),
+        _FROM_ZERO,
+    ),
+    **dict.fromkeys(
+        (
+            "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
+            "model.mask_time", "model.mask_channel", "task.mask_fraction",
+        ),
+        _SHARE,
+    ),
+    **dict.fromkeys(
+        (
+            "train.ema_decay", "optimizer.b1", "optimizer.b2", "model.dropout",
+            "model.input_dropout", "model.layer_drop", "task.feature_dropout",
+        ),
+        _SHARE_BELOW_ONE,
+    ),
+}  # fmt: skip
 
 
 def default() -> ConfigDict:
@@ -36,8 +93,8 @@ def default() -> ConfigDict:
     data.cache = ""  # for what is derived from the data; empty: ~/.cache/speech_jax
     data.train_splits = ""  # names joined by commas
     data.train_minutes = 0.0  # of the training splits, drawn with the seed; 0: all of them
-    data.eval_splits = ""  # scored while training; the first one picks the best checkpoint
-    data.test_splits = ""  # scored once, at the end, with the best checkpoint
+    data.eval_splits = ""  # evaluated while training; the first one picks the best checkpoint
+    data.test_splits = ""  # evaluated once, at the end, with the best checkpoint
     data.arguments = ConfigDict()  # further arguments of the source
     data.on_error = "skip"  # utterances that cannot be used: 'skip' (counted, named) or 'raise'
     data.sample_rate = 16_000
@@ -70,7 +127,8 @@ def default() -> ConfigDict:
     config.spec_augment = ConfigDict(augment.POLICIES["conformer"])  # see ops/augment.py
     config.spec_augment.start_step = 0
 
-    config.task = ConfigDict(tasks.settings("asr"))  # asr, contrastive or best_rq: see tasks/
+    config.task = ConfigDict(tasks.settings("recognize"))  # or contrastive, best_rq: see tasks/
+    config.parts = ConfigDict()  # settings of single parts of a batch: parts.target.tag = "speaker"
 
     config.model = models.settings("conformer", "s")
 
@@ -78,27 +136,30 @@ def default() -> ConfigDict:
     config.init.folder = ""  # pretrained weights of the encoder: a workdir, or of Hugging Face
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # adam, adamw, nadamw, sgd, lion
+    config.optimizer.name = "adamw"  # adam, adamw, lion, nadamw or sgd
     config.optimizer.clip_norm = 1.0  # 0: off
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
-    config.optimizer.weight_decay = 1e-3
-    config.optimizer.no_decay = "(bias|scale)$"
-    config.optimizer.frozen = ()  # (regular expression, updates that it stands still for or -1)
+    config.optimizer.weight_decay = 1e-3  # decoupled; of adam and sgd in the gradient (L2)
+    # Rules for the ends of parameters' paths, see rules.py; the first that matches holds.
+    config.optimizer.decay = ((groups.NO_DECAY, 0.0),)  # what multiplies weight_decay
+    config.optimizer.rates = ()  # what multiplies the learning rate
+    config.optimizer.layer_decay = 1.0  # of the learning rate, from a layer to the one below it
+    config.optimizer.frozen = ()  # updates for which a parameter stands still; -1: for ever
 
     config.schedule = ConfigDict()
     config.schedule.name = "noam"  # constant, cosine, exponential, noam, polynomial, tri_stage
     config.schedule.peak = 1e-3
     config.schedule.warmup = 10_000
 
-    config.adversarial = adversarial = ConfigDict()  # see tasks/adversarial.py: Adversary
-    adversarial.method = "none"  # none, fgsm, pgd, free or vat
+    config.adversarial = adversarial = ConfigDict()  # see training/adversarial.py: Adversary
+    adversarial.method = "none"  # none, fgsm, pgd or vat
     adversarial.space = "waveform"  # or features: log-mel in nats, before normalization
     adversarial.norm = "linf"  # or l2: root mean square over an utterance
     adversarial.epsilon = 0.001  # the bound, in the waveform as a fraction of full scale
     adversarial.snr_db = config_dict.placeholder(float)  # the bound in decibels, not epsilon
     adversarial.alpha = 0.5  # (1 - alpha) clean + alpha adversarial loss
-    adversarial.steps = 3  # ascents of pgd and vat; updates of free for each batch
+    adversarial.steps = 3  # ascents of pgd and vat
     adversarial.step_size = 0.0  # of an ascent, as a fraction of epsilon; 0: the method's usual
     adversarial.random_start = False
     adversarial.warmup = 0  # steps over which epsilon rises from 0
@@ -135,6 +196,45 @@ def default() -> ConfigDict:
     return config.lock()
 
 
+def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
+    """A configuration that was recorded in the file `where`, whole.
+
+    A setting that the record lacks, because it is older than the setting, has its default; one that
+    is unknown here is left out with a warning.
+
+    Raises:
+      UserError: the record is not that of a configuration.
+    """
+    config = default().unlock()
+    try:
+        if "model" in recorded:
+            config.model = models.defaults(recorded["model"]["name"])
+        if "task" in recorded:
+            config.task = tasks.settings(recorded["task"]["name"])
+        for name in ("optimizer", "schedule", "parts"):
+            if name in recorded:
+                config[name] = ConfigDict()
+        _merge(config, recorded, "", where)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{where} holds no configuration of ours ({error}): bring it back"
+        ) from error
+    return config.lock()
+
+
+def _merge(config: ConfigDict, recorded: Mapping[str, Any], prefix: str, where: str) -> None:
+    for key, value in recorded.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and isinstance(config.get(key), ConfigDict):
+            _merge(config[key], value, f"{name}.", where)
+        elif key in config or name.startswith(_OPEN) or not prefix:
+            value = tuple(value) if isinstance(value, list) else value
+            with config.ignore_type():
+                config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
+        else:
+            logging.warning("%s: the setting %s is unknown here and is left out", where, name)
+
+
 def split_names(value: str) -> list[str]:
     """'a, b' to ['a', 'b']."""
     return [name.strip() for name in value.split(",") if name.strip()]
@@ -142,58 +242,107 @@ def split_names(value: str) -> list[str]:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for a value that cannot work, naming its key."""
-    _check_keys(config, default(), "")
-    for key, known in MODES.items():
-        if _get(config, key) not in known:
-            near = difflib.get_close_matches(str(_get(config, key)), known, n=1)
+    _check_keys(config, _reference(config), "")
+    for key, known in CHOICES.items():
+        value = _get(config, key)
+        if value is not None and value not in known:
+            near = difflib.get_close_matches(str(value), known, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise UserError(
-                f"config.{key}={_get(config, key)!r}{hint}: it must be one of {', '.join(known)}"
-            )
-    positive = (
-        "data.sample_rate data.max_seconds data.batch_seconds data.buckets data.eval_buckets "
-        "text.vocabulary_size train.steps train.accumulate train.log_every train.eval_every "
-        "checkpoint.every checkpoint.keep schedule.peak"
-    )
-    for key in positive.split():
-        if not _get(config, key) > 0:
-            raise UserError(f"config.{key}={_get(config, key)!r} must be greater than 0")
-    if config.data.train_minutes < 0:
+            raise UserError(f"config.{key}={value!r}{hint}: it must be one of {', '.join(known)}")
+    for key, (demand, fits) in RANGES.items():
+        value = _get(config, key)
+        if value is None:
+            continue
+        if not all(fits(each) for each in (value if isinstance(value, tuple | list) else (value,))):
+            raise UserError(f"config.{key}={value!r} {demand}")
+    data = config.data
+    if data.batch_seconds < data.max_seconds:
         raise UserError(
-            f"config.data.train_minutes={config.data.train_minutes} must not be negative"
+            f"config.data.batch_seconds={data.batch_seconds:g} is less than "
+            f"config.data.max_seconds={data.max_seconds:g}: a batch must hold an utterance"
         )
-    if not 0 <= config.train.ema_decay < 1:
-        raise UserError(f"config.train.ema_decay={config.train.ema_decay} must be in [0, 1)")
-    if config.data.batch_seconds < config.data.max_seconds:
+    if data.min_seconds > data.max_seconds:
         raise UserError(
-            f"config.data.batch_seconds={config.data.batch_seconds:g} is less than "
-            f"config.data.max_seconds={config.data.max_seconds:g}: a batch must hold an utterance"
+            f"config.data.min_seconds={data.min_seconds:g} is more than "
+            f"config.data.max_seconds={data.max_seconds:g}: no utterance is left"
         )
-    if Adversary(**config.adversarial).updates > 1 and config.train.accumulate > 1:
+    if 1.0 not in data.speeds:
+        raise UserError(f"config.data.speeds={data.speeds} must hold 1.0")
+    if len(data.noise_snr_db) != 2 or data.noise_snr_db[0] > data.noise_snr_db[1]:
         raise UserError(
-            "config.adversarial.method='free' cannot be used with config.train.accumulate > 1: its "
-            "perturbation belongs to a whole batch"
+            f"config.data.noise_snr_db={data.noise_snr_db} must be two ratios in dB, the lower "
+            "one first"
         )
-    if any(speed <= 0 for speed in config.data.speeds) or 1.0 not in config.data.speeds:
-        raise UserError(f"config.data.speeds={config.data.speeds} must be positive and hold 1.0")
+    Adversary(**config.adversarial)
 
 
+def _reference(config: ConfigDict) -> ConfigDict:
+    """The defaults, with the settings of the encoder and the task that `config` names."""
+    reference = default().unlock()
+    for section, defaults_of in (("model", models.defaults), ("task", tasks.settings)):
+        name = config[section].get("name")
+        if not isinstance(name, str):
+            raise UserError(f"config.{section}.name={name!r} must be a name: say which {section}")
+        reference[section] = ConfigDict(defaults_of(name))
+    return reference
+
+
+# Sections whose keys are those of what they configure, which are not listed here.
+_OPEN = ("optimizer.", "schedule.", "data.arguments.", "parts.", "source.")
 # Sections that are some constructor's keyword arguments: it checks their keys itself.
-_FREE = ("task", "model", "optimizer", "schedule", "data.arguments")
+_FREE = ("optimizer", "schedule", "data.arguments", "parts")
 
 
-def _check_keys(config, reference, prefix):
+def _check_keys(config: ConfigDict, reference: ConfigDict, prefix: str) -> None:
+    """Checks that the keys are known and that values have the types of their defaults."""
     for key in config:
         name = f"{prefix}{key}"
         if key not in reference:
             near = difflib.get_close_matches(key, list(reference), n=1)
             hint = f" (did you mean {prefix}{near[0]}?)" if near else ""
             raise UserError(f"unknown key config.{name}{hint}")
-        if isinstance(reference[key], ConfigDict) and name not in _FREE:
-            _check_keys(config[key], reference[key], f"{name}.")
+        value, like = config[key], reference[key]
+        if name in _FREE:
+            _check_free(value, reference.get(key), name)
+        elif isinstance(like, ConfigDict):
+            if not isinstance(value, ConfigDict):
+                raise UserError(
+                    f"config.{name}={value!r} must be a section: give single keys of it"
+                )
+            _check_keys(value, like, f"{name}.")
+        else:
+            _check_type(value, like, name)
 
 
-def _get(config, key):
-    for part in key.split("."):
-        config = config[part]
-    return config
+def _check_free(section: Any, like: ConfigDict, name: str) -> None:
+    if not isinstance(section, ConfigDict):
+        raise UserError(f"config.{name}={section!r} must be a section: give single keys of it")
+    for key, value in section.items():
+        if not isinstance(value, ConfigDict):
+            _check_type(value, like.get(key, value), f"{name}.{key}")
+
+
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _check_type(value: Any, like: Any, name: str) -> None:
+    """A value must be of its default's type; what is None by default may be anything finite."""
+    if value is None or like is None:
+        if like is not None:
+            raise UserError(f"config.{name}=None must be {_KINDS.get(type(like), 'a value')}")
+    elif isinstance(like, tuple | list):
+        if not isinstance(value, tuple | list):
+            raise UserError(f"config.{name}={value!r} must be a tuple, such as {tuple(like)!r}")
+    elif type(like) in _KINDS:
+        wanted = (int, float) if type(like) is float else type(like)
+        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(like, bool):
+            raise UserError(f"config.{name}={value!r} must be {_KINDS[type(like)]}")
+    for each in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(each, float) and not math.isfinite(each):
+            raise UserError(f"config.{name}={value!r} must be finite")
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    """The value of a key; None where the encoder, task or optimizer has no such setting."""
+    section, _, name = key.rpartition(".")
+    return (config[section] if section else config).get(name)

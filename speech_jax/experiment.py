@@ -1,126 +1,41 @@
-"""From a configuration to the parts of a run: sources, tokenizer, corpora, batches, task.
+"""From a configuration to what a run is made of: sources, parts, corpora, task, compiled step.
 
-Training, evaluation and deployment build the same parts here, so that they cannot disagree.
+Training, evaluation, preflight and deployment build the same things here, so that they cannot
+disagree. `Setup` is what a training step needs, made once and passed whole.
 """
 
-import json
+import concurrent.futures
+import dataclasses
+import inspect
 import pathlib
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from speech_jax import models, registry, tasks
-from speech_jax.config import split_names
-from speech_jax.data import audio, pipeline, sources, text
+from speech_jax.config import default, split_names
+from speech_jax.data import parts as part_kinds
+from speech_jax.data import pipeline, sources
+from speech_jax.data.batch import Bucket, Fields, shapes, signature
+from speech_jax.data.parts import Part
+from speech_jax.data.parts.audio import open_noise
+from speech_jax.data.plan import Plan
 from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import features
-from speech_jax.training import sharding
-from speech_jax.training.adversarial import Adversary
+from speech_jax.tasks import Task
+from speech_jax.training import adversarial, costs, groups, optim, sharding
+from speech_jax.training import step as steps
 
-# What may change between the runs that share a workdir: where things are and how fast they go,
-# never what is computed.
-_FREE = (
-    "data.root", "data.cache", "data.threads", "data.eval_splits", "data.test_splits",
-    "data.eval_buckets", "data.noise_root", "robustness", "train.log_every", "checkpoint",
-    "mesh",
-)  # fmt: skip
-
-
-_TOKENIZER, _FEATURES = "tokenizer.json", "features.json"
-# What a workdir's parameters are good for.
-_MODEL = ("task", "model", "features", "text")
-
-
-class WorkdirError(UserError):
-    """A workdir that this run cannot use; the message says which one would do."""
-
-
-def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, trained: bool = False) -> None:
-    """Checks that a workdir is of this configuration, or fresh and writable; in time, before work.
-
-    `trained` asks for one that was trained in, by whatever schedule and on whatever data: the model
-    is to be used, not trained further.
-
-    Raises:
-      WorkdirError: it cannot be written, or holds another configuration.
-    """
-    path = workdir / "config.json"
-    try:
-        recorded = json.loads(path.read_text())
-    except FileNotFoundError:
-        if trained:
-            raise WorkdirError(f"{workdir} holds no config.json: train there first") from None
-        if jax.process_index() == 0:
-            _prepare(workdir)
-        _barrier("workdir")
-        return
-    except (OSError, ValueError) as error:
-        raise WorkdirError(f"{path} cannot be read ({error}): use another --workdir") from error
-    resolved = json.loads(config.to_json())
-    compared = {
-        name: (recorded.get(name), resolved[name]) for name in (_MODEL if trained else resolved)
-    }
-    for key, old, new in _differences(compared):
-        raise WorkdirError(
-            f"{workdir} was trained with config.{key}={old!r}, not {new!r}: use another "
-            "--workdir, or the same value"
-        )
-
-
-def recorded_config(workdir: pathlib.Path) -> ConfigDict:
-    """What a workdir was trained with.
-
-    Raises:
-      WorkdirError: it was not trained in.
-    """
-    try:
-        return ConfigDict(json.loads((workdir / "config.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise WorkdirError(f"{workdir / 'config.json'} cannot be read: {error}") from error
-
-
-def record_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Makes the workdir one of this configuration: from now on there is something to resume."""
-    if jax.process_index() == 0:
-        _write(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
-    _barrier("config")
-
-
-def _prepare(workdir: pathlib.Path) -> None:
-    """A folder without what a start that failed has left, which may be of other settings."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name in (_TOKENIZER, _FEATURES):
-            (workdir / name).unlink(missing_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise WorkdirError(f"cannot write to --workdir={workdir}: {error}") from error
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(text)
-    scratch.replace(path)
-
-
-def _differences(pairs, prefix=""):
-    for name, (old, new) in pairs.items():
-        key = f"{prefix}{name}"
-        if key in _FREE:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            inner = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys())}
-            yield from _differences(inner, f"{key}.")
-        elif old != new:
-            yield key, old, new
+# Batch lengths are rounded up to so much audio.
+_ROUND_SECONDS = 0.1
 
 
 # ---- Data --------------------------------------------------------------------------------------
@@ -150,175 +65,59 @@ def open_training(config: ConfigDict) -> sources.Source:
     return sources.draw(source, 60 * minutes, config.seed) if minutes else source
 
 
-def make_tokenizer(config: ConfigDict, workdir: pathlib.Path, source=None) -> text.Tokenizer | None:
-    """The tokenizer of the workdir; where there is none yet, made of a source's transcripts.
+def make_parts(
+    config: ConfigDict, folder: pathlib.Path, source: sources.Source | None = None
+) -> dict[str, Part]:
+    """The parts of the configured task by their name in a batch.
 
-    None for a task without transcripts.
+    Those that `folder` holds are restored; where there is a `source`, the others are made of it
+    and saved in `folder`. All processes of a run call this together.
+
+    Raises:
+      PartError: `source` lacks what a part learns from.
+      UserError: without a source, the folder lacks what a part has learned.
     """
-    if not tasks.constructor(config.task.name).labelled:
-        return None
-    path = workdir / _TOKENIZER
-    if source is None and not path.exists():
-        raise WorkdirError(f"{workdir} holds no {_TOKENIZER}: train there first")
-    if jax.process_index() == 0 and not path.exists():
-        made = text.make_tokenizer(
-            config.text.tokenizer,
-            [utterance.text for utterance in source.utterances],
-            normalizer=config.text.normalizer,
-            vocabulary_size=config.text.vocabulary_size,
-        )
-        made.save(path)
-    _barrier("tokenizer")
-    return text.load_tokenizer(path)
+    made = {}
+    for name, kind in tasks.constructor(config.task.name).parts.items():
+        constructor = part_kinds.constructor(kind)
+        settings = _part_settings(config, name, kind)
+        known = inspect.signature(constructor.make).parameters
+        for key in config.parts.get(name, {}):
+            registry.lookup(f"setting of config.parts.{name}", known, key)
+        try:
+            made[name] = constructor.restore(folder, name, **settings)
+            continue
+        except FileNotFoundError as error:
+            if source is None:
+                lost = pathlib.Path(str(error.filename or error)).name
+                raise UserError(f"{folder} holds no {lost}: train there first") from error
+        if jax.process_index() == 0:
+            constructor.make(source, name, **settings).save(folder)
+        barrier(f"part {name}")
+        made[name] = constructor.restore(folder, name, **settings)
+    return made
 
 
-def training_corpus(config: ConfigDict, source, tokenizer, task) -> pipeline.Corpus:
-    """The utterances of `source` that can be trained on; the others are counted in the log.
-
-    What has no transcript to fit is cropped where it is too long, at a new place in each epoch.
-    """
-    data = config.data
-    corpus = pipeline.encode_corpus(
-        source,
-        tokenizer,
-        sample_rate=data.sample_rate,
-        min_seconds=data.min_seconds,
-        max_seconds=data.max_seconds,
-        output_lengths=lambda samples: task.encoder.output_lengths(task.frontend.lengths(samples)),
-        max_speed=max(data.speeds),
-        crop=not task.labelled,
-        on_error=data.on_error,
-    )
-    for name, reason in list(corpus.left_out.items())[:5]:
-        logging.warning("left out: %s: %s", name, reason)
-    if len(corpus.left_out) > 5:
-        logging.warning("left out: %d utterances in all", len(corpus.left_out))
-    return corpus
+def _part_settings(config: ConfigDict, name: str, kind: str) -> dict[str, Any]:
+    """Keyword arguments of a part's `make` and `restore`: of its kind, and its own ones."""
+    own = dict(config.parts.get(name, {}))
+    if kind == "transcript":
+        return {**config.text, **own}
+    if kind not in ("audio", "crop"):
+        return own
+    settings: dict[str, Any] = {"sample_rate": config.data.sample_rate}
+    if config.features.normalize == "global":
+        settings["moments"] = _moments(config)
+        settings["seed"] = config.seed
+        if config.init.folder:
+            settings["known"] = pathlib.Path(config.init.folder).expanduser()
+    if kind == "crop":
+        settings["longest"] = config.data.max_seconds
+    return settings | own
 
 
-def evaluation_corpus(config: ConfigDict, split: str) -> pipeline.Corpus:
-    """All utterances of a split: none is left out for its length or its transcript."""
-    source = open_splits(config, split)
-    return pipeline.encode_corpus(source, None, sample_rate=config.data.sample_rate)
-
-
-def training_buckets(config: ConfigDict, corpus: pipeline.Corpus, mesh):
-    """The batch shapes of training."""
-    return pipeline.corpus_buckets(
-        corpus,
-        count=config.data.buckets,
-        batch_seconds=config.data.batch_seconds,
-        rows_multiple=sharding.batch_shards(mesh) * config.train.accumulate,
-        speeds=config.data.speeds,
-    )
-
-
-def training_batches(config: ConfigDict, corpus: pipeline.Corpus, buckets, start: int):
-    """Endless batches of this process's rows, from the batch number `start` on."""
-    data = config.data
-    noise = None
-    if data.noise_root:
-        noise = pipeline.open_noise(
-            data.noise_root, probability=data.noise_probability, snr_db=data.noise_snr_db
-        )
-    return pipeline.batches(
-        corpus,
-        buckets,
-        seed=config.seed,
-        start=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        speeds=data.speeds,
-        noise=noise,
-        on_error=data.on_error,
-        threads=data.threads,
-    )
-
-
-def evaluation_batches(config: ConfigDict, corpus: pipeline.Corpus, mesh) -> Iterator[dict]:
-    """One pass over a corpus, this process's rows; the last batch may hold filler rows."""
-    longest = float(corpus.samples.max()) / config.data.sample_rate
-    buckets = pipeline.corpus_buckets(
-        corpus,
-        count=config.data.eval_buckets,
-        batch_seconds=max(config.data.batch_seconds, longest),
-        rows_multiple=sharding.batch_shards(mesh),
-    )
-    return pipeline.batches(
-        corpus,
-        buckets,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        shuffle=False,
-        repeat=False,
-        on_error=config.data.on_error,
-        threads=config.data.threads,
-    )
-
-
-# ---- Task --------------------------------------------------------------------------------------
-
-
-def open_task(config: ConfigDict, workdir: pathlib.Path, source=None):
-    """(task, tokenizer or None) of a workdir; what it does not hold yet is made of `source`."""
-    tokenizer = make_tokenizer(config, workdir, source)
-    statistics = feature_statistics(config, workdir, source)
-    return make_task(config, tokenizer and tokenizer.vocabulary_size, statistics), tokenizer
-
-
-def make_task(config: ConfigDict, vocabulary_size: int | None, statistics=None):
-    """The task that the configuration names, around its encoder and front end.
-
-    `vocabulary_size` is of a task with transcripts, `statistics` what `feature_statistics` returns.
-    """
-    encoder = models.make_encoder(**config.model)
-    settings = dict(config.features)
-    normalize = settings.pop("normalize")
-    masks = dict(config.spec_augment)
-    start = masks.pop("start_step")
-    frontend = FrontEnd(
-        kind=encoder.frontend,
-        log_mel={"sample_rate": config.data.sample_rate, **settings},
-        normalize=normalize,
-        spec_augment=masks,
-        spec_augment_start=start,
-        **(statistics or {}),
-    )
-    arguments = dict(config.task)
-    name = arguments.pop("name")
-    arguments |= {"encoder": encoder, "frontend": frontend}
-    if tasks.constructor(name).labelled:
-        arguments["vocabulary_size"] = vocabulary_size
-    return registry.call(tasks.constructor(name), arguments, what=f"task ({name})")
-
-
-def make_adversary(config: ConfigDict) -> Adversary:
-    """What is done to the inputs in training."""
-    return Adversary(**config.adversarial)
-
-
-def feature_statistics(config: ConfigDict, workdir: pathlib.Path, source=None):
-    """{'mean', 'std'} [mels] for global normalization, stored in the workdir; else None.
-
-    They are those that a pretrained encoder has learned with, or of a thousand utterances drawn
-    from `source`, which is enough for two moments.
-    """
-    if config.features.normalize != "global":
-        return None
-    path = workdir / _FEATURES
-    if source is None and not path.exists():
-        raise WorkdirError(f"{workdir} holds no {_FEATURES}: train there first")
-    if jax.process_index() == 0 and not path.exists():
-        learned = pathlib.Path(config.init.folder).expanduser() / _FEATURES
-        known = config.init.folder and learned.exists()
-        _write(path, learned.read_text() if known else json.dumps(_measure(config, source)))
-    _barrier("features")
-    return {
-        name: np.asarray(value, np.float32) for name, value in json.loads(path.read_text()).items()
-    }
-
-
-def _measure(config: ConfigDict, source) -> dict[str, list[float]]:
+def _moments(config: ConfigDict) -> Callable[[np.ndarray], tuple]:
+    """Of samples int16 [T]: log-mel frames, and the sum and the sum of squares over them [mels]."""
     settings = {k: v for k, v in config.features.items() if k != "normalize"}
     rate = config.data.sample_rate
     size = round(rate * config.data.max_seconds)
@@ -330,22 +129,292 @@ def _measure(config: ConfigDict, source) -> dict[str, list[float]]:
         )
         return frames.sum(), mels.sum((0, 1)), jnp.square(mels).sum((0, 1))
 
-    rng = np.random.default_rng(config.seed)
-    total = np.zeros((), np.float64)
-    for place in rng.permutation(len(source.utterances))[:1000]:
-        try:
-            samples = audio.decode(source.open(int(place)), rate)[:size]
-        except audio.AudioError:
-            continue
-        padded = np.zeros((1, size), np.int16)
-        padded[0, : len(samples)] = samples
-        count, first, second = moments(padded, np.asarray([len(samples)], np.int32))
-        total = total + np.stack([np.full(first.shape, count), first, second]).astype(np.float64)
-    count, first, second = total
-    mean = first / count
-    return {"mean": mean.tolist(), "std": np.sqrt(second / count - mean**2 + 1e-5).tolist()}
+    def padded(samples: np.ndarray) -> tuple:
+        samples = samples[:size]
+        row = np.zeros((1, size), np.int16)
+        row[0, : len(samples)] = samples
+        return moments(row, np.asarray([len(samples)], np.int32))
+
+    return padded
 
 
-def _barrier(name: str) -> None:
+def training_corpus(
+    config: ConfigDict, source: sources.Source, parts: Mapping[str, Part], task: Task
+) -> pipeline.Corpus:
+    """The utterances of `source` that can be trained on; the others are counted in the log."""
+    data = config.data
+    if data.noise_root:
+        noise = open_noise(
+            data.noise_root, probability=data.noise_probability, snr_db=data.noise_snr_db
+        )
+        parts = {**parts, "audio": dataclasses.replace(parts["audio"], noise=noise)}
+    corpus = pipeline.make_corpus(
+        source,
+        parts,
+        unusable=task.unusable,
+        min_seconds=data.min_seconds,
+        max_seconds=data.max_seconds,
+        max_speed=max(data.speeds),
+        on_error=data.on_error,
+    )
+    for name, reason in list(corpus.left_out.items())[:5]:
+        logging.warning("left out: %s: %s", name, reason)
+    if len(corpus.left_out) > 5:
+        logging.warning("left out: %d utterances in all", len(corpus.left_out))
+    return corpus
+
+
+def evaluation_corpus(config: ConfigDict, split: str, parts: Mapping[str, Part]) -> pipeline.Corpus:
+    """All utterances of a split: none is left out for its length or for what it lacks."""
+    parts = {name: part.for_evaluation() for name, part in parts.items()}
+    return pipeline.make_corpus(open_splits(config, split), parts, on_error=config.data.on_error)
+
+
+def training_plan(
+    config: ConfigDict,
+    corpus: pipeline.Corpus,
+    task: Task,
+    mesh: Mesh,
+    buckets: Sequence[Bucket] | None = None,
+) -> Plan:
+    """The order of training and its batch shapes: `buckets`, or those that suit the corpus."""
+    data = config.data
+    if buckets is None:
+        buckets = corpus.buckets(
+            along=task.along,
+            count=data.buckets,
+            budget=int(data.batch_seconds * data.sample_rate),
+            rows_multiple=sharding.batch_shards(mesh) * config.train.accumulate,
+            round_to=_round_to(config, task),
+            speeds=data.speeds,
+        )
+    return Plan(
+        corpus.lengths,
+        task.along,
+        buckets,
+        seed=config.seed,
+        speeds=tuple(data.speeds),
+        stretched=corpus.stretched,
+    )
+
+
+def training_batches(config: ConfigDict, corpus: pipeline.Corpus, plan: Plan, start: int):
+    """Endless batches of this process's rows, from the batch number `start` on."""
+    return pipeline.batches(
+        corpus,
+        plan,
+        start=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        on_error=config.data.on_error,
+        threads=config.data.threads,
+    )
+
+
+def evaluation_batches(
+    config: ConfigDict, corpus: pipeline.Corpus, task: Task, mesh: Mesh
+) -> Iterator[dict[str, np.ndarray]]:
+    """One pass over a corpus, this process's rows; the last batch may hold filler rows."""
+    data = config.data
+    budget = data.batch_seconds * data.sample_rate
+    if "samples" in corpus.lengths:
+        budget = max(budget, corpus.lengths["samples"].max())
+    buckets = corpus.buckets(
+        along=task.along,
+        count=data.eval_buckets,
+        budget=int(budget),
+        rows_multiple=sharding.batch_shards(mesh),
+        round_to=_round_to(config, task),
+    )
+    return pipeline.batches(
+        corpus,
+        Plan(corpus.lengths, task.along, buckets, shuffle=False, stretched=corpus.stretched),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        repeat=False,
+        on_error=data.on_error,
+        threads=data.threads,
+    )
+
+
+def _round_to(config: ConfigDict, task: Task) -> int:
+    return max(1, round(_ROUND_SECONDS * config.data.sample_rate)) if task.along == "samples" else 1
+
+
+# ---- Task --------------------------------------------------------------------------------------
+
+
+def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
+    """The task that the configuration names, around its encoder and front end if it has them."""
+    arguments = dict(config.task)
+    name = arguments.pop("name")
+    constructor = tasks.constructor(name)
+    accepted = inspect.signature(constructor).parameters
+    if "encoder" in accepted:
+        arguments["encoder"] = models.make_encoder(**config.model)
+    if "frontend" in accepted:
+        arguments["frontend"] = make_frontend(config, arguments["encoder"], parts)
+    if "counts" in accepted:
+        arguments["counts"] = {name: part.count for name, part in parts.items() if part.count}
+    return registry.call(constructor, arguments, what=f"task ({name})")
+
+
+def make_frontend(config: ConfigDict, encoder, parts: Mapping[str, Part]) -> FrontEnd:
+    """What turns samples into what the encoder listens to."""
+    settings = dict(config.features)
+    normalize = settings.pop("normalize")
+    masks = dict(config.spec_augment)
+    start = masks.pop("start_step")
+    return FrontEnd(
+        listens=encoder.listens,
+        log_mel={"sample_rate": config.data.sample_rate, **settings},
+        normalize=normalize,
+        spec_augment=masks,
+        spec_augment_start=start,
+        **(parts["audio"].statistics or {}),
+    )
+
+
+# ---- Step --------------------------------------------------------------------------------------
+
+
+class Program(NamedTuple):
+    """A compiled step and its arithmetic."""
+
+    run: Callable
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a training step is made of.
+
+    Attributes:
+      fields: the arrays of a batch.
+      tx: the optimizer; schedule: its learning rate by update.
+      abstract: the TrainState as shapes with shardings; init: the function that makes it.
+    """
+
+    config: ConfigDict
+    task: Task
+    mesh: Mesh
+    fields: Fields
+    schedule: Callable[[Any], Any]
+    tx: Any
+    abstract: steps.TrainState
+    init: Callable[[], steps.TrainState]
+
+    @property
+    def shardings(self) -> steps.TrainState:
+        """Where each leaf of the state lives."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are learned."""
+        return sum(x.size for x in jax.tree.leaves(self.abstract.params))
+
+    def fresh_state(self) -> steps.TrainState:
+        """A state to start from, on the devices."""
+        return jax.jit(self.init, out_shardings=self.shardings)()
+
+    def batch(self, bucket: Bucket) -> dict[str, jax.ShapeDtypeStruct]:
+        """The global batch of a bucket, as shapes with shardings."""
+        return batch_shapes(self.fields, bucket, self.mesh)
+
+    def step(self):
+        """The step as one jitted function; it gives its state's memory to the next one."""
+        config, everywhere = self.config, sharding.replicated(self.mesh)
+        adversary = make_adversary(config)
+        mask = groups.trainable(self.abstract.params, config.optimizer.frozen)
+        make = lambda task: adversarial.gradients(task, adversary)
+        step = steps.make_step(
+            steps.accumulate(groups.gradients(make, self.task, mask), config.train.accumulate),
+            self.tx,
+            mask=mask,
+            measured=steps.measured(self.fields),
+            ema_decay=config.train.ema_decay,
+            log_every=config.train.log_every,
+        )
+        return jax.jit(
+            step, out_shardings=(self.shardings, everywhere, everywhere), donate_argnums=0
+        )
+
+    def compile(self, buckets: Sequence[Bucket]) -> dict[tuple, Program]:
+        """Compiles the step for every batch shape, keyed by `batch.signature`."""
+        step = self.step()
+        with jax.set_mesh(self.mesh):  # for what ops/partition.py says
+            traced = [step.trace(self.abstract, self.batch(bucket)) for bucket in buckets]
+            lowered = [program.lower() for program in traced]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            compiled = list(pool.map(lambda program: program.compile(), lowered))
+        for bucket, program in zip(buckets, compiled, strict=True):
+            costs.check_memory(
+                program,
+                f"a batch of {bucket}",
+                "lower config.data.batch_seconds, raise config.train.accumulate, set "
+                "config.model.remat=True or take a smaller model",
+            )
+        return {
+            signature(self.batch(bucket)): Program(run, costs.matmul_flops(program.jaxpr))
+            for bucket, program, run in zip(buckets, traced, compiled, strict=True)
+        }
+
+
+def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucket: Bucket) -> Setup:
+    """The step of a configuration; `bucket` is a batch shape to initialize from."""
+    probe = batch_shapes(fields, bucket, mesh)
+    schedule = optim.make_schedule(
+        steps=config.train.steps, defaults=default().schedule, **config.schedule
+    )
+    params, model_state = jax.eval_shape(task.init, jax.random.key(config.seed), probe)
+    tx = optim.make_optimizer(
+        schedule=schedule, params=params, defaults=default().optimizer, **config.optimizer
+    )
+    learned = lambda tree: groups.split(tree, groups.trainable(params, config.optimizer.frozen))[0]
+    sums = jax.eval_shape(task.loss, params, model_state, probe)[2]["sums"]
+
+    def init() -> steps.TrainState:
+        blank = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in probe.items()}
+        params, model_state = task.init(jax.random.key(config.seed), blank)
+        return steps.TrainState(
+            step=jnp.zeros((), jnp.int32),
+            rng=jax.random.key(config.seed + 1),
+            params=params,
+            model_state=model_state,
+            opt_state=tx.init(learned(params)),
+            ema=params if config.train.ema_decay else {},
+            sums={name: jnp.zeros(()) for name in (*steps.SUMS, *sums)},
+        )
+
+    shapes = jax.eval_shape(init)
+    split = sharding.shard_params(params, mesh, task.rules)
+    shardings = jax.tree.map(lambda _: sharding.replicated(mesh), shapes).replace(
+        params=split,
+        opt_state=sharding.shard_optimizer(tx, learned(params), learned(split), mesh),
+        ema=split if config.train.ema_decay else {},
+    )
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    return Setup(config, task, mesh, fields, schedule, tx, abstract, init)
+
+
+def batch_shapes(fields: Fields, bucket: Bucket, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of a bucket, as shapes with shardings."""
+    placed = NamedSharding(mesh, sharding.BATCH)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+        for name, (shape, dtype) in shapes(fields, bucket).items()
+    }
+
+
+def make_adversary(config: ConfigDict) -> adversarial.Adversary:
+    """What is done to the inputs in training."""
+    return adversarial.Adversary(**config.adversarial)
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes of the run."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -1,4 +1,4 @@
-"""Small text files: written whole or not at all, and read with a sentence where they are damaged."""
+"""Small text files: written whole or not at all; where they are damaged, one sentence says so."""
 
 import contextlib
 import json
@@ -23,6 +23,11 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A ConfigDict as plain JSON values: tuples are lists, references resolved."""
+    return json.loads(config.to_json())
 
 
 def dump_json(value: Any) -> str:
@@ -54,3 +59,11 @@ def read_json(path: pathlib.Path, kind: type = dict) -> Any:
             "bring it back or remove it"
         )
     return value
+
+
+def expand(path: str | os.PathLike) -> pathlib.Path:
+    """A path that a user gives, absolute: ~ and ~name are home folders."""
+    try:
+        return pathlib.Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no such home folder") from error

@@ -15,7 +15,6 @@ results.json. Every setting and its meaning: speech_jax/config.py; override any 
 import contextlib
 import ctypes
 import os
-import pathlib
 import sys
 import traceback
 
@@ -30,7 +29,7 @@ _MODE = flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "evaluate", "robustness", "compile"],
-    "train: train, or go on training. evaluate: score the best checkpoint of the workdir on "
+    "train: train, or go on training. evaluate: measure the best checkpoint of the workdir on "
     "config.data.eval_splits. robustness: measure it there under attacks and noise. compile: say "
     "what a training step needs and how fast it can be, without data or a workdir.",
 )
@@ -50,23 +49,24 @@ def main(argv: list[str]) -> None:
     # Only now, so that --help and a wrong flag answer at once.
     import jax
 
-    from speech_jax import config, evaluate, train
+    from speech_jax import config, train
     from speech_jax.errors import UserError
+    from speech_jax.workdir import Workdir
 
     logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not the user's
     try:
         config.check(_CONFIG.value)
         if _MODE.value == "compile":
-            from speech_jax.preflight import compile as preflight
+            from speech_jax.preflight import compile
 
-            preflight.run(_CONFIG.value, _TOPOLOGY.value)
+            compile.run(_CONFIG.value, _TOPOLOGY.value)
             return
         if not _WORKDIR.value:
             raise UserError(f"--mode={_MODE.value} needs a --workdir")
         _join_processes(jax)
-        workdir = pathlib.Path(_WORKDIR.value).absolute()
+        workdir = Workdir(_WORKDIR.value)
         if _MODE.value == "evaluate":
-            evaluate.run(_CONFIG.value, workdir)
+            train.evaluate(_CONFIG.value, workdir)
         elif _MODE.value == "robustness":
             from speech_jax.evaluators import robustness
 

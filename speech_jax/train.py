@@ -1,304 +1,285 @@
-"""Training: the state, the jitted step, and the loop, in the order in which they run."""
+"""Training: what a run is made of, the loop, and its results, in the order in which they run."""
 
-import concurrent.futures
 import contextlib
-import importlib.metadata
-import json
-import os
-import pathlib
-import platform
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from speech_jax import evaluate, experiment
-from speech_jax.bundle import start as pretrained
+from speech_jax import bundle, experiment, files, versions
+from speech_jax.bundle import start
 from speech_jax.config import split_names
-from speech_jax.preflight import hlo
-from speech_jax.training import adversarial, optim, sharding
-from speech_jax.training import costs as flops
+from speech_jax.data.batch import signature
+from speech_jax.data.plan import Plan
+from speech_jax.errors import UserError
+from speech_jax.evaluators.loop import Evaluation
+from speech_jax.tasks import Task
+from speech_jax.training import costs, sharding
 from speech_jax.training.checkpoint import Checkpoints
-from speech_jax.training.report import Report, TrainingError
-from speech_jax.training.step import SUMS, TrainState, accumulate, make_step
-from speech_jax.training.stopping import EarlyStopping, catch_preemption
+from speech_jax.training.report import Report
+from speech_jax.training.stopping import EarlyStopping, Interrupted, Interruption, Watched
 from speech_jax.training.watchdog import Watchdog
-
-# ---- The state, as shapes ----------------------------------------------------------------------
-
-
-def abstract_state(config: ConfigDict, task, schedule, mesh, probe):
-    """The TrainState as shapes with shardings, the function that makes it, and the optimizer.
-
-    `probe` is a batch, as shapes.
-    """
-    rng = jax.random.key(config.seed)
-    params, model_state = jax.eval_shape(task.init, rng, probe)
-    updates = experiment.make_adversary(config).updates  # the optimizer counts these, not steps
-    tx = optim.make_optimizer(
-        schedule=lambda count: schedule(count // updates), params=params, **config.optimizer
-    )
-    aux = jax.eval_shape(task.loss, params, model_state, probe)[2]
-
-    def init() -> TrainState:
-        blank = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in probe.items()}
-        params, model_state = task.init(jax.random.key(config.seed), blank)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            rng=jax.random.key(config.seed + 1),
-            params=params,
-            model_state=model_state,
-            opt_state=tx.init(params),
-            ema=params if config.train.ema_decay else {},
-            sums={name: jnp.zeros(()) for name in (*SUMS, *aux["sums"])},
-        )
-
-    shapes = jax.eval_shape(init)
-    split = sharding.shard_params(params, mesh)
-    shardings = jax.tree.map(lambda _: sharding.replicated(mesh), shapes).replace(
-        params=split,
-        opt_state=sharding.shard_optimizer(tx, params, split, mesh),
-        ema=split if config.train.ema_decay else {},
-    )
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-    return abstract, init, tx
+from speech_jax.workdir import Workdir
 
 
-def batch_shapes(bucket, mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch of a bucket, as shapes with shardings."""
-    placed = NamedSharding(mesh, sharding.BATCH)
-    rows, samples, labels = bucket.rows, bucket.samples, bucket.labels
-    shapes = {
-        "audio": ((rows, samples), jnp.int16),
-        "audio_length": ((rows,), jnp.int32),
-        "labels": ((rows, labels), jnp.int32),
-        "label_length": ((rows,), jnp.int32),
-        "weight": ((rows,), jnp.float32),
-        "index": ((rows,), jnp.int32),
-    }
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-        for name, (shape, dtype) in shapes.items()
-    }
+class TrainingError(UserError):
+    """The run cannot go on; the message says why."""
 
 
-# ---- The run -----------------------------------------------------------------------------------
-
-
-def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
+def run(config: ConfigDict, workdir: Workdir) -> dict | None:
     """Trains as `config` says in `workdir`, from its newest checkpoint if there is one.
 
-    Returns what results.json then holds, or None if it was told to leave before the end (SIGTERM):
-    the same call goes on from there.
+    Returns what results.json then holds, or None if it was told to leave before the end (SIGTERM or
+    Ctrl-C): the same call goes on from there.
 
     Raises:
-      TrainingError: too many updates were not finite, a batch does not fit in memory, or weights
-        are frozen that were never trained.
+      UserError: something that the run needs is missing or does not fit; too many updates were not
+        finite; what it writes cannot be written.
     """
+    with Interruption() as interruption, workdir.locked():
+        try:
+            return _run(config, workdir, interruption)
+        except Interrupted:
+            return None
+
+
+def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> dict | None:
     started = time.monotonic()
     if config.optimizer.frozen and not config.init.folder:
         raise TrainingError(
             f"config.optimizer.frozen={config.optimizer.frozen} would hold random weights still: "
             "name what to start from in config.init.folder"
         )
-    experiment.check_workdir(workdir, config)
-    reached_preemption = catch_preemption()
+    eval_splits = split_names(config.data.eval_splits)
+    splits = dict.fromkeys(eval_splits + split_names(config.data.test_splits))
+    workdir.check(config)
+    workdir.prepare(splits)
     steps = config.train.steps
+    watchdog = Watchdog(config.checkpoint.watchdog_seconds)
 
     # ---- Data ----------------------------------------------------------------------------------
     mesh = sharding.make_mesh(**config.mesh)
     source = experiment.open_training(config)
-    task, tokenizer = experiment.open_task(config, workdir, source)
-    corpus = experiment.training_corpus(config, source, tokenizer, task)
-    buckets = experiment.training_buckets(config, corpus, mesh)
-    eval_splits = split_names(config.data.eval_splits)
-    splits = dict.fromkeys(eval_splits + split_names(config.data.test_splits))
-    watchdog = Watchdog(config.checkpoint.watchdog_seconds)
-    evaluator = evaluate.Evaluator(config, task, tokenizer, mesh, on_batch=watchdog.beat)
+    parts = experiment.make_parts(config, workdir.folder, source)
+    task = experiment.make_task(config, parts)
+    corpus = experiment.training_corpus(config, source, parts, task)
+    plan, note = _plan(config, workdir, corpus, task, mesh)
+    evaluation = Evaluation(config, task, parts, mesh, on_batch=watchdog.beat)
     for split in splits:
-        evaluator.corpus(split)  # what is missing is said before the training, not after it
+        evaluation.corpus(split)  # what is missing is said before the training, not after it
+    interruption.check()
 
-    # ---- State and step ------------------------------------------------------------------------
-    schedule = optim.make_schedule(steps=steps, **config.schedule)
-    abstract, init, tx = abstract_state(
-        config, task, schedule, mesh, batch_shapes(buckets[0], mesh)
-    )
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    # ---- Step ----------------------------------------------------------------------------------
+    setup = experiment.make_setup(config, task, corpus.fields, mesh, plan.buckets[0])
+    programs = setup.compile(plan.buckets)
+    peak = costs.peak_flops() * jax.device_count()
+    interruption.check()
 
     # ---- Restore -------------------------------------------------------------------------------
-    checkpoints = Checkpoints(
-        str(workdir / "checkpoints"),
-        keep=config.checkpoint.keep,
-        best_metric=task.metric if eval_splits else None,
-    )
-    stopper = EarlyStopping(config.checkpoint.patience)
-    restored = checkpoints.restore(abstract)
+    watched = Watched(eval_splits[0], *task.best) if eval_splits else None
+    stopper = EarlyStopping(config.checkpoint.patience, watched)
+    checkpoints = Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, watched=watched)
+    restored = checkpoints.restore(setup.abstract)
     if restored is None:
-        state, first, seconds = jax.jit(init, out_shardings=shardings)(), 0, 0.0
-        if config.init.folder:
-            params, stats = pretrained.with_encoder(state.params, state.model_state, config)
-            ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay else {}
-            state = state.replace(params=params, model_state=stats, ema=ema)
+        state, data = _first_state(setup), {"next_batch": 0, "seconds": 0.0}
     else:
-        state, first = restored.state, restored.data["next_batch"]
-        seconds = restored.data["seconds"]
-        stopper.from_dict(restored.stopper)
-    programs = compile_steps(config, task, tx, abstract, buckets, mesh)
-    experiment.record_config(workdir, config)  # all that can fail early has not
-    batches = experiment.training_batches(config, corpus, buckets, first)
+        state, data = restored.state, restored.data
+        note = stopper.from_dict(restored.stopper) or note
+    first, seconds = data["next_batch"], data["seconds"]
+    workdir.record(config)  # all that can fail early has not
+    workdir.record_plan(plan.buckets, corpus.fingerprint(), len(corpus))
     report = Report(
-        workdir,
+        workdir.metrics,
+        workdir.tensorboard,
         steps=steps,
         first=first,
         log_every=config.train.log_every,
-        max_skipped=config.train.max_skipped,
-        schedule=schedule,
-        corpus=corpus,
-        task=task,
+        sample_rate=config.data.sample_rate,
+        peak_flops=peak,
+        learning_rate=setup.schedule,
+        figures=task.figures,
+        name=lambda index: source.utterances[index].id,
+        unreadable=lambda: len(corpus.skipped),
     )
-    parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
-    report.say(
-        f"{corpus.seconds / 3600:.2f} h of speech in {len(corpus)} utterances, "
-        f"{tokenizer.vocabulary_size if tokenizer else 'no'} labels, "
-        f"{parameters / 1e6:.2f} M parameters, "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}, from update {first}"
-    )
+    report.from_dict(data.get("totals", {}))
+    report.say(_opening(corpus, parts, setup, first))
+    if note:
+        report.say(note)
 
     # ---- Loop ----------------------------------------------------------------------------------
-    with checkpoints, report, watchdog:
+    def save(step: int, scores: dict[str, float], pending: bool = False) -> None:
+        position = {"next_batch": step, "seconds": seconds + time.monotonic() - started}
+        checkpoints.save(
+            step,
+            state,
+            data=position | {"totals": report.to_dict(), "pending": pending},
+            stopper=stopper.to_dict(),
+            config=files.plain(config),
+            metrics=scores,
+        )
+
+    def evaluate(step: int) -> dict[str, float]:
+        """The scores of the first split, or Interrupted."""
+        params = state.ema or state.params
+        found = {}
+        for split in eval_splits:
+            found[split] = evaluation.run(params, state.model_state, split)
+            interruption.check()
+        rates = {split: score.rates for split, score in found.items()}
+        report.scores(step, rates, {split: score.line for split, score in found.items()})
+        stopper.update(found[eval_splits[0]].results)
+        return found[eval_splits[0]].rates
+
+    batches = experiment.training_batches(config, corpus, plan, first)
+    with checkpoints, report, watchdog, contextlib.closing(batches):
+        if data.get("pending"):  # the run left before this evaluation was done
+            with report.pause():
+                save(first, evaluate(first))
         for step in range(first + 1, steps + 1):
             if stopper.should_stop:
                 break
             batch = next(batches)
-            program = programs[batch["audio"].shape[1]]
+            program = programs[signature(batch)]
             state, sums, finite = program.run(state, sharding.put_batch(batch, mesh))
-            report.step(step, sums, finite, batch, program.flops)
+            report.step(step, sums, finite, batch["index"], program.flops)
+            _check(report, config.train.max_skipped, task)
+            checkpoints.check()
             watchdog.beat()
 
-            scores = {}
-            if eval_splits and (step % config.train.eval_every == 0 or step == steps):
+            due = bool(eval_splits) and (step % config.train.eval_every == 0 or step == steps)
+            leave = interruption.asked()
+            if due or leave or step % config.checkpoint.every == 0 or step == steps:
                 with report.pause():
-                    counts = score(evaluator, state, eval_splits)
-                    scores = report.scores(step, counts)
-                    stopper.update(scores[task.metric])
-            leave = reached_preemption(step)
-            if scores or leave or step % config.checkpoint.every == 0 or step == steps:
-                with report.pause():
-                    checkpoints.save(
-                        step,
-                        state,
-                        data={"next_batch": step, "seconds": seconds + time.monotonic() - started},
-                        stopper=stopper.to_dict(),
-                        config=config.to_dict(),
-                        metrics=scores,
-                    )
+                    scores = {}
+                    if due and not leave:
+                        try:
+                            scores = evaluate(step)
+                        except Interrupted:
+                            leave = True
+                    save(step, scores, pending=due and leave)
             if leave:
+                checkpoints.wait()
                 report.say(f"saved update {step}; the same command goes on from there")
                 return None
         figures = report.finish()
-    batches.close()
+        _check(report, config.train.max_skipped, task)
 
     # ---- Results -------------------------------------------------------------------------------
-    best = evaluate.restore(config, workdir, mesh, abstract.params, abstract.model_state)
+    params, model_state = bundle.on_mesh(bundle.open(workdir.folder), mesh)
     with watchdog:
-        scores = evaluate.score_splits(evaluator, *best, splits, workdir, report.say)
-    seconds += time.monotonic() - started
-    return evaluate.write_results(
-        workdir,
+        scores = measure(evaluation, params, model_state, splits, workdir, report.say)
+        interruption.check()
+    training = {
+        "seconds": seconds + time.monotonic() - started,
+        "steps": int(state.step),
+        "parameters": setup.parameters,
+        "left_out": len(corpus.left_out),
+        "unreadable": len(corpus.skipped),
+        **figures,
+    }
+    return workdir.write_results(
         scores,
-        training={
-            "seconds": seconds,
-            "steps": int(state.step),
-            "parameters": parameters,
-            **figures,
-        },
-        config=json.loads(config.to_json()),
-        versions=versions(),
+        training=training,
+        config=files.plain(config),
+        versions=versions.versions() | {"device": _device()},
     )
 
 
-class Program(NamedTuple):
-    """A compiled step and its arithmetic."""
-
-    run: Callable
-    flops: float
-
-
-def compile_steps(config: ConfigDict, task, tx, abstract, buckets, mesh) -> dict[int, Program]:
-    """Compiles the step for every batch shape, keyed by samples: nothing is compiled later.
-
-    A shape that does not fit in memory fails here, before the first update.
-    """
-    step = jit_step(config, task, tx, abstract, mesh)
-    with jax.set_mesh(mesh):  # for what ops/partition.py says
-        traced = [step.trace(abstract, batch_shapes(bucket, mesh)) for bucket in buckets]
-        lowered = [program.lower() for program in traced]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(lambda program: program.compile(), lowered))
-    for bucket, program in zip(buckets, compiled, strict=True):
-        _check_memory(bucket, program)
-    return {
-        bucket.samples: Program(run, flops.matmul_flops(program.jaxpr))
-        for bucket, program, run in zip(buckets, traced, compiled, strict=True)
-    }
-
-
-def _check_memory(bucket, program) -> None:
-    # An accelerator's compiler refuses by itself; a CPU's leaves it to the kernel to kill the run.
-    if jax.devices()[0].platform != "cpu":
-        return
-    needed, there = hlo.memory_needed(program) * jax.local_device_count(), host_memory()
-    if needed > there:
-        raise TrainingError(
-            f"a batch of {bucket.rows} x {bucket.samples} samples needs {needed / 2**30:.0f} GiB, "
-            f"and this machine has {there / 2**30:.0f}: lower config.data.batch_seconds, raise "
-            "config.train.accumulate, set config.model.remat=True or take a smaller model"
+def _plan(config, workdir, corpus, task, mesh) -> tuple[Plan, str]:
+    """The plan of the run, that of its first start, and what is to be said of it."""
+    recorded = workdir.recorded_plan()
+    if recorded is None:
+        return experiment.training_plan(config, corpus, task, mesh), ""
+    parts = sharding.batch_shards(mesh) * config.train.accumulate
+    for bucket in recorded.buckets:
+        if bucket.rows % parts:
+            raise TrainingError(
+                f"this run trains on batches of {bucket.rows} rows, which {parts} parts (devices "
+                "along the batch x config.train.accumulate) cannot share: use a mesh whose parts "
+                "divide them, or another --workdir"
+            )
+    note = ""
+    if recorded.fingerprint != corpus.fingerprint():
+        note = (
+            f"the training data is not what this run began with ({recorded.utterances} utterances "
+            f"then, {len(corpus)} now): from here on the order of the data is another"
         )
+    return experiment.training_plan(config, corpus, task, mesh, recorded.buckets), note
 
 
-def host_memory() -> int:
-    """Bytes of this machine, or what its container may have of them."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # no such limit
-        there = min(there, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
-    return there
+def _first_state(setup: experiment.Setup):
+    """The state that training begins with: random, or with the encoder of config.init.folder."""
+    state = setup.fresh_state()
+    if setup.config.init.folder:
+        params, stats = start.with_encoder(state.params, state.model_state, setup.config)
+        ema = jax.tree.map(jnp.copy, params) if setup.config.train.ema_decay else {}
+        state = state.replace(params=params, model_state=stats, ema=ema)
+    return state
 
 
-def jit_step(config: ConfigDict, task, tx, abstract, mesh):
-    """The step as one function over the mesh; it gives its state's memory to the next one."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    everywhere = sharding.replicated(mesh)
-    adversary = experiment.make_adversary(config)
-    gradients = adversarial.gradients(task, adversary)
-    step = make_step(
-        accumulate(gradients, config.train.accumulate),
-        tx,
-        ema_decay=config.train.ema_decay,
-        log_every=config.train.log_every * adversary.updates,
-    )
-    return jax.jit(
-        adversarial.replay(step, task, adversary),
-        out_shardings=(shardings, everywhere, everywhere),
-        donate_argnums=0,
+def _opening(corpus, parts, setup, first: int) -> str:
+    """What is trained on what, in a line."""
+    counts = [f"{part.count} {name}" for name, part in parts.items() if part.count]
+    return ", ".join(
+        [
+            f"{corpus.seconds / 3600:.2f} h of speech in {len(corpus)} utterances",
+            *counts,
+            f"{setup.parameters / 1e6:.2f} M parameters",
+            _device(),
+            f"from update {first}",
+        ]
     )
 
 
-def score(evaluator, state: TrainState, splits) -> dict:
-    """Counts of each split with the averaged parameters, if there are any."""
-    params = state.ema or state.params
-    return {split: evaluator.score(params, state.model_state, split) for split in splits}
+def _device() -> str:
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def versions() -> dict[str, str]:
-    """What a result was made with."""
-    packages = ("speech_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-    return {name: importlib.metadata.version(name) for name in packages} | {
-        "python": platform.python_version(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }
+def _check(report: Report, most: int, task: Task) -> None:
+    """Ends a run that is of no use: too many updates were skipped, or the task finds so."""
+    if report.skipped > most:
+        raise TrainingError(
+            f"{report.skipped} updates were not finite, more than config.train.max_skipped={most}: "
+            "lower the learning rate or look at the utterances above"
+        )
+    if report.figures:
+        task.check(report.figures, report.logged)
+
+
+# ---- Evaluation --------------------------------------------------------------------------------
+
+
+def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print) -> dict:
+    """Evaluates the best checkpoint of a workdir on `config.data.eval_splits`.
+
+    Adds the splits to the workdir's results.json and returns all of it. The model is what the
+    workdir records; `config` says on what data and devices it is evaluated.
+    """
+    model = bundle.open(workdir.folder)
+    config = bundle.for_use(model, config)
+    mesh = sharding.make_mesh(**config.mesh)
+    task = model.task()
+    params, state = bundle.on_mesh(model, mesh)
+    evaluation = Evaluation(config, task, model.parts, mesh)
+    splits = split_names(config.data.eval_splits)
+    return workdir.write_results(measure(evaluation, params, state, splits, workdir, say))
+
+
+def measure(
+    evaluation: Evaluation,
+    params: Any,
+    state: Any,
+    splits: Iterable[str],
+    workdir: Workdir,
+    say: Callable[[str], None],
+) -> dict[str, dict]:
+    """results.json's entry of each split; details go to the workdir's predictions."""
+    results = {}
+    for split in splits:
+        score = evaluation.run(params, state, split, workdir.predictions(split))
+        results[split] = score.results
+        say(f"{split}: {score.line}")
+    return results

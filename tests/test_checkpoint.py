@@ -3,6 +3,7 @@
 Run as a program, this file is one process of the two-process tests.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -22,14 +23,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import runs
-from speech_jax.training.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    restore_params,
-)
-from speech_jax.training.stopping import EarlyStopping, catch_preemption
+from speech_jax.training import saved as saved_files
+from speech_jax.training.checkpoint import CheckpointError, Checkpoints, load_best
+from speech_jax.training.stopping import Interruption, Watched
 
 P = PartitionSpec
+WER = Watched("dev", "wer", "min")
 SHARDINGS = {
     "params": {"kernel": P("fsdp", "tensor"), "bias": P("data"), "mask": P()},
     "moments": ({"kernel": P(("data", "fsdp"), "tensor")}, P()),
@@ -87,10 +86,11 @@ def bits(tree):
     """The leaves' types, shapes and bytes."""
 
     def one(leaf):
+        kind = str(leaf.dtype)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         host = np.asarray(leaf)
-        return str(host.dtype), host.shape, host.tobytes()
+        return kind, host.shape, host.tobytes()
 
     return jax.tree.map(one, tree)
 
@@ -147,7 +147,6 @@ def test_restores_bit_for_bit_onto_any_mesh(saved, shape):
     assert restored.step == 2
     assert restored.data == {"next_index": 2}
     assert restored.stopper == {"best": 2 / 3, "count": 0}
-    assert restored.config == {"layers": [1, 2]}
     assert bits(restored.state) == bits(make_state(target, 2))
     assert jax.tree.map(lambda leaf: leaf.sharding, restored.state) == shardings(target)
 
@@ -173,23 +172,48 @@ def test_a_saved_state_may_be_donated_at_once(mesh, tmp_path):
             assert all((np.asarray(leaf) == step).all() for leaf in jax.tree.leaves(restored))
 
 
+def best(directory):
+    """The step of the best checkpoint, whose parameters must be those of that step."""
+    found = load_best(directory, ["params", "step"])
+    step = int(found.pop("step"))
+    want = {f"params/{k}": v for k, v in make_state(make_mesh(2, 2, 2), step)["params"].items()}
+    assert all(type(value) is np.ndarray for value in found.values())
+    assert bits(found) == bits(want)
+    return step
+
+
 def test_keeps_the_last_and_the_best(mesh, tmp_path):
-    scores = {1: float("nan"), 2: 0.1, 3: 0.5, 4: 0.3, 5: None, 6: 0.4}
+    nan, inf = float("nan"), float("inf")
+    scores = {1: nan, 2: 0.1, 3: 0.5, 4: -inf, 5: None, 6: 0.4}
     for step, score in scores.items():  # a new process each time: the best is not forgotten
-        with Checkpoints(tmp_path, keep=2, best_metric="wer") as checkpoints:
-            save(checkpoints, step, mesh, **({} if score is None else {"wer": score}))
+        with Checkpoints(tmp_path, keep=2, watched=WER) as checkpoints:
+            save(checkpoints, step, mesh, **({} if step == 5 else {"wer": score}))
     assert steps_in(tmp_path) == [2, 5, 6]
-    params = abstract(mesh)["params"]
-    for which, step in (("best", 2), ("latest", 6)):
-        restored = restore_params(tmp_path, params, which=which)
-        assert bits(restored) == bits(make_state(mesh, step)["params"])
+    assert best(tmp_path) == 2
 
 
 def test_the_best_may_be_the_highest(mesh, tmp_path):
-    with Checkpoints(tmp_path, keep=1, best_metric="accuracy", best_mode="max") as checkpoints:
+    watched = Watched("dev", "accuracy", "max")
+    with Checkpoints(tmp_path, keep=1, watched=watched) as checkpoints:
         for step, score in enumerate([0.2, 0.9, 0.9, 0.1]):
             save(checkpoints, step, mesh, accuracy=score)
     assert steps_in(tmp_path) == [2, 3]
+    assert best(tmp_path) == 2
+
+
+def test_scores_of_another_split_are_not_compared(mesh, tmp_path):
+    with Checkpoints(tmp_path, keep=1, watched=WER) as checkpoints:
+        save(checkpoints, 1, mesh, wer=0.1)
+    for step, score in ((2, 0.8), (3, 0.9)):
+        watched = Watched("harder", "wer", "min")
+        with Checkpoints(tmp_path, keep=1, watched=watched) as checkpoints:
+            save(checkpoints, step, mesh, wer=score)
+    assert steps_in(tmp_path) == [2, 3]
+    assert best(tmp_path) == 2
+
+
+def test_without_a_score_the_newest_is_the_best(mesh, saved):
+    assert best(saved) == 2
 
 
 def test_a_step_is_saved_once(mesh, saved, tmp_path):
@@ -200,20 +224,61 @@ def test_a_step_is_saved_once(mesh, saved, tmp_path):
     assert bits(restored.state) == bits(make_state(mesh, 2))
 
 
-def test_params_alone_and_in_part(mesh, saved):
-    kernel = jax.ShapeDtypeStruct((16, 8), jnp.float32)  # says no place: the first device
-    restored = restore_params(saved, {"kernel": kernel})
+def test_a_part_of_the_state_alone_on_the_host(mesh, saved):
     want = make_state(mesh, 2)
-    assert bits(restored) == bits({"kernel": want["params"]["kernel"]})
-    assert restored["kernel"].devices() == {jax.local_devices()[0]}
-    restored = restore_params(saved, {"kernel": kernel}, prefix="moments/0")
-    assert bits(restored) == bits(want["moments"][0])
-    with pytest.raises(CheckpointError, match="has no params/decoder"):
-        restore_params(saved, {"decoder": kernel})
+    names = set(load_best(saved, ["params", "moments/0"]))
+    assert names == {"params/kernel", "params/bias", "params/mask", "moments/0/kernel"}
+    found = load_best(saved, ["params/kernel", "nothing"])
+    assert bits(found) == bits({"params/kernel": want["params"]["kernel"]})
+    with pytest.raises(CheckpointError, match="holds nothing under para or ema"):
+        load_best(saved, ["para", "ema"])
     with pytest.raises(CheckpointError, match="train first"):
-        restore_params(saved / "elsewhere", {"kernel": kernel})
-    with pytest.raises(ValueError, match="'best' or 'latest'"):
-        restore_params(saved, {"kernel": kernel}, which="newest")
+        load_best(saved / "elsewhere", ["params"])
+
+
+@pytest.mark.parametrize("name", ["[x]", "*", "a?b", "{x} %20 é"])
+def test_a_directory_of_any_name(mesh, tmp_path, name):
+    with Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
+        save(checkpoints, 1, mesh)
+        restored = checkpoints.restore(abstract(mesh))
+    assert bits(restored.state) == bits(make_state(mesh, 1))
+    (tmp_path / name).rename(tmp_path / "plain")
+    assert best(tmp_path / "plain" / "checkpoints") == 1
+
+
+def test_strangers_in_the_directory_are_left_alone(mesh, saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "copy")
+    for name in ("2.bak", "2 (copy)", "best_2", "lost+found"):
+        shutil.copytree(saved / "2", directory / name)
+    (directory / "notes.txt").write_text("mine")
+    (directory / "100").mkdir()
+    with Checkpoints(directory, keep=1) as checkpoints:
+        assert checkpoints.restore(abstract(mesh)).step == 2
+        save(checkpoints, 3, mesh)
+    kept = {"2.bak", "2 (copy)", "best_2", "lost+found", "notes.txt", "3"}
+    assert {path.name for path in directory.iterdir()} == kept
+    assert best(directory) == 3
+
+
+def test_checkpoints_of_before_are_read(mesh, saved, tmp_path, monkeypatch):
+    """Before, random keys were saved as their data, and no split was named with the best."""
+    state = make_state(mesh, 5)
+    raw = state | {"key": jax.random.key_data(state["key"])}
+    with Checkpoints(tmp_path, watched=WER) as checkpoints:
+        monkeypatch.setattr(dataclasses, "asdict", lambda _: {"metric": "wer", "mode": "min"})
+        monkeypatch.setattr(
+            saved_files,
+            "signature",
+            lambda leaf, name=saved_files.signature: name(leaf).replace("uint32[2]", "key<fry>[]"),
+        )
+        for step, score in ((5, 0.1), (6, 0.2)):
+            checkpoints.save(step, raw, data={}, stopper={}, config={}, metrics={"wer": score})
+            checkpoints.wait()
+        monkeypatch.undo()
+    with Checkpoints(tmp_path, watched=WER, keep=1) as checkpoints:
+        assert bits(checkpoints.restore(abstract(mesh)).state) == bits(state)
+        save(checkpoints, 7, mesh, wer=0.15)
+    assert steps_in(tmp_path) == [5, 7]
 
 
 @pytest.mark.parametrize(
@@ -303,15 +368,61 @@ def test_all_damaged_is_an_error_with_a_cure(mesh, damaged):
         checkpoints.restore(abstract(mesh))
     assert "\n" not in str(raised.value)
     with pytest.raises(CheckpointError, match="None of the 2"):
-        restore_params(damaged, abstract(mesh)["params"])
+        best(damaged)
 
 
-def test_params_of_a_damaged_best_come_from_the_newest_good_one(mesh, damaged):
-    restored = restore_params(damaged, abstract(mesh)["params"])
-    assert bits(restored) == bits(make_state(mesh, 1)["params"])
+@pytest.fixture(scope="module")
+def scored(mesh, tmp_path_factory):
+    """A directory with checkpoints 1 to 4 of WER 10%, 11%, 95% and 60%: copy it first."""
+    directory = tmp_path_factory.mktemp("scored")
+    with Checkpoints(directory, keep=4, watched=WER) as checkpoints:
+        for step, score in ((1, 0.10), (2, 0.11), (3, 0.95), (4, 0.6)):
+            save(checkpoints, step, mesh, wer=score)
+    return directory
+
+
+@pytest.mark.parametrize("file", ["state/manifest.ocdbt", "record/metadata", "digests.json"])
+def test_in_the_place_of_a_damaged_best_comes_the_next_best(mesh, scored, tmp_path, caplog, file):
+    directory = shutil.copytree(scored, tmp_path / "copy")
+    data = bytearray((directory / "1" / file).read_bytes())
+    data[9] ^= 1
+    (directory / "1" / file).write_bytes(data)
+    assert best(directory) == 2
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("heckpoint 1" in line and "damaged" in line for line in lines), lines
+
+
+def test_a_record_is_not_believed_before_its_digest(mesh, scored, tmp_path):
+    directory = shutil.copytree(scored, tmp_path / "copy")
+    for step, old, new in ((4, '"metrics"', '"metrigs"'), (3, "0.95", "0.01")):
+        path = directory / str(step) / "record" / "metadata"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+    assert best(directory) == 1
+    with Checkpoints(directory, watched=WER) as checkpoints:
+        assert checkpoints.restore(abstract(mesh)).step == 2
+
+
+def test_a_checkpoint_that_cannot_be_read_back_is_not_kept(mesh, saved, tmp_path, monkeypatch):
+    directory = shutil.copytree(saved, tmp_path / "copy")
+    monkeypatch.setattr(saved_files.glob, "has_magic", lambda path: False)  # as orbax does alone
+    checkpoints = Checkpoints(directory / "[x]")
+    save(checkpoints, 1, mesh)
+    with pytest.raises(CheckpointError, match="Cannot write checkpoint 1"):
+        checkpoints.wait()
+    assert not (directory / "[x]" / "1").exists()
+    checkpoints.close()
 
 
 # ---- Disks ---------------------------------------------------------------------------------------
+
+
+def until_it_fails(checkpoints):
+    """As the loop does: a failure is seen without waiting for the save."""
+    for _ in range(600):
+        checkpoints.check()
+        time.sleep(0.1)
 
 
 def fill_and_recover(directory, mesh, large, limit=lambda: None, unlimit=lambda: None):
@@ -323,7 +434,7 @@ def fill_and_recover(directory, mesh, large, limit=lambda: None, unlimit=lambda:
     try:
         checkpoints.save(2, large, data={}, stopper={}, config={})
         with pytest.raises(CheckpointError, match=r"Cannot write checkpoint 2 .*free") as raised:
-            checkpoints.wait()
+            until_it_fails(checkpoints)
     finally:
         unlimit()
     assert "\n" not in str(raised.value)
@@ -363,46 +474,9 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 
-@pytest.mark.parametrize("setting", [{"keep": 0}, {"best_mode": "lowest"}])
-def test_impossible_settings_are_refused(tmp_path, setting):
-    with pytest.raises(ValueError, match=r"keep|min"):
-        Checkpoints(tmp_path, **setting)
-
-
-# ---- Stopping ------------------------------------------------------------------------------------
-
-
-def test_early_stopping_counts_evaluations_without_a_better_one():
-    stopper = EarlyStopping(patience=2)
-    improved = [stopper.update(value) for value in (3.0, 2.0, float("nan"))]
-    assert improved == [True, True, False]
-    assert not stopper.should_stop
-    resumed = EarlyStopping(patience=2)
-    resumed.from_dict(stopper.to_dict())
-    assert not resumed.update(2.0)  # an equal is not better
-    assert resumed.should_stop
-    assert resumed.update(1.0)
-    assert not resumed.should_stop
-
-
-def test_early_stopping_by_the_highest_or_never():
-    highest = EarlyStopping(patience=1, mode="max")
-    assert [highest.update(value) for value in (-2.0, -1.0, -3.0)] == [True, True, False]
-    assert highest.should_stop
-    never = EarlyStopping(patience=0)
-    never.update(float("nan"))
-    assert not never.should_stop
-
-
-def test_sigterm_is_noticed_in_a_single_process():
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        reached = catch_preemption()
-        assert not reached(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert reached(2)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def test_no_checkpoint_at_all_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep at least 1"):
+        Checkpoints(tmp_path, keep=0)
 
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -458,8 +532,10 @@ def test_two_processes_restore_from_one_and_one_from_two(mesh, damaged):
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
-    # The damaged one was not used; SIGTERM to one of them was the same step for both.
-    leaving = [line for output in outputs for line in output.splitlines() if "leave" in line]
+    # The damaged one was not used; Ctrl-C in one of them was the same step for both.
+    leaving = [
+        line for output in outputs for line in output.splitlines() if line.startswith("leave")
+    ]
     assert len(leaving) == 2, outputs
     assert leaving[0] == leaving[1]
     with Checkpoints(damaged) as checkpoints:
@@ -472,9 +548,8 @@ def pair(directory, port, index):
     """One of two processes: restores, is told to leave, saves and leaves."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", 2, int(index))
-    reached = catch_preemption()
     mesh = make_mesh(2, 2, 2)
-    with Checkpoints(directory) as checkpoints:
+    with Checkpoints(directory) as checkpoints, Interruption() as interruption:
         restored = checkpoints.restore(abstract(mesh))
         assert restored.step == 1
         want = make_state(mesh, 1)
@@ -485,9 +560,9 @@ def pair(directory, port, index):
         )
         assert same(restored.state, want).all()
         if index == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
         step = restored.step
-        while not reached(step):
+        while not interruption.asked():
             assert step < 3_000
             time.sleep(0.01)
             step += 1

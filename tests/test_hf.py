@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from speech_jax.tasks.pretrain import Draws
 
 import hf_reference
 from speech_jax import bundle as bundles
@@ -21,7 +22,6 @@ from speech_jax.config import default
 from speech_jax.data import text
 from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.transcript import Transcript
-from speech_jax.tasks.pretrain import Draws
 
 GOLDEN = pathlib.Path(__file__).parent / "data"
 live = pytest.mark.skipif(

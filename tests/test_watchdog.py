@@ -51,6 +51,26 @@ def test_beats_and_leaving_keep_the_process_alive():
     assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr
 
 
+def test_long_work_has_a_longer_time_and_not_all_of_it():
+    result = run(
+        "with Watchdog(0.2) as watchdog:\n"
+        "    with watchdog.busy():\n"
+        "        time.sleep(1)\n"
+        "    print('compiled', flush=True)\n"
+        "    with watchdog.busy():\n"
+        "        time.sleep(50)\n"
+    )
+    assert (result.returncode, result.stdout) == (1, "compiled\n"), result.stderr
+    assert "Timeout" in result.stderr
+    result = run(
+        "with Watchdog(0.2) as watchdog:\n"
+        "    with watchdog.busy(): pass\n"
+        "    started = time.time()\n"
+        "    time.sleep(3)\n"
+    )
+    assert result.returncode == 1, "after it, the time of a step counts again"
+
+
 def test_zero_turns_it_off_and_negative_is_refused():
     result = run("with Watchdog(0) as watchdog:\n    watchdog.beat()\nprint('alive')\n")
     assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr

@@ -1,84 +1,185 @@
-"""A stand-in until the bundle's own format lands: a trained model as plain data."""
+"""The bundle: a model's configuration, parts, parameters and state; opening and saving one.
+
+A saved bundle is a folder with
+
+    bundle.json         {"version": 1, "config": the whole configuration}
+    params.safetensors  parameters and model state by path: "params/encoder/...", "state/..."
+    tokenizer.json, features.json, ...   what its parts have learned (data/parts/)
+"""
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util
+import jax
+import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from speech_jax.data.parts.category import Category
-from speech_jax.data.parts.transcript import Transcript
+from speech_jax import config as defaults
+from speech_jax import experiment, files
+from speech_jax.data.parts import Part
 from speech_jax.errors import UserError
+from speech_jax.tasks import Task
+from speech_jax.training import sharding
+
+VERSION = 1
+_DESCRIPTION, _PARAMETERS = "bundle.json", "params.safetensors"
+
+
+class BundleError(UserError):
+    """A folder that is no model, or one that cannot be used; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
+    """A trained model as plain data.
+
+    Attributes:
+      config: the configuration that it was trained with, whole.
+      parts: what its batches are made of, by name.
+      params, state: nested dicts of numpy arrays; averaged parameters, if it was trained so.
+    """
+
     config: ConfigDict
-    parts: dict[str, Any]
-    params: dict
-    state: dict
+    parts: Mapping[str, Part]
+    params: dict[str, Any]
+    state: dict[str, Any]
+
+    def task(self) -> Task:
+        """The task, ready to be called with `params` and `state`."""
+        return experiment.make_task(self.config, self.parts)
 
 
-def save(bundle: Bundle, folder) -> None:
-    with appearing(folder) as partial:
-        (partial / "bundle.json").write_text(bundle.config.to_json(), "utf-8")
-        tree = {"params": bundle.params, "state": bundle.state}
-        safetensors.numpy.save_file(
-            flax.traverse_util.flatten_dict(tree, sep="/"), partial / "params.safetensors"
+def open(folder: str | os.PathLike) -> Bundle:
+    """Opens a workdir (its best checkpoint), a saved bundle, or a folder of Hugging Face.
+
+    Raises:
+      BundleError: there is no model in the folder, or it is damaged or of a newer version.
+    """
+    # These two need the class above.
+    from speech_jax.bundle import huggingface, runs
+
+    folder = pathlib.Path(folder).expanduser()
+    if not folder.is_dir():
+        raise BundleError(
+            f"{folder} is no folder: name a workdir, a saved model or one of Hugging Face"
         )
-        for part in bundle.parts.values():
+    if (folder / _DESCRIPTION).exists():
+        return _open_saved(folder)
+    if (folder / "checkpoints").is_dir():
+        return runs.open_workdir(folder)
+    if (folder / "model.json").exists():
+        return huggingface.read_model_folder(folder)
+    if (folder / "config.json").exists():
+        return huggingface.read(folder)
+    raise BundleError(
+        f"{folder} holds no model: a workdir has checkpoints/, a saved model {_DESCRIPTION}, a "
+        "folder of Hugging Face config.json and weights"
+    )
+
+
+def save(model: Bundle, folder: str | os.PathLike) -> None:
+    """Writes a bundle as a folder, which appears whole or not at all.
+
+    Raises:
+      BundleError: the folder is there already and not empty, or cannot be written.
+    """
+    tree = {"params": model.params, "state": model.state}
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    described = {"version": VERSION, "config": files.plain(model.config)}
+    with appearing(folder) as partial:
+        files.write_atomically(partial / _DESCRIPTION, files.dump_json(described))
+        safetensors.numpy.save_file(tensors, partial / _PARAMETERS)
+        for part in model.parts.values():
             part.save(partial)
 
 
-def open(folder) -> Bundle:
-    from speech_jax.bundle import huggingface, tensors
-
-    folder = pathlib.Path(folder)
-    if (folder / "model.json").exists():
-        return huggingface.read_model_folder(folder)
-    if not (folder / "bundle.json").exists():
-        return huggingface.read(folder)
-    config = ConfigDict(json.loads((folder / "bundle.json").read_text("utf-8")))
-    tree = flax.traverse_util.unflatten_dict(
-        tensors.read_safetensors(folder / "params.safetensors"), sep="/"
+def _open_saved(folder: pathlib.Path) -> Bundle:
+    described = files.read_json(folder / _DESCRIPTION)
+    version = described.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise BundleError(
+            f"{folder} is a model of version {version!r}, and this speech_jax reads up to "
+            f"{VERSION}: install a newer one (pip install --upgrade speech_jax)"
+        )
+    if not isinstance(described.get("config"), dict):
+        raise BundleError(f"{folder / _DESCRIPTION} holds no configuration: bring the folder back")
+    config = defaults.completed(described["config"], str(folder / _DESCRIPTION))
+    try:
+        tensors = safetensors.numpy.load_file(folder / _PARAMETERS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BundleError(f"{folder / _PARAMETERS} cannot be read: {error}") from error
+    tree = flax.traverse_util.unflatten_dict(tensors, sep="/")
+    return Bundle(
+        config, experiment.make_parts(config, folder), tree.get("params", {}), tree.get("state", {})
     )
-    parts = {}
-    if (folder / "tokenizer.json").exists():
-        parts["labels"] = Transcript.restore(folder)
-    if (folder / "target.json").exists():
-        parts["target"] = Category.restore(folder)
-    return Bundle(config, parts, tree["params"], tree.get("state", {}))
+
+
+# What of a configuration says where things are and how fast they go, not what a model is.
+_USE = ("mesh", "robustness", "train.log_every", "checkpoint")
+# Of the data, what a model has learned to hear.
+_HEARD = ("sample_rate",)
+
+
+def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
+    """The configuration to use a model with: its own, on the data and mesh that `config` names."""
+    merged = model.config.copy_and_resolve_references()
+    with merged.unlocked():
+        for section in ("mesh", "robustness"):
+            merged[section] = config[section]
+        kept = {key: merged.data[key] for key in _HEARD}
+        merged.data = config.data.copy_and_resolve_references()
+        merged.data.update(kept)
+    return merged.lock()
+
+
+def on_mesh(model: Bundle, mesh: Mesh) -> tuple[Any, Any]:
+    """(parameters, model state) on the devices: parameters as the task's rules say, state whole."""
+    split = sharding.shard_params(model.params, mesh, model.task().rules)
+    whole = sharding.replicated(mesh)
+    return jax.tree.map(_place, model.params, split), jax.tree.map(
+        lambda x: _place(x, whole), model.state
+    )
+
+
+def _place(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
 
 @contextlib.contextmanager
 def appearing(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A scratch folder that becomes `folder` at the end; nothing is left where that fails."""
-    folder = pathlib.Path(folder)
+    """A scratch folder that becomes `folder` at the end; nothing is left where that fails.
+
+    Raises:
+      BundleError: the folder is there already and not empty, or cannot be written.
+    """
+    folder = pathlib.Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty: name a new folder")
+        raise BundleError(f"{folder} exists and is not empty: name a new folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
+        raise BundleError(f"cannot write {folder}: {error}") from error
     try:
         yield partial
-        mask = os.umask(0)
-        os.umask(mask)
-        for path in (partial, *partial.iterdir()):
-            path.chmod((0o777 if path is partial else 0o666) & ~mask)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)
         os.replace(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError | UnicodeError | safetensors.SafetensorError):
-            raise UserError(f"cannot write {folder}: {error}") from error
+        if isinstance(error, OSError):
+            raise BundleError(f"cannot write {folder}: {error}") from error
         raise

@@ -1,15 +1,16 @@
-"""The encoder that a run starts from: that of an earlier run, or wav2vec2 of Hugging Face."""
+"""The encoder that a run starts from: that of any bundle."""
 
 import json
 import pathlib
 import re
+from typing import Any
 
 import flax.traverse_util
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from speech_jax import evaluate, models
+from speech_jax import bundle, models
 from speech_jax.errors import UserError
 
 # Settings of an encoder that change neither its parameters nor what they mean.
@@ -20,29 +21,26 @@ class PretrainedError(UserError):
     """A folder that this run cannot start from; the message names what differs."""
 
 
-def with_encoder(params, state, config: ConfigDict):
+def with_encoder(params: Any, state: Any, config: ConfigDict) -> tuple[Any, Any]:
     """A task's `params` and `state` (arrays) with the encoder of `config.init.folder` in them.
 
-    That is `params["encoder"]` and, with batch norm, its statistics. The folder is a workdir (its
-    best checkpoint, averaged if it was trained so), a model folder or a Hugging Face folder
-    (deploy/hf.py).
+    That is `params["encoder"]` and, with batch norm, its statistics.
 
     Raises:
       PretrainedError: there is no such model, or it is not of `config.model`, naming the setting.
     """
     folder = pathlib.Path(config.init.folder).expanduser()
-    if (folder / "checkpoints").is_dir():
-        found = evaluate.open_run(folder)
-        model, rate = found.config.model, found.config.data.sample_rate
-        features = found.config.features
-        if found.task.encoder.frontend == "waveform":
-            features = {"normalize": features.normalize}
-    else:
-        found = _read_hugging_face(folder)
-        model, rate, features = found.encoder, 16_000, {"normalize": found.normalize}
-    theirs = {"model": model, "data": {"sample_rate": rate}, "features": features}
-    for section, settings in theirs.items():
-        _compare(folder, section, settings, config)
+    found = bundle.open(folder)
+    theirs = found.config
+    settings = {
+        "model": theirs.model,
+        "data": {"sample_rate": theirs.data.sample_rate},
+        "features": theirs.features,
+    }
+    if models.listens(theirs.model.name) == "waveform":
+        settings["features"] = {"normalize": theirs.features.normalize}
+    for section, values in settings.items():
+        _compare(folder, section, values, config)
     fit = lambda theirs, ours: _fit(folder, theirs["encoder"], ours["encoder"], config.model.scan)
     params = {**params, "encoder": fit(found.params, params)}
     if "batch_stats" in state:
@@ -68,17 +66,6 @@ def _fit(folder, found, ours, scan: bool):
 def _place(value, like: jax.Array) -> jax.Array:
     value = np.asarray(value, like.dtype)
     return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
-
-
-def _read_hugging_face(folder):
-    try:
-        from speech_jax.bundle import huggingface as hf
-    except ImportError:
-        raise PretrainedError(
-            f"reading {folder} needs safetensors: pip install 'speech_jax[hf]' (a workdir of ours "
-            "has checkpoints/ in it)"
-        ) from None
-    return hf.load(folder)
 
 
 def _compare(folder, section, theirs, config) -> None:

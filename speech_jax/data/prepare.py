@@ -7,9 +7,9 @@ A prepared corpus opens at once, reads fast from network storage, and is one fol
 
 Then train with --config.data.source=prepared --config.data.root=data/prepared.
 
-Each split becomes a TFDS dataset of its own, OUT/utterances/SPLIT/1.0.0, so that splits can be
+Each split becomes a TFDS dataset of its own, OUT/utterances/SPLIT/1.1.0, so that splits can be
 added later. It holds FLAC audio (FLAC files as they are, other formats as 16-bit FLAC that decodes
-to the same samples), text, speaker, label and duration, and reads also with
+to the same samples), text, tags (a JSON object) and duration, and reads also with
 tfds.data_source("utterances/SPLIT", split="train", data_dir=OUT). All audio is decoded once, so
 damaged files are found here. A split appears only when it is complete; one that is there already
 is left alone unless --overwrite is given.
@@ -37,16 +37,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.progress
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from google.protobuf import json_format
 
 from speech_jax.data import audio, sources
-
-_SPLIT = "train"  # what TFDS calls the only split of a dataset
+from speech_jax.data.sources import prepared
+from speech_jax.errors import UserError
 
 Encoded = tuple[bytes, int, int] | str  # (FLAC, samples, rate), or why there is none
 
@@ -58,7 +55,7 @@ class Utterances(tfds.core.ShardBasedBuilder, skip_registration=True):
     TensorFlow as soon as a dataset is larger than 1 GB.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version(prepared.VERSIONS[0])
 
     def __init__(self, *, shards: Sequence[Callable[[], Iterator]] = (), **kwargs):
         self._shards = shards
@@ -69,8 +66,7 @@ class Utterances(tfds.core.ShardBasedBuilder, skip_registration=True):
             "id": tfds.features.Text(),
             "flac": tfds.features.Scalar(np.bytes_),
             "text": tfds.features.Text(),
-            "speaker": tfds.features.Text(),
-            "label": tfds.features.Text(),
+            "tags": tfds.features.Text(),  # a JSON object of strings
             "duration": tfds.features.Scalar(np.float32),  # seconds; samples / rate is exact
             "samples": tfds.features.Scalar(np.int64),
             "rate": tfds.features.Scalar(np.int32),
@@ -84,13 +80,13 @@ class Utterances(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     def _shard_iterators_per_split(self, dl_manager):
         del dl_manager
-        return {_SPLIT: self._shards}
+        return {prepared.SPLIT: self._shards}
 
     def _download_and_prepare(self, dl_manager, download_config=None):
         super()._download_and_prepare(dl_manager, download_config)
         # TFDS 4.9.10 puts the lengths of shards that Beam wrote in the order of their numbers as
         # text ("10" before "2"), so that records are not found: count them anew, in order.
-        split = self.info.splits[_SPLIT]
+        split = self.info.splits[prepared.SPLIT]
         lengths = [len(ArrayRecordDataSource([str(file)])) for file in split.filepaths]
         if not any(lengths):
             name = self.builder_config.name
@@ -112,8 +108,10 @@ def prepare(
     shard_hours: float = 4.0,
     beam_runner: Any = None,
     beam_options: Sequence[str] = (),
-) -> dict[str, str]:
-    """Writes `source` as the prepared `split` below `out`; returns what was skipped and why.
+) -> dict[str, str] | None:
+    """Writes `source` as the prepared `split` below `out`.
+
+    Returns what was skipped and why, or None for a split that is there already.
 
     Args:
       workers: processes that decode and encode.
@@ -129,15 +127,13 @@ def prepare(
     """
     if not re.fullmatch(r"[\w.+-]+", split):
         raise sources.SourceError(f"split {split!r} must be of letters, digits and any of _ . + -")
-    folder = _folder(out, split)
+    folder = prepared.folder_of(out, split)
     if folder.exists() and not overwrite:
-        logging.info("%s is there already and is left as it is", folder)
-        return {}
-    files = [source.open(index) for index in range(len(source.utterances))]
-    if not all(isinstance(file, str) for file in files):
+        return None
+    if isinstance(source, prepared.PreparedSource):
         raise sources.SourceError(f"split {split!r} is prepared already; copy its folder instead")
     shards = [
-        Shard(source.utterances[start:stop], files[start:stop], on_error)
+        Shard(sources.select(source, range(start, stop)), on_error)
         for start, stop in _shard_bounds(source.utterances, shard_hours * 3600)
     ]
     skipped: dict[str, str] = {}
@@ -151,8 +147,8 @@ def prepare(
             config.beam_options = pipeline_options.PipelineOptions(arguments)
         else:
             encode = stack.enter_context(_encoder(workers))
-            progress = stack.enter_context(_progress())
-            task = progress.add_task(f"Preparing {split}", total=len(files))
+            progress = stack.enter_context(prepared.progress_bar())
+            task = progress.add_task(f"Preparing {split}", total=len(source.utterances))
             local = _Local(encode, skipped, lambda: progress.advance(task))
             shards = [dataclasses.replace(shard, local=local) for shard in shards]
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{split}-", dir=out))
@@ -161,12 +157,12 @@ def prepare(
             shards=shards, data_dir=temporary, config=tfds.core.BuilderConfig(name=split)
         )
         builder.download_and_prepare(download_dir=f"{temporary}/downloads", download_config=config)
-        written = _folder(temporary, split)
-        _load_index(written, _data(written), sources.default_cache())
+        written = prepared.folder_of(temporary, split)
+        prepared.load_index(written, prepared.records(written), sources.default_cache())
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
+        if folder.exists():  # of an older version, it may be
             shutil.rmtree(folder)
-        os.rename(written, folder)
+        os.rename(written, folder.with_name(written.name))
     return skipped
 
 
@@ -184,7 +180,7 @@ def _import_beam() -> Any:
 class _Local:
     """What the shards share when one process writes them: encoder, skips, progress."""
 
-    encode: Callable[[Iterable[str]], Iterator[Encoded]]
+    encode: Callable[[Iterable[sources.File]], Iterator[Encoded]]
     skipped: dict[str, str]
     advance: Callable[[], None]
 
@@ -193,15 +189,16 @@ class _Local:
 class Shard:
     """Generates the examples of one file. Without `local` it can be sent to another machine."""
 
-    utterances: Sequence[sources.Utterance]
-    files: Sequence[str]
+    source: sources.Source
     on_error: str
     local: _Local | None = None
 
     def __call__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields (id, example) in order."""
         encode = self.local.encode if self.local else _encode_serially
-        for utterance, encoded in zip(self.utterances, encode(self.files), strict=True):
+        utterances = self.source.utterances
+        files = map(self.source.open, range(len(utterances)))
+        for utterance, encoded in zip(utterances, encode(files), strict=True):
             if self.local:
                 self.local.advance()
             if isinstance(encoded, str):
@@ -221,8 +218,7 @@ class Shard:
                     "id": utterance.id,
                     "flac": flac,
                     "text": utterance.text,
-                    "speaker": utterance.speaker,
-                    "label": utterance.label,
+                    "tags": json.dumps(dict(utterance.tags), ensure_ascii=False),
                     "duration": samples / rate,
                     "samples": samples,
                     "rate": rate,
@@ -240,7 +236,7 @@ def _shard_bounds(utterances: Sequence[sources.Utterance], seconds: float) -> li
 
 
 @contextlib.contextmanager
-def _encoder(workers: int) -> Iterator[Callable[[Iterable[str]], Iterator[Encoded]]]:
+def _encoder(workers: int) -> Iterator[Callable[[Iterable[sources.File]], Iterator[Encoded]]]:
     """Yields a function that encodes files in order, in `workers` processes."""
     if workers <= 1:
         yield _encode_serially
@@ -250,7 +246,7 @@ def _encoder(workers: int) -> Iterator[Callable[[Iterable[str]], Iterator[Encode
         workers, mp_context=multiprocessing.get_context("spawn")
     )
 
-    def encode(files: Iterable[str]) -> Iterator[Encoded]:
+    def encode(files: Iterable[sources.File]) -> Iterator[Encoded]:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         for file in files:
             waiting.append(pool.submit(_encode, file))
@@ -265,125 +261,15 @@ def _encoder(workers: int) -> Iterator[Callable[[Iterable[str]], Iterator[Encode
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_serially(files: Iterable[str]) -> Iterator[Encoded]:
+def _encode_serially(files: Iterable[sources.File]) -> Iterator[Encoded]:
     return map(_encode, files)
 
 
-def _encode(file: str) -> Encoded:
+def _encode(file: sources.File) -> Encoded:
     try:
         return audio.to_flac(file)
     except audio.AudioError as error:
         return str(error)
-
-
-# ---- Reading -----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedSource:
-    """Utterances in ArrayRecord; `data` reads one record at a time, from any thread."""
-
-    utterances: Sequence[sources.Utterance]
-    skipped: dict[str, str]
-    folder: pathlib.Path
-    data: Any
-
-    def open(self, index: int) -> io.BytesIO:
-        """Returns the FLAC file of `utterances[index]`."""
-        if not 0 <= index < len(self.utterances):
-            raise IndexError(f"utterance {index} of {len(self.utterances)}")
-        try:
-            return io.BytesIO(self.data[index]["flac"])
-        except (RuntimeError, ValueError, OSError) as error:
-            raise audio.AudioError(
-                f"utterance {self.utterances[index].id!r} cannot be read from {self.folder} "
-                f"({error}); copy or prepare the split again"
-            ) from error
-
-
-def open_prepared(
-    root: pathlib.Path, split: str, on_error: str, cache: pathlib.Path
-) -> PreparedSource:
-    """Opens what `prepare` wrote. Raises SourceError where it is absent or incomplete."""
-    del on_error  # every record was decoded when it was written
-    folder = _folder(root, split)
-    if not folder.is_dir():
-        known = sorted(path.parent.name for path in root.glob(f"utterances/*/{folder.name}"))
-        raise sources.SourceError(
-            f"there is no prepared split {split!r} in {root}; it has {', '.join(known) or 'none'}; "
-            "write it with python -m speech_jax.data.prepare"
-        )
-    data = _data(folder)
-    return PreparedSource(tuple(_load_index(folder, data, cache)), {}, folder, data)
-
-
-def _folder(root: str | os.PathLike, split: str) -> pathlib.Path:
-    return pathlib.Path(root) / "utterances" / split / str(Utterances.VERSION)
-
-
-def _data(folder: pathlib.Path) -> Any:
-    """Returns the records of a split as a sequence of dicts."""
-    try:
-        builder = tfds.builder_from_directory(folder)
-        files = builder.info.splits[_SPLIT].filepaths
-    except (OSError, KeyError, ValueError, json_format.ParseError) as error:
-        raise sources.SourceError(
-            f"{folder} is damaged ({error}); copy or prepare the split again"
-        ) from error
-    for file in files:
-        if not (os.path.isfile(file) and os.path.getsize(file)):
-            raise sources.SourceError(
-                f"{file} is missing or empty; copy or prepare the split again"
-            )
-    return builder.as_data_source(_SPLIT)
-
-
-def _load_index(folder: pathlib.Path, data: Any, cache: pathlib.Path) -> list[sources.Utterance]:
-    """Returns the utterances of a split without their audio.
-
-    They are read once from the records and kept beside the data or, where that is read-only, in
-    the cache.
-    """
-    stamp = (folder / "dataset_info.json").stat().st_mtime_ns
-    places = (
-        folder / "index.jsonl",
-        cache / "prepared" / f"{sources.digest(folder)}-{stamp}.jsonl",
-    )
-    for file in places:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or damaged
-            lines = file.read_text("utf-8").split("\n")
-            rows = [sources.Utterance(*json.loads(line)) for line in lines if line]
-            if len(rows) == len(data):
-                return rows
-    with _progress() as progress:
-        task = progress.add_task(f"Indexing {folder.parent.name}", total=len(data))
-        rows = []
-        for record in data:
-            rows.append(_utterance(record))
-            progress.advance(task)
-    text = "".join(json.dumps(dataclasses.astuple(row)) + "\n" for row in rows)
-    for file in places:
-        try:
-            sources.write_atomically(file, text)
-            break
-        except OSError as error:
-            logging.info("the index cannot be kept in %s (%s)", file, error.strerror)
-    return rows
-
-
-def _utterance(record: dict[str, Any]) -> sources.Utterance:
-    texts = {key: record[key].decode() for key in ("id", "text", "speaker", "label")}
-    return sources.Utterance(duration=int(record["samples"]) / int(record["rate"]), **texts)
-
-
-def _progress() -> rich.progress.Progress:
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    return rich.progress.Progress(*columns, console=rich.console.Console(stderr=True))
 
 
 # ---- Command -----------------------------------------------------------------------------------
@@ -391,7 +277,7 @@ def _progress() -> rich.progress.Progress:
 
 def define_flags() -> None:
     """Defines the command's flags; not at import, since training imports this module too."""
-    kinds = ["librispeech", "manifest", "synthetic"]
+    kinds = [kind for kind in sources.SOURCES if kind != "prepared"]
     flags.DEFINE_enum("source", "librispeech", kinds, "Kind of the corpus.")
     flags.DEFINE_string("root", "", "Folder of the corpus.")
     flags.DEFINE_list("splits", [], "Splits to prepare, separated by commas.")
@@ -414,13 +300,20 @@ def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     if not args.splits:
         raise app.UsageError("--splits names no split; for example --splits=train-clean-100")
+    written: set[str] = set()
     try:
         for named in args.splits:
+            split = pathlib.PurePath(named).name.removesuffix(".jsonl")  # a manifest by its path
+            if split in written:
+                raise sources.SourceError(
+                    f"{named} would be prepared as {split!r}, which another split of this command "
+                    "already is; prepare it into another folder, or rename it"
+                )
+            written.add(split)
             source = sources.open_source(
                 args.source, root=args.root, split=named, on_error=args.on_error, cache=args.cache
             )
-            split = pathlib.PurePath(named).name.removesuffix(".jsonl")  # a manifest by its path
-            skipped = source.skipped | prepare(
+            skipped = prepare(
                 source,
                 split,
                 args.out,
@@ -431,10 +324,15 @@ def main(argv: Sequence[str]) -> None:
                 beam_runner=args.beam_runner,
                 beam_options=args.beam_options,
             )
-            print(f"{split}: {_folder(args.out, split)}, {len(skipped)} utterances skipped")
+            folder = prepared.folder_of(args.out, split)
+            if skipped is None:
+                print(f"{split}: {folder} is left as it is; --overwrite replaces it")
+                continue
+            skipped = source.skipped | skipped
+            print(f"{split}: {folder}, {len(skipped)} utterances skipped")
             for name, why in skipped.items():
                 print(f"  skipped {name}: {why}")
-    except (sources.SourceError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -11,13 +11,14 @@ import json
 import os
 import pathlib
 import re
-import tempfile
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Protocol
 
 import sentencepiece
 
+from speech_jax import files
 from speech_jax.errors import UserError
 
 BLANK = 0
@@ -43,16 +44,33 @@ class UnknownCharacterError(UserError):
 _APOSTROPHES = str.maketrans("\u2019\u2018\u02bc\u0060\u00b4", "'''''")
 
 
+# Joiners choose a letter's form in Persian and a conjunct's in the scripts of India.
+_JOINERS = "\u200c\u200d"
+
+
 def _english(text: str) -> str:
     text = unicodedata.normalize("NFKD", text.translate(_APOSTROPHES)).upper()
     text = "".join(c for c in text if not unicodedata.combining(c))
     return re.sub(r"[^\w']|_", " ", text)
 
 
-_NORMALIZERS = {
+def _words(text: str) -> str:
+    text = text.translate(_APOSTROPHES).lower()  # upper case has fewer letters: ı, ß and ς lose
+    return "".join(c if _is_of_a_word(c) else " " for c in text)
+
+
+def _is_of_a_word(character: str) -> bool:
+    """Whether it is a letter, a mark (a vowel or tone of many scripts), a number or apostrophe."""
+    return unicodedata.category(character)[0] in "LMN" or character in f"'{_JOINERS}"
+
+
+# 'librispeech' is what 'english' was called; tokenizers of then have it in their files.
+NORMALIZERS: dict[str, Callable[[str], str]] = {
     "none": lambda text: text,
     "upper": str.upper,
     "lower": str.lower,
+    "words": _words,
+    "english": _english,
     "librispeech": _english,
 }
 
@@ -60,16 +78,39 @@ _NORMALIZERS = {
 def normalize(text: str, name: str) -> str:
     """Returns `text` as the normalizer `name` writes it, in Unicode NFC with single spaces.
 
-    'none' changes nothing more; 'upper' and 'lower' change case. 'librispeech' writes as
-    LibriSpeech does: upper case, accents dropped, typographic apostrophes made plain, every other
-    mark (hyphens too) a space. Digits stay digits: no normalizer spells numbers.
+    'none' changes nothing more; 'upper' and 'lower' change case. 'words' keeps every letter, mark
+    and number of every script, in lower case where the script has one, makes typographic
+    apostrophes plain, and writes a space for all else (hyphens too). 'english' (also called
+    'librispeech') writes as LibriSpeech does: upper case, accents dropped too. Digits stay digits:
+    no normalizer spells numbers.
 
     Raises TextError for an unknown name.
     """
-    if name not in _NORMALIZERS:
-        raise TextError(f"unknown normalizer {name!r}; known: {', '.join(_NORMALIZERS)}")
-    text = _NORMALIZERS[name](unicodedata.normalize("NFC", text))
+    if name not in NORMALIZERS:
+        raise TextError(f"unknown normalizer {name!r}; known: {', '.join(NORMALIZERS)}")
+    text = NORMALIZERS[name](unicodedata.normalize("NFC", text))
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def dropped(texts: Iterable[str], normalizer: str) -> Counter[str]:
+    """Counts the letters, marks and numbers that a normalizer loses, by character.
+
+    What only changes its case or its form is not lost, nor is punctuation; that a normalizer leaves
+    out vowels, tones and accents, or whole scripts, shows here.
+    """
+    # All at once: Python counts characters fast, and only the distinct ones are looked at.
+    together = "\n".join(texts)
+    return _parts(together) - _parts(normalize(together, normalizer))
+
+
+def _parts(text: str) -> Counter[str]:
+    """Counts the letters, marks and numbers of a text, apart from each other, in lower case."""
+    parts: Counter[str] = Counter()
+    for character, count in Counter(text).items():
+        for part in unicodedata.normalize("NFKD", character.upper().casefold()):
+            if unicodedata.category(part)[0] in "LMN":
+                parts[part] += count
+    return parts
 
 
 # ---- Tokenizers --------------------------------------------------------------------------------
@@ -262,28 +303,31 @@ def _train_sentencepiece(texts: Sequence[str], vocabulary_size: int, algorithm: 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Reads what `Tokenizer.save` wrote. Raises TextError for a file that is absent or damaged."""
     try:
-        fields = json.loads(pathlib.Path(path).read_text("utf-8"))
+        fields = files.read_json(pathlib.Path(path))
         kind = fields.pop("kind")
+        if not all(isinstance(value, str) for value in fields.values()):
+            raise TypeError("its values must be strings")
         if kind == CharacterTokenizer.kind:
-            return CharacterTokenizer(**fields)
-        if kind == SentencePieceTokenizer.kind:
-            return SentencePieceTokenizer(
-                base64.b64decode(fields.pop("model"), validate=True), **fields
+            tokenizer = CharacterTokenizer(**fields)
+        elif kind == SentencePieceTokenizer.kind:
+            model = base64.b64decode(fields.pop("model"), validate=True)
+            tokenizer = SentencePieceTokenizer(model, **fields)
+        else:
+            raise TextError(
+                f"tokenizer {path} is of unknown kind {kind!r}; it is from a newer version"
             )
-    except OSError as error:
+        tokenizer.encode("")  # a normalizer that is not known shows here
+        return tokenizer
+    except FileNotFoundError as error:
         raise TextError(f"tokenizer {path} cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+    except TextError:
+        raise
+    except UserError as error:
+        raise TextError(f"tokenizer {error}") from error
+    except Exception as error:  # of sentencepiece, whatever a model's bytes make it throw
         raise TextError(f"tokenizer {path} is damaged ({error}); make it again") from error
-    raise TextError(f"tokenizer {path} is of unknown kind {kind!r}; it is from a newer version")
 
 
 def _save(path: str | os.PathLike, kind: str, **fields: str) -> None:
-    path = pathlib.Path(path)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as part:
-        try:
-            json.dump({"kind": kind} | fields, part, ensure_ascii=False, indent=1)
-            part.close()
-            os.replace(part.name, path)
-        except BaseException:
-            os.unlink(part.name)
-            raise
+    content = json.dumps({"kind": kind} | fields, ensure_ascii=False, indent=1)
+    files.write_atomically(pathlib.Path(path), content)

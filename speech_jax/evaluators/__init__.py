@@ -1,0 +1,33 @@
+"""Evaluators: what is measured of a split. Adding one is a file here; a task names its own.
+
+An evaluator gets every utterance once, in any order, and may keep what it needs of them:
+
+    add(utterance, example, prediction) -> what a line of predictions.jsonl says of it
+    results() -> {name: value}, None for what has no value (an error rate without a word)
+    line() -> the same for people, in a few words
+    rates: the names of those results that are logged while training
+
+`example` holds the utterance's row of the batch, `prediction` its row of what `task.predict`
+returned, both as numpy arrays by name. Padding and filler rows never reach an evaluator.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from speech_jax.data.sources import Utterance
+
+Row = Mapping[str, np.ndarray]
+
+
+class Evaluator(Protocol):
+    """The contract above."""
+
+    rates: tuple[str, ...]
+
+    def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]: ...
+
+    def results(self) -> dict[str, float | None]: ...
+
+    def line(self) -> str: ...

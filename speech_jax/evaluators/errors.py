@@ -1,13 +1,13 @@
-"""Scores as sums that can be merged, and the writers that metrics go to.
-
-Counts of two corpora add up to those of both. `results()` is what results.json holds of a split;
-`RATES` names those of its values that are logged while training.
-"""
+"""Word and character error rates of transcripts, as sums of edits over a split."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rapidfuzz.distance import Levenshtein
+
+from speech_jax.data.parts.transcript import Transcript
+from speech_jax.data.sources import Utterance
+from speech_jax.evaluators import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,6 @@ class ErrorCounts:
     Rates are of the sums over the corpus, so they depend neither on batches nor on their order.
     """
 
-    utterances: int = 0
     words: int = 0
     insertions: int = 0
     deletions: int = 0
@@ -25,64 +24,20 @@ class ErrorCounts:
     characters: int = 0
     character_errors: int = 0
 
-    RATES: ClassVar = ("wer", "cer")
-
     def __add__(self, other: "ErrorCounts") -> "ErrorCounts":
-        return _merge(self, other)
+        sums = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return ErrorCounts(*(a + b for a, b in sums))
 
     @property
-    def wer(self) -> float:
-        """Word error rate; without a reference word, 0 or (if there are insertions) infinity."""
-        return _rate(self.insertions + self.deletions + self.substitutions, self.words)
+    def wer(self) -> float | None:
+        """Word error rate; None without a reference word."""
+        errors = self.insertions + self.deletions + self.substitutions
+        return errors / self.words if self.words else None
 
     @property
-    def cer(self) -> float:
-        """Character error rate, spaces counted."""
-        return _rate(self.character_errors, self.characters)
-
-    def results(self) -> dict[str, float | int]:
-        """What results.json holds of a split."""
-        names = ("insertions", "deletions", "substitutions", "words", "utterances")
-        return {"wer": self.wer, "cer": self.cer} | {name: getattr(self, name) for name in names}
-
-    def __str__(self) -> str:
-        return f"WER {100 * self.wer:.2f}%  CER {100 * self.cer:.2f}%"
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskedCounts:
-    """How well masked frames were told apart, as sums over them."""
-
-    utterances: int = 0
-    nats: float = 0.0
-    correct: float = 0.0
-    masked: float = 0.0
-
-    RATES: ClassVar = ("error_rate", "accuracy", "loss_per_frame")
-
-    def __add__(self, other: "MaskedCounts") -> "MaskedCounts":
-        return _merge(self, other)
-
-    def results(self) -> dict[str, float]:
-        """What results.json holds of a split; error_rate is 1 - accuracy."""
-        count = max(self.masked, 1.0)
-        accuracy = self.correct / count
-        return {
-            "error_rate": 1 - accuracy,
-            "accuracy": accuracy,
-            "loss_per_frame": self.nats / count,
-            "masked_frames": self.masked,
-            "utterances": self.utterances,
-        }
-
-    def __str__(self) -> str:
-        results = self.results()
-        return f"accuracy {results['accuracy']:.4f}  loss {results['loss_per_frame']:.3f}"
-
-
-def _merge(one, other):
-    sums = zip(dataclasses.astuple(one), dataclasses.astuple(other), strict=True)
-    return type(one)(*(a + b for a, b in sums))
+    def cer(self) -> float | None:
+        """Character error rate, spaces counted; None without a reference character."""
+        return self.character_errors / self.characters if self.characters else None
 
 
 def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
@@ -91,7 +46,6 @@ def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
     edits = [tag for tag, _, _ in Levenshtein.editops(words, spoken).as_list()]
     characters, heard = " ".join(words), " ".join(spoken)
     return ErrorCounts(
-        utterances=1,
         words=len(words),
         insertions=edits.count("insert"),
         deletions=edits.count("delete"),
@@ -101,7 +55,32 @@ def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
     )
 
 
-def _rate(errors: int, total: int) -> float:
-    if total:
-        return errors / total
-    return float("inf") if errors else 0.0
+class Errors:
+    """Compares predicted transcripts with those of the corpus."""
+
+    rates: ClassVar = ("wer", "cer")
+
+    def __init__(self, transcript: Transcript):
+        self._transcript = transcript
+        self.counts = ErrorCounts()
+
+    def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]:
+        """Counts one utterance; its line has both texts and its own word error rate."""
+        del example
+        reference, hypothesis = self._transcript.text(utterance), self._transcript.read(prediction)
+        counts = count_errors(reference, hypothesis)
+        self.counts += counts
+        wer = None if counts.wer is None else round(counts.wer, 4)
+        return {"reference": reference, "hypothesis": hypothesis, "wer": wer}
+
+    def results(self) -> dict[str, float | None]:
+        """Both rates, and the counts that the first one is made of."""
+        names = ("insertions", "deletions", "substitutions", "words")
+        counts = {name: getattr(self.counts, name) for name in names}
+        return {"wer": self.counts.wer, "cer": self.counts.cer} | counts
+
+    def line(self) -> str:
+        """Both rates in per cent."""
+        if self.counts.wer is None:
+            return "no reference words, so no error rate"
+        return f"WER {100 * self.counts.wer:.2f}%  CER {100 * self.counts.cer:.2f}%"

@@ -7,21 +7,27 @@ best checkpoint against the bound of FGSM and PGD-10 perturbations (white box: t
 and the transcript), and against the signal-to-noise ratio of additive noise.
 """
 
-import json
+import contextlib
 import pathlib
 from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from speech_jax import evaluate, experiment
+from speech_jax import bundle, experiment, files
 from speech_jax.config import split_names
 from speech_jax.data import audio, pipeline
+from speech_jax.data.parts.audio import open_noise
 from speech_jax.errors import UserError
-from speech_jax.evaluators.errors import ErrorCounts
+from speech_jax.evaluators.errors import Errors
+from speech_jax.evaluators.loop import by_utterance
+from speech_jax.tasks import Task
 from speech_jax.training import sharding
 from speech_jax.training.adversarial import Ball
+from speech_jax.workdir import Workdir
 
 # Ascents, their size as a fraction of epsilon, and whether they begin at a random point.
 ATTACKS = {"fgsm": (1, 1.0, False), "pgd10": (10, 0.25, True)}
@@ -30,50 +36,48 @@ _NOISES = 6
 _UNTOUCHED = (0.0, 0, 0.0, False)
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, say: Callable[[str], None] = print) -> dict:
+def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print) -> dict:
     """Measures the best checkpoint of a workdir on `config.data.eval_splits`.
 
-    Returns what robustness.json holds: {split: {"clean": scores, "fgsm": [{"epsilon", **scores}],
-    "pgd10": the same, "noise": [{"snr_db", **scores}]}}, scores being ErrorCounts.results.
-    Utterances that cannot be aligned with their transcript are left out.
+    Returns what robustness.json holds: {split: {"clean": errors, "fgsm": [{"epsilon", **errors}],
+    "pgd10": the same, "noise": [{"snr_db", **errors}]}}, errors being Errors.results. Utterances
+    that cannot be aligned with their transcript are left out.
 
     Raises:
       UserError: the workdir holds no such model, or what is asked for cannot be done with it.
     """
-    experiment.check_workdir(workdir, config, trained=True)
-    mesh = sharding.make_mesh(**config.mesh)
-    task, tokenizer, params, state = evaluate.open_model(config, workdir, mesh)
-    if not task.labelled:
+    model = bundle.open(workdir.folder)
+    config = bundle.for_use(model, config)
+    task = model.task()
+    if not isinstance(task.evaluator(model.parts), Errors):
         raise UserError(
             f"--mode=robustness counts word errors, and {config.task.name} has no words"
         )
-    recognize = make_recognizer(task, mesh, **_space(config))
+    mesh = sharding.make_mesh(**config.mesh)
+    params, state = bundle.on_mesh(model, mesh)
+    settings = config.robustness
+    recognize = make_recognizer(task, mesh, space=settings.space, norm=settings.norm)
+    attacked = lambda *arguments: recognize(params, state, *arguments)
 
     curves = {}
     for split in split_names(config.data.eval_splits):
-        source = experiment.open_splits(config, split)
-        corpus = pipeline.encode_corpus(
-            source,
-            tokenizer,
-            sample_rate=config.data.sample_rate,
-            output_lengths=lambda n: task.encoder.output_lengths(task.frontend.lengths(n)),
+        corpus = pipeline.make_corpus(
+            experiment.open_splits(config, split),
+            model.parts,
+            unusable=task.unusable,
             on_error=config.data.on_error,
         )
-        attacked = lambda *arguments: recognize(params, state, *arguments)
-        counts = _measure(config, mesh, task, tokenizer, corpus, attacked)
-        curves[split] = _arrange(counts)
+        curves[split] = _arrange(_measure(config, mesh, model, task, corpus, attacked))
         for line in _table(split, curves[split]):
             say(line)
     if jax.process_index() == 0:
-        scratch = workdir / "robustness.json.partial"
-        scratch.write_text(json.dumps(curves, indent=2) + "\n")
-        scratch.replace(workdir / "robustness.json")
-        plot({workdir.name: curves}, workdir / "robustness.png")
+        files.write_atomically(workdir.robustness, files.dump_json(curves))
+        plot({workdir.folder.name: curves}, workdir.robustness.with_suffix(".png"))
     return curves
 
 
-def make_recognizer(task, mesh, *, space: str, norm: str):
-    """(params, state, batch, epsilon, steps, rate, random) -> (task.predict's result, index).
+def make_recognizer(task: Task, mesh: Mesh, *, space: str, norm: str) -> Callable:
+    """(params, state, batch, epsilon, steps, rate, random) -> task.predict's result.
 
     The batch is perturbed first, by `steps` ascents of the task's loss (no dropout) of `rate`
     epsilon each. All of the last four may change without another compilation. Results are whole
@@ -91,55 +95,52 @@ def make_recognizer(task, mesh, *, space: str, norm: str):
 
     def placed(params, state, batch, epsilon, steps, rate, random):
         scalars = np.float32(epsilon), np.int32(steps), np.float32(rate), np.float32(random)
-        return compiled(params, state, sharding.put_batch(batch, mesh), *scalars)
+        with jax.set_mesh(mesh):  # for what ops/partition.py says
+            return compiled(params, state, sharding.put_batch(batch, mesh), *scalars)
 
     return placed
 
 
-def _space(config):
-    return {"space": config.robustness.space, "norm": config.robustness.norm}
-
-
-def _measure(config, mesh, task, tokenizer, corpus, recognize) -> dict[tuple, ErrorCounts]:
+def _measure(config, mesh, model, task, corpus, recognize) -> dict[tuple, Errors]:
     """Errors of a corpus by (curve, level)."""
     settings = config.robustness
-    noises = _open_noises(settings.noise_root, corpus.sample_rate, config.seed)
-    total = {}
+    noises = _open_noises(settings.noise_root, config.data.sample_rate, config.seed)
+    total: dict[tuple, Errors] = {}
 
     def count(curve, level, batch, attack):
         found, index = jax.device_get(recognize(batch, *attack))
-        errors = ErrorCounts()
-        for place, row in evaluate.by_utterance(index, found):
-            errors += task.score(row, corpus.source.utterances[place], tokenizer)[0]
-        total[curve, level] = total.get((curve, level), ErrorCounts()) + errors
+        errors = total.setdefault((curve, level), task.evaluator(model.parts))
+        for utterance, example, row in by_utterance(corpus, {"index": index}, found):
+            errors.add(utterance, example, row)
 
-    for batch in experiment.evaluation_batches(config, corpus, mesh):
-        count("clean", None, batch, _UNTOUCHED)
-        for name, attack in ATTACKS.items():
-            for epsilon in settings.epsilons:
-                count(name, epsilon, batch, (epsilon, *attack))
-        for snr_db in settings.noise_snr_db:
-            for turn in range(min(len(noises), _NOISES)):
-                count("noise", snr_db, _with_noise(batch, noises, snr_db, turn), _UNTOUCHED)
+    with contextlib.closing(experiment.evaluation_batches(config, corpus, task, mesh)) as batches:
+        for batch in batches:
+            count("clean", None, batch, _UNTOUCHED)
+            for name, attack in ATTACKS.items():
+                for epsilon in settings.epsilons:
+                    count(name, epsilon, batch, (epsilon, *attack))
+            for snr_db in settings.noise_snr_db:
+                for turn in range(min(len(noises), _NOISES)):
+                    count("noise", snr_db, _with_noise(batch, noises, snr_db, turn), _UNTOUCHED)
     return total
 
 
-def _open_noises(root, rate, seed) -> list[np.ndarray]:
+def _open_noises(root: str, rate: int, seed: int) -> list[np.ndarray]:
     """Recordings of noise, int16; ten seconds of white noise if there is no folder."""
     if not root:
         drawn = np.random.default_rng(seed).normal(0.0, 3000.0, 10 * rate)
         return [drawn.astype(np.int16)]
-    files = pipeline.open_noise(root, probability=1.0, snr_db=(0.0, 0.0)).files
-    return [audio.decode(file, rate) for file in files]
+    found = open_noise(root, probability=1.0, snr_db=(0.0, 0.0)).files
+    return [audio.decode(file, rate) for file in found]
 
 
 def _with_noise(batch, noises, snr_db, turn):
-    """Each utterance with a noise and a place in it that follow from the utterance's own place."""
+    """Each utterance with a noise and an offset in it that follow from the utterance's index."""
     mixed = np.zeros_like(batch["audio"])
-    for row, (place, length) in enumerate(zip(batch["index"], batch["audio_length"], strict=True)):
-        if place >= 0:
-            noise = noises[(place + turn) % len(noises)]
-            offset = int(np.random.default_rng([place, turn]).integers(len(noise)))
+    for row, (index, length) in enumerate(zip(batch["index"], batch["audio_length"], strict=True)):
+        if index >= 0:
+            noise = noises[(index + turn) % len(noises)]
+            offset = int(np.random.default_rng([index, turn]).integers(len(noise)))
             mixed[row, :length] = audio.add_noise(
                 batch["audio"][row, :length], noise, snr_db, offset
             )
@@ -171,17 +172,7 @@ def _table(split, curves):
 
 
 def plot(runs: Mapping[str, dict], path: pathlib.Path) -> None:
-    """Draws the curves of runs (what `run` returned, by name), a row of plots for each split.
-
-    Raises:
-      UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "plotting the curves needs matplotlib: pip install 'speech_jax[plots]'"
-        ) from None
+    """Draws the curves of runs (what `run` returned, by name), a row of plots for each split."""
     splits = list(dict.fromkeys(split for curves in runs.values() for split in curves))
     figure = Figure(figsize=(10, 4 * len(splits)), layout="constrained")
     axes = figure.subplots(len(splits), 2, squeeze=False)

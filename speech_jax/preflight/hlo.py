@@ -51,20 +51,6 @@ class _Instruction(NamedTuple):
     attributes: str
 
 
-def memory_needed(compiled) -> int:
-    """Bytes that a compiled program takes on each device: arguments, results, temporaries, code."""
-    sizes = compiled.memory_analysis()
-    if sizes is None:  # a backend that does not say
-        return 0
-    return (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        - sizes.alias_size_in_bytes
-        + sizes.temp_size_in_bytes
-        + sizes.generated_code_size_in_bytes
-    )
-
-
 def traffic(text: str, devices: int) -> Traffic:
     """Reads `compiled.as_text()` of a program for so many devices.
 

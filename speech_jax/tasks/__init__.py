@@ -1,24 +1,20 @@
-"""Tasks: what is predicted from speech, and how wrong a prediction is.
+"""Tasks: what is predicted from an utterance, and how wrong a prediction is.
 
-A task is plain functions of parameters and batches:
+Adding one is a file and a line here. A task is plain functions of parameters and batches:
 
     init(rng, batch) -> (params, state)
     loss(params, state, batch, rng=None, step=0) -> (sum, weight, aux)
-    figures(sums) -> {name: float}, what is logged of some updates, the loss first
-    check(figures, step), which raises a UserError where going on is of no use
-    predict(params, state, batch) -> arrays, a row an utterance
-    score(row, utterance, tokenizer) -> (counts, details), of one row of that, on the host
+    predict(params, state, batch) -> arrays with a row an utterance
+    unusable(sizes) -> {position: reason}, on the host, before anything is loaded
+    figures(sums) -> {name: float}: what is logged of some updates, the loss first
+    check(figures, step): raises a UserError where going on is of no use
+    evaluator(parts) -> what scores a split (evaluators/)
 
 `loss` trains (dropout, augmentation) where it is given a key, and evaluates without one. It is a
 sum over the rows of the batch with its weight beside it, never a mean, so that a sum over devices
 and micro-batches is the loss of the global batch. aux is {"state": the new model state,
-"sums": {name: float32 scalar}}, which the loop adds up and hands to `figures`, the loss, its weight
-and the number of steps with them. What `figures` calls `accuracy` is shown beside the loss.
-
-What `score` returns adds up to a split's score (metrics.py); a task of transcripts (`labelled`)
-gets the tokenizer that its labels come from, the others None.
-
-Wrappers (training/step.py: accumulation; training/adversarial.py) compose around its gradient.
+"sums": {name: float32 scalar}}, which the loop adds up and hands to `figures`, together with the
+loss, its weight and the number of steps. What `figures` calls `accuracy` is shown beside the loss.
 """
 
 import dataclasses
@@ -26,49 +22,57 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
-import flax.linen as nn
 import jax
+import numpy as np
 
 from speech_jax import registry
 
 TASKS = {
-    "asr": "speech_jax.tasks.recognize:ASR",
-    "best_rq": "speech_jax.tasks.pretrain:BestRQ",
-    "contrastive": "speech_jax.tasks.pretrain:Contrastive",
+    "best_rq": "speech_jax.tasks.best_rq:BestRQ",
+    "contrastive": "speech_jax.tasks.contrastive:Contrastive",
+    "recognize": "speech_jax.tasks.recognize:Recognize",
 }
 
 Pytree = Any
-Batch = dict[str, jax.Array]
+Batch = Mapping[str, jax.Array]
 
 
 class Task(Protocol):
-    """The contract above; see it for what each function takes and returns."""
+    """The contract above; see it for what each function takes and returns.
 
-    labelled: ClassVar[bool]  # whether it learns from transcripts
-    metric: ClassVar[str]  # that of a split's score which picks the best checkpoint; less is better
-    encoder: nn.Module
-    frontend: Any
+    A constructor's arguments are the settings of the section `task`, and by name, if it wants them:
+    `encoder`, `frontend`, and `counts`, how many symbols each part has that has symbols.
+    """
+
+    parts: ClassVar[Mapping[str, str]]  # name in a batch -> kind (data/parts/)
+    along: ClassVar[str]  # the dimension that batch shapes are made by
+    best: ClassVar[tuple[str, str]]  # the figure of a split that picks a model, and 'min' or 'max'
+
+    @property
+    def rules(self) -> tuple: ...  # the sharding of all parameters (training/sharding.py)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]: ...
 
-    def loss(self, params, state, batch: Batch, rng=None, step=0): ...
+    def loss(self, params: Pytree, state: Pytree, batch: Batch, rng=None, step=0): ...
+
+    def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]: ...
+
+    def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]: ...
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]: ...
 
     def check(self, figures: Mapping[str, float], step: int) -> None: ...
 
-    def predict(self, params, state, batch: Batch) -> dict[str, jax.Array]: ...
-
-    def score(self, row: Mapping[str, Any], utterance, tokenizer) -> tuple[Any, dict]: ...
+    def evaluator(self, parts: Mapping[str, Any]) -> Any: ...
 
 
-def constructor(name: str):
+def constructor(name: str) -> type[Task]:
     """The class of a task by its name in TASKS; an unknown name is a UserError."""
     module, _, attribute = registry.lookup("task", TASKS, name).partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-def settings(name: str, **changes) -> dict[str, Any]:
+def settings(name: str, **changes: Any) -> dict[str, Any]:
     """All settings of a task, `name` included: a configuration section."""
     fields = {
         field.name: field.default

@@ -1,16 +1,22 @@
 """Speech recognition with an encoder and CTC (Graves et al. 2006)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from speech_jax.decoding import ctc as decoding
-from speech_jax.evaluators import errors as metrics
+from speech_jax.decoding.ctc import greedy
+from speech_jax.evaluators.errors import Errors
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc
+from speech_jax.rules import Rules
+
+# How the head's parameters lie on a mesh.
+RULES: Rules = ((r"head/kernel", ("fsdp", "tensor")), (r"head/bias", ("tensor",)))
 
 
 class CTCModel(nn.Module):
@@ -27,20 +33,26 @@ class CTCModel(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class ASR:
+class Recognize:
     """Audio to text. Label 0 is the blank; the loss is in nats, its weight is label tokens."""
 
     encoder: nn.Module
     frontend: FrontEnd
-    vocabulary_size: int
+    counts: Mapping[str, int]
 
-    labelled: ClassVar = True
-    metric: ClassVar = "wer"
+    parts: ClassVar = {"audio": "audio", "labels": "transcript"}
+    along: ClassVar = "samples"
+    best: ClassVar = ("wer", "min")
+
+    @property
+    def rules(self) -> Rules:
+        """How the parameters lie on a mesh."""
+        return (*self.encoder.rules, *RULES)
 
     @property
     def model(self) -> CTCModel:
         """Encoder and head; its parameters are {"encoder": ..., "head": ...}."""
-        return CTCModel(self.encoder, self.vocabulary_size)
+        return CTCModel(self.encoder, self.counts["labels"])
 
     def init(self, rng, batch):
         """Parameters (float32) and model state (empty without batch norm)."""
@@ -67,19 +79,29 @@ class ASR:
     def loss(self, params, state, batch, rng=None, step=0):
         """The CTC loss of rows with weight whose alignment fits; the others are counted."""
         logits, lengths, state = self.logits(params, state, batch, rng, step)
-        labels, label_length = batch["labels"], batch["label_length"]
-        feasible = ctc.ctc_feasible(lengths, labels, label_length)
-        nats = ctc.ctc_loss(logits, lengths, labels, label_length, zero_infinity=True)
+        labels, labels_length = batch["labels"], batch["labels_length"]
+        feasible = ctc.ctc_feasible(lengths, labels, labels_length)
+        nats = ctc.ctc_loss(logits, lengths, labels, labels_length, zero_infinity=True)
         weight = jnp.where(feasible, batch["weight"], 0.0)
         sums = {"infeasible": (batch["weight"] - weight).sum()}
-        tokens = (weight * label_length.astype(jnp.float32)).sum()
+        tokens = (weight * labels_length.astype(jnp.float32)).sum()
         return (nats * weight).sum(), tokens, {"state": state, "sums": sums}
 
     def predict(self, params, state, batch):
-        """Greedy hypotheses: {"labels": int32 [B, T'], "label_length": int32 [B]}."""
+        """Greedy hypotheses: {"labels": int32 [B, T'], "labels_length": int32 [B]}."""
         logits, lengths, _ = self.logits(params, state, batch)
-        labels, count = decoding.greedy(logits, lengths)
-        return {"labels": labels, "label_length": count}
+        labels, count = greedy(logits, lengths)
+        return {"labels": labels, "labels_length": count}
+
+    def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
+        """Utterances of which the encoder makes fewer frames than an alignment takes."""
+        frames = self.encoder.output_lengths(self.frontend.lengths(sizes["samples"]))
+        labels, needed = sizes["labels"], sizes["labels_aligned"]
+        return {
+            int(i): f"not alignable: {labels[i]} labels need {needed[i]} frames, the encoder makes "
+            f"{frames[i]} of this audio"
+            for i in np.flatnonzero(frames < needed)
+        }
 
     def figures(self, sums):
         """The loss in nats a label, and the utterances whose alignment did not fit."""
@@ -89,10 +111,6 @@ class ASR:
     def check(self, figures, step):
         """Nothing that is logged says that going on is of no use."""
 
-    def score(self, row, utterance, tokenizer):
-        """Word and character errors of a hypothesis, and both texts."""
-        reference = tokenizer.normalize(utterance.text)
-        hypothesis = tokenizer.decode(row["labels"][: row["label_length"]])
-        counts = metrics.count_errors(reference, hypothesis)
-        details = {"reference": reference, "hypothesis": hypothesis, "wer": round(counts.wer, 4)}
-        return counts, details
+    def evaluator(self, parts) -> Errors:
+        """Word and character errors."""
+        return Errors(parts["labels"])

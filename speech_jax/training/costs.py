@@ -1,13 +1,18 @@
-"""Arithmetic of a program, counted from its jaxpr, and the rates that devices can do it at."""
+"""What a program costs: its arithmetic, its memory, and the rates that devices can do it at."""
 
+import contextlib
 import functools
 import math
+import os
+import pathlib
 import time
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from speech_jax.errors import UserError
 
 
 class Chip(NamedTuple):
@@ -99,3 +104,40 @@ def peak_flops() -> float:
     # Virtual CPU devices share the cores that the product ran on.
     sharing = jax.local_device_count() if device.platform == "cpu" else 1
     return 2.0 * size**3 / float(np.median(seconds)) / sharing
+
+
+def memory_needed(compiled) -> int:
+    """Bytes that a compiled program takes on each device: arguments, results, temporaries, code."""
+    sizes = compiled.memory_analysis()
+    if sizes is None:  # a backend that does not say
+        return 0
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+        + sizes.temp_size_in_bytes
+        + sizes.generated_code_size_in_bytes
+    )
+
+
+def check_memory(program, what: str, cure: str) -> None:
+    """Raises UserError where a compiled program needs more memory than this machine has.
+
+    An accelerator's compiler refuses by itself; a CPU's leaves it to the kernel to kill the run.
+    """
+    if jax.devices()[0].platform != "cpu":
+        return
+    needed, there = memory_needed(program) * jax.local_device_count(), host_memory()
+    if needed > there:
+        raise UserError(
+            f"{what} needs {needed / 2**30:.0f} GiB, and this machine has "
+            f"{there / 2**30:.0f}: {cure}"
+        )
+
+
+def host_memory() -> int:
+    """Bytes of this machine, or what its container may have of them."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such limit
+        there = min(there, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there

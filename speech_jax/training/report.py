@@ -1,52 +1,68 @@
 """What a person sees of a run, and what is written of it: console, metrics.jsonl, TensorBoard."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import jax
+from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
 
+from speech_jax import files
 from speech_jax.errors import UserError
-from speech_jax.training import costs as flops
 
 
-class TrainingError(UserError):
-    """The run cannot go on; the message says why."""
+class ReportError(UserError):
+    """The metrics cannot be written; the message names the file and the cure."""
 
 
 class Report:
     """Takes each step's sums, and reads them only after the next step was dispatched.
 
     So the host never waits for the device while there is work to hand it. A context manager: the
-    bar is shown inside it.
+    bar is shown inside it. What it finds is kept for the loop, which says when a run ends:
+    `skipped` counts the updates that were not finite, since the run's first start; `figures` are
+    the task's at the last logged step, `logged`.
     """
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        metrics: pathlib.Path,
+        tensorboard: pathlib.Path,
         *,
         steps: int,
         first: int,
         log_every: int,
-        max_skipped: int,
-        schedule,
-        corpus,
-        task,
+        sample_rate: int,
+        peak_flops: float,
+        learning_rate: Callable[[int], Any],
+        figures: Callable[[Mapping[str, float]], dict[str, float]],
+        name: Callable[[int], str],
+        unreadable: Callable[[], int],
     ):
-        """`first` updates are done of `steps`; `corpus` names utterances and gives the rate."""
+        """`first` updates are done of `steps`; what the files hold of later ones is dropped.
+
+        `peak_flops` is of all devices together, `learning_rate` of an update's number, `figures`
+        the task's of the sums, `name` that of the utterance at an index of the source, and
+        `unreadable` counts those that could not be read.
+        """
         self._steps, self._first, self._log_every = steps, first, log_every
-        self._max_skipped, self._schedule = max_skipped, schedule
-        self._corpus, self._task = corpus, task
+        self._sample_rate, self._peak_flops = sample_rate, peak_flops
+        self._learning_rate, self._figures = learning_rate, figures
+        self._name, self._unreadable = name, unreadable
+        self._paths = metrics, tensorboard
+        self._writer: Writer | None = None
         main = jax.process_index() == 0
-        self._writer = Writer(workdir) if main else None
-        if self._writer:
-            self._writer.truncate(first)
-        self._console = Console(stderr=True, quiet=not main, highlight=False)
+        self._console = _Console(stderr=True, quiet=not main, highlight=False)
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -58,122 +74,154 @@ class Report:
             disable=not self._console.is_terminal,
         )
         self._line = self._bar.add_task("", total=steps, completed=first, figures="")
-        self._pending = None
-        self._window = _Window()
-        self._total = _Window()
+        self._pending: tuple | None = None
+        self._window, self._total = _Work(), _Work()
+        self._since: float | None = None
         self._score = ""
-        self._skipped = 0
         self._compiles = 0
-        jax.monitoring.register_event_duration_secs_listener(self._count_compilations)
+        self.skipped = 0
+        self.figures: dict[str, float] = {}
+        self.logged = first
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
+        if jax.process_index() == 0:
+            self._writer = Writer(*self._paths, self._first)
+        jax.monitoring.register_event_duration_secs_listener(self._count_compilations)
         self._bar.start()
-        self._window.start()
+        self._start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._count_compilations)
         self._bar.stop()
         if self._writer:
-            self._writer.close()
+            with contextlib.suppress(*([ReportError] if error else [])):  # the first one is raised
+                self._writer.close()
 
     def say(self, line: str) -> None:
         """A line above the bar."""
         self._console.print(line, soft_wrap=True, markup=False)
 
-    def step(self, step: int, sums, finite, batch, program_flops: float) -> None:
-        """Takes what update `step` returned (still being computed), and reads the one before."""
-        previous, self._pending = self._pending, (step, sums, finite, batch["index"], program_flops)
+    def step(
+        self, step: int, sums: Mapping[str, jax.Array], finite: jax.Array, index: Sequence[int],
+        flops: float,
+    ) -> None:  # fmt: skip
+        """Takes what update `step` returned (still being computed), and reads the one before.
+
+        `index` are this process's utterances of the batch (-1: none), `flops` the arithmetic of the
+        whole batch. Raises ReportError where the metrics cannot be written.
+        """
+        previous, self._pending = self._pending, (step, sums, finite, index, flops)
         if previous:
             self._read(*previous)
 
     @contextlib.contextmanager
-    def pause(self):
+    def pause(self) -> Iterator[None]:
         """Around what is not training: the step before is read first, and no time is counted."""
         self._flush()
-        self._window.stop()
+        self._stop()
         yield
-        self._window.start()
+        self._start()
 
-    def scores(self, step: int, counts: dict) -> dict[str, float]:
-        """Writes an evaluation's counts; returns the first split's rates."""
-        rates = {
-            split: {name: found.results()[name] for name in found.RATES}
-            for split, found in counts.items()
-        }
-        for split, found in counts.items():
-            self.say(f"step {step}  {split}: {found}")
-        self._write(
-            step,
-            {f"{split}/{name}": x for split, values in rates.items() for name, x in values.items()},
-        )
-        first = next(iter(counts))
-        self._score = f"  {first}: {counts[first]}"
-        return rates[first]
+    def scores(
+        self, step: int, scores: Mapping[str, Mapping[str, float]], shown: Mapping[str, str]
+    ) -> None:
+        """Writes an evaluation's scores of each split; `shown` is what a person sees of them."""
+        for split, line in shown.items():
+            self.say(f"step {step}  {split}: {line}")
+        values = {f"{split}/{k}": x for split, found in scores.items() for k, x in found.items()}
+        self._write(step, values)
+        first = next(iter(shown))
+        self._score = f"  {first}: {shown[first]}"
 
-    def finish(self) -> dict:
+    def finish(self) -> dict[str, float]:
         """Reads the last step; returns the run's figures for results.json."""
         self._flush()
-        self._window.stop()
+        self._stop()
         self._total.add(self._window)
+        self._window = _Work()
         return {
             "audio_seconds_per_second": self._total.rate(self._total.audio_seconds),
-            "mfu": self._total.rate(self._total.flops) / (flops.peak_flops() * jax.device_count()),
-            "skipped_updates": self._skipped,
+            "mfu": self._total.rate(self._total.flops) / self._peak_flops,
+            "skipped_updates": self.skipped,
             "compiles": self._compiles,
-            "left_out": len(self._corpus.left_out),
-            "unreadable": len(self._corpus.skipped),
         }
 
-    def _flush(self):
+    def to_dict(self) -> dict[str, Any]:
+        """What the checkpoint must hold for the figures to be of the whole run, not of a process.
+
+        To be asked inside `pause`.
+        """
+        return {
+            "skipped": self.skipped,
+            "compiles": self._compiles,
+            "total": dataclasses.asdict(self._total),
+            "window": dataclasses.asdict(self._window),
+        }
+
+    def from_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes what `to_dict` returned; nothing of a checkpoint that was saved before it was."""
+        self.skipped = saved.get("skipped", 0)
+        self._compiles = saved.get("compiles", 0)
+        self._total, self._window = (_Work(**saved.get(name, {})) for name in ("total", "window"))
+
+    def _start(self) -> None:
+        self._since = time.monotonic()
+
+    def _stop(self) -> None:
+        if self._since is not None:
+            self._window.seconds += time.monotonic() - self._since
+        self._since = None
+
+    def _flush(self) -> None:
         if self._pending:
             self._read(*self._pending)
             self._pending = None
+        if self._writer:
+            self._writer.flush()
 
-    def _read(self, step, sums, finite, index, program_flops):
-        self._window.flops += program_flops
+    def _read(
+        self, step: int, sums: Mapping[str, jax.Array], finite: jax.Array, index: Sequence[int],
+        flops: float,
+    ) -> None:  # fmt: skip
+        self._window.flops += flops
         self._window.steps += 1
         self._bar.update(self._line, completed=step)
         if not bool(finite):
-            self._skipped += 1
-            names = [self._corpus.source.utterances[place].id for place in index if place >= 0]
+            self.skipped += 1
+            names = [self._name(int(place)) for place in index if place >= 0]
             self.say(f"step {step}: not finite, skipped; its utterances: {' '.join(names)}")
-            if self._skipped > self._max_skipped:
-                raise TrainingError(
-                    f"{self._skipped} updates were not finite, more than train.max_skipped="
-                    f"{self._max_skipped}: lower the learning rate or look at the utterances above"
-                )
         if step % self._log_every == 0:
             self._log(step, {name: float(value) for name, value in jax.device_get(sums).items()})
 
-    def _log(self, step, sums):
-        rate = self._corpus.sample_rate
+    def _log(self, step: int, sums: Mapping[str, float]) -> None:
+        # After a restart from before there were totals, the sums may reach back further than these.
         done = max(sums["steps"] + sums["skipped"], 1.0)
-        # After a restart the sums may reach back further than this process does.
-        self._window.audio_seconds = sums["samples"] / rate * self._window.steps / done
-        self._window.stop()
+        window = self._window
+        window.audio_seconds = sums["samples"] / self._sample_rate * window.steps / done
+        self._stop()
         updates = max(sums["steps"], 1.0)
-        found = self._task.figures(sums)
-        values = found | {
+        self.figures, self.logged = self._figures(sums), step
+        values = self.figures | {
             "grad_norm": sums["grad_norm"] / updates,
-            "learning_rate": float(self._schedule(step - 1)),
+            "learning_rate": float(self._learning_rate(step - 1)),
             "padding_fraction": 1 - sums["samples"] / max(sums["padded_samples"], 1.0),
             "skipped_updates": sums["skipped"],
-            "unreadable": len(self._corpus.skipped),
-            "audio_seconds_per_second": self._window.rate(self._window.audio_seconds),
-            "mfu": self._window.rate(self._window.flops)
-            / (flops.peak_flops() * jax.device_count()),
+            "unreadable": self._unreadable(),
+            "audio_seconds_per_second": window.rate(window.audio_seconds),
+            "mfu": window.rate(window.flops) / self._peak_flops,
             "compiles": self._compiles,
         }
-        self._total.add(self._window)
-        self._window = _Window()
-        self._window.start()
+        self._total.add(window)
+        self._window = _Work()
+        self._start()
         self._write(step, values)
-        loss = next(iter(found.values()))
-        accuracy = f"  accuracy {found['accuracy']:.3f}" if "accuracy" in found else ""
-        self._show(step, f"loss {loss:.3f}{accuracy}", values)
-        self._task.check(found, step)
+        loss = next(iter(self.figures.values()))
+        accuracy = self.figures.get("accuracy")
+        progress = f"loss {loss:.3f}" + ("" if accuracy is None else f"  accuracy {accuracy:.3f}")
+        self._show(step, progress, values)
 
-    def _show(self, step, progress, values):
+    def _show(self, step: int, progress: str, values: Mapping[str, float]) -> None:
         figures = (
             f"{progress}  grad {values['grad_norm']:.2f}  "
             f"lr {values['learning_rate']:.1e}  {values['audio_seconds_per_second']:.0f} audio s/s"
@@ -185,72 +233,132 @@ class Report:
         else:
             self._bar.update(self._line, figures=figures)
 
-    def _write(self, step, values):
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer:
             self._writer.write(step, values)
 
-    def _count_compilations(self, event: str, seconds: float, **_) -> None:
+    def _count_compilations(self, event: str, seconds: float, **_: Any) -> None:
+        del seconds
         self._compiles += event == "/jax/core/compile/backend_compile_duration"
 
 
-class _Window:
+@dataclasses.dataclass
+class _Work:
     """Work done and the time it took, between two logged steps or in all."""
 
-    def __init__(self):
-        self.steps, self.seconds, self.audio_seconds, self.flops = 0, 0.0, 0.0, 0.0
-        self._since = None
+    steps: int = 0
+    seconds: float = 0.0
+    audio_seconds: float = 0.0
+    flops: float = 0.0
 
-    def start(self):
-        self._since = time.monotonic()
-
-    def stop(self):
-        if self._since is not None:
-            self.seconds += time.monotonic() - self._since
-        self._since = None
-
-    def add(self, other):
-        self.steps += other.steps
-        self.seconds += other.seconds
-        self.audio_seconds += other.audio_seconds
-        self.flops += other.flops
+    def add(self, other: "_Work") -> None:
+        for field in dataclasses.fields(self):
+            total = getattr(self, field.name) + getattr(other, field.name)
+            setattr(self, field.name, total)
 
     def rate(self, amount: float) -> float:
         return amount / self.seconds if self.seconds else 0.0
 
 
-class Writer:
-    """Appends scalar metrics to metrics.jsonl and TensorBoard event files in `directory`.
+class _Console(Console):
+    """A run goes on when nobody listens any more: its terminal, or the end of a pipe, is gone."""
 
-    Only lines of steps that a resumed run will not write again are kept: call `truncate` with the
-    step that was restored.
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().print(*args, **kwargs)
+        except OSError:  # stderr may be a file on the disk that is full
+            self.quiet = True
+
+
+class Writer:
+    """Appends scalar metrics to a file of JSON lines and to TensorBoard's event files.
+
+    Both are written in this thread, so that a disk which is full is an error here and at once, a
+    ReportError. What was written after `step` by an earlier process is dropped: a resumed run
+    writes it again.
     """
 
-    def __init__(self, directory: pathlib.Path):
-        self._path = directory / "metrics.jsonl"
-        self._board = SummaryWriter(str(directory / "tensorboard"))
+    _FLUSH_SECONDS = 30.0
 
-    def truncate(self, step: int) -> None:
-        """Drops the lines after `step`, and a line that a kill left unfinished."""
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except ValueError:
-                continue
-        scratch = self._path.with_suffix(".partial")
-        scratch.write_text("".join(line + "\n" for line in kept))
-        scratch.replace(self._path)
+    def __init__(self, metrics: pathlib.Path, tensorboard: pathlib.Path, step: int):
+        self._path, self._folder = metrics, tensorboard
+        with self._errors(metrics):
+            _truncate(metrics, step)
+        with self._errors(tensorboard):
+            tensorboard.mkdir(parents=True, exist_ok=True)
+            # A name of its own: two may start within a second.
+            name = f"events.out.tfevents.{time.time_ns() // 10**9}.{time.time_ns()}"
+            self._events = RecordWriter(str(tensorboard / name))
+            self._add(0, file_version="brain.Event:2")
+            if step:
+                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self._add(step + 1, session_log=start)
+        self.flush()
 
-    def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """One line of JSON, and one point in each TensorBoard plot."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """One line of JSON, and one point in each plot; null, and none, for what is not finite."""
+        numbers = {
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in values.items()
+        }
+        with self._errors(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        with self._errors(self._folder):
+            for name, value in numbers.items():
+                if value is not None:
+                    self._add(step, summary=summary.scalar(name, value))
+        if time.monotonic() - self._flushed > self._FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what TensorBoard's file holds back."""
+        with self._errors(self._folder):
+            self._events.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Flushes what TensorBoard holds back."""
-        self._board.close()
+        """Flushes and closes."""
+        with self._errors(self._folder):
+            self._events.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        event = event_pb2.Event(wall_time=time.time(), step=step, **content)
+        self._events.write(event.SerializeToString())
+
+    @contextlib.contextmanager
+    def _errors(self, path: pathlib.Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ReportError(
+                f"cannot write to {path} ({error.strerror or error}): make room or give the rights "
+                "to write, then run the same command again"
+            ) from error
+
+
+def _truncate(path: pathlib.Path, step: int) -> None:
+    """Drops the lines after `step`, and a line that a kill has left unfinished.
+
+    A file that is damaged otherwise is kept aside.
+    """
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    kept, broken = [], []
+    for line in data.splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line.decode())
+        except (ValueError, TypeError, KeyError, RecursionError):
+            broken.append(line)
+    if broken and not (len(broken) == 1 and data.endswith(broken[0])):
+        aside = path.with_name(f"{path.name}.damaged")
+        aside.write_bytes(data)
+        logging.warning(
+            "%s has %d damaged lines: they are left out, and all of it is in %s",
+            path, len(broken), aside,
+        )  # fmt: skip
+    files.write_atomically(path, "".join(line + "\n" for line in kept))

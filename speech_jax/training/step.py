@@ -4,6 +4,8 @@ A gradient function is (params, state, batch, rng, step) -> (gradient of the los
 Wrappers compose around it: `accumulate` here, adversarial training in training/adversarial.py.
 """
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from speech_jax.errors import UserError
+from speech_jax.training import groups
 
 
 class Loss(NamedTuple):
@@ -91,11 +94,38 @@ class TrainState:
     sums: dict[str, jax.Array]
 
 
-def make_step(gradients, tx, *, ema_decay: float = 0.0, log_every: int = 1):
+def measured(fields: Mapping[str, Any]) -> str:
+    """The field whose lengths say how much data a batch holds: the audio, where there is any."""
+    if "audio" in fields:
+        return "audio"
+    return next(name for name, field in fields.items() if field.has_length)
+
+
+def average_decay(decay: float, step: jax.Array) -> jax.Array:
+    """The decay of the averaged parameters at an update, warmed up.
+
+    The average starts at the first weights, which are random: it follows the newest ones closely
+    at first, so that it forgets them long before 1 / (1 - decay) updates are done.
+    """
+    step = step.astype(jnp.float32)
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def make_step(
+    gradients: Callable,
+    tx: optax.GradientTransformation,
+    *,
+    mask: Any = None,
+    measured: str = "audio",
+    ema_decay: float = 0.0,
+    log_every: int = 1,
+) -> Callable:
     """The update of a TrainState by a global batch: (state, batch) -> (state, sums, finite).
 
-    `gradients` is what tasks.gradients or a wrapper of it returns. An update that is not finite is
-    skipped: everything but the step and the count of skipped updates stays as it was.
+    `gradients` is what `gradients` or a wrapper of it returns; it is of the parameters that learn
+    where `mask` (groups.trainable) says that others do not. `measured` is the field whose lengths
+    are added up. An update that is not finite is skipped: everything but the step and the count of
+    skipped updates stays as it was.
     """
 
     def step(state: TrainState, batch):
@@ -105,9 +135,14 @@ def make_step(gradients, tx, *, ema_decay: float = 0.0, log_every: int = 1):
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss.sum) & jnp.isfinite(norm)
 
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1 - ema_decay) if ema_decay else {}
+        learned, still = groups.split(state.params, mask) if mask else (state.params, None)
+        updates, opt_state = tx.update(gradient, state.opt_state, learned)
+        learned = optax.apply_updates(learned, updates)
+        params = groups.join(learned, still) if mask else learned
+        ema = {}
+        if ema_decay:
+            share = 1 - average_decay(ema_decay, state.step)
+            ema = optax.incremental_update(params, state.ema, share)
         new = (params, loss.aux["state"], opt_state, ema)
         old = (state.params, state.model_state, state.opt_state, state.ema)
         params, model_state, opt_state, ema = jax.tree.map(
@@ -119,8 +154,8 @@ def make_step(gradients, tx, *, ema_decay: float = 0.0, log_every: int = 1):
             "weight": loss.weight,
             "grad_norm": norm,
             "steps": jnp.ones(()),
-            "samples": batch["audio_length"].astype(jnp.float32).sum(),
-            "padded_samples": jnp.asarray(batch["audio"].size, jnp.float32),
+            "samples": batch[f"{measured}_length"].astype(jnp.float32).sum(),
+            "padded_samples": jnp.asarray(math.prod(batch[measured].shape[:2]), jnp.float32),
             **loss.aux["sums"],
         }
         now = {name: jnp.where(finite, value, 0.0) for name, value in now.items()}

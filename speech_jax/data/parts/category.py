@@ -1,19 +1,93 @@
-"""A stand-in until the parts land: a class by its place in a list of names."""
+"""The class of an utterance: the value of one of its tags."""
 
 import dataclasses
-import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from speech_jax import files
+from speech_jax.data.batch import Field, Fields
+from speech_jax.data.parts import PartError
+from speech_jax.data.sources import Source, Utterance
 
 
 @dataclasses.dataclass(frozen=True)
 class Category:
+    """The index of the utterance's class, int32; -1 where it is not one of `classes`.
+
+    Attributes:
+      classes: names, by their index.
+      tag: the tag of an utterance that holds the name.
+      strict: whether an utterance without a known class is refused; else its index is -1.
+    """
+
     classes: tuple[str, ...]
     name: str = "target"
     tag: str = "label"
+    strict: bool = True
 
-    def save(self, folder: pathlib.Path) -> None:
-        (folder / f"{self.name}.json").write_text(json.dumps(self.classes), "utf-8")
+    stretched = ()
+
+    @property
+    def fields(self) -> Fields:
+        return {self.name: Field("int32", fill=-1)}
+
+    @property
+    def count(self) -> int:
+        return len(self.classes)
 
     @classmethod
-    def restore(cls, folder: pathlib.Path) -> "Category":
-        return cls(tuple(json.loads((folder / "target.json").read_text("utf-8"))))
+    def make(cls, source: Source, name: str, *, tag: str = "label") -> Self:
+        found = {str(one.tags[tag]) for one in source.utterances if one.tags.get(tag, "") != ""}
+        if not found:
+            there = sorted({key for one in source.utterances for key in one.tags})
+            raise PartError(
+                f"no utterance of the training splits has the tag {tag!r}, which "
+                f"config.parts.{name}.tag names; there are {', '.join(there) or 'no tags'}"
+            )
+        return cls(tuple(sorted(found)), name, tag)
+
+    @classmethod
+    def restore(cls, folder: pathlib.Path, name: str, *, tag: str = "label") -> Self:
+        path = folder / _file(name)
+        classes = files.read_json(path, list)
+        if not classes or not all(isinstance(one, str) for one in classes):
+            raise PartError(f"{path} holds no class names: bring it back or train anew")
+        return cls(tuple(classes), name, tag)
+
+    def save(self, folder: pathlib.Path) -> None:
+        files.write_atomically(folder / _file(self.name), files.dump_json(list(self.classes)))
+
+    def for_evaluation(self) -> Self:
+        return dataclasses.replace(self, strict=False)
+
+    def sizes(self, utterance: Utterance) -> dict[str, int]:
+        self.index(utterance)
+        return {}
+
+    def load(
+        self, source: Source, index: int, rng: np.random.Generator, speed: float
+    ) -> dict[str, np.ndarray]:
+        del rng, speed
+        return {self.name: np.asarray(self.index(source.utterances[index]), np.int32)}
+
+    def read(self, row: Mapping[str, Any]) -> str:
+        index = int(row[self.name])
+        return self.classes[index] if index >= 0 else ""
+
+    def index(self, utterance: Utterance) -> int:
+        """The index of an utterance's class, or -1 where it is not strict about it."""
+        value = str(utterance.tags.get(self.tag, ""))
+        if value in self.classes:
+            return self.classes.index(value)
+        if not self.strict:
+            return -1
+        if not value:
+            raise PartError(f"no {self.tag}: the utterance has no tag {self.tag!r}")
+        raise PartError(f"unknown {self.tag}: {value!r} is not one of {', '.join(self.classes)}")
+
+
+def _file(name: str) -> str:
+    return f"{name}.classes.json"

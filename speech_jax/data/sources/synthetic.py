@@ -6,7 +6,7 @@ one. No sentence and no voice is in two splits: a hash of the sentence names its
 voice variant (espeak's imitation of a speaker) belongs to one. All splits share the accents.
 
 espeak-ng (GPL-3.0) comes through the package espeakng-loader, which the extra `quickstart` names.
-It is run in processes of its own: `python -m speech_jax.data.synthetic` is what they run.
+It is run in processes of its own: `python -m speech_jax.data.sources.synthetic` is what they run.
 """
 
 import contextlib
@@ -30,7 +30,8 @@ import rich.progress
 import soundfile
 
 import speech_jax
-from speech_jax.data import audio, sources
+from speech_jax.data import audio
+from speech_jax.data.sources import base, manifest
 
 SPLITS = ("train", "dev", "test")
 SAMPLE_RATE = 16000
@@ -163,13 +164,15 @@ def utterances(split: str, count: int, seed: int) -> Iterator[dict]:
 
 
 def open_split(
-    root: str | os.PathLike,
+    root: pathlib.Path,
     split: str,
+    on_error: str,
+    cache: pathlib.Path,
     *,
     utterances: int | Mapping[str, int] = _SIZES,
     seed: int = 0,
     processes: int | None = None,
-) -> sources.Source:
+) -> base.FileSource:
     """Opens a split, spoken first if it is not on disk.
 
     Args:
@@ -184,22 +187,22 @@ def open_split(
       SourceError: an unknown split or size, a folder that cannot be written, or no espeak-ng.
     """
     if split not in SPLITS:
-        raise sources.SourceError(
+        raise base.SourceError(
             f"the synthetic corpus has no split {split!r}; it has {', '.join(SPLITS)}"
         )
     count = utterances if isinstance(utterances, int) else (_SIZES | dict(utterances))[split]
     if not 1 <= count <= _MOST:
-        raise sources.SourceError(f"utterances is {count}; it must be 1 to {_MOST}")
-    folder = pathlib.Path(root) / "synthetic" / f"v{VERSION}-seed{seed}-{split}-{count}"
+        raise base.SourceError(f"utterances is {count}; it must be 1 to {_MOST}")
+    folder = root / "synthetic" / f"v{VERSION}-seed{seed}-{split}-{count}"
     if not folder.is_dir():
         _make(folder, split, count, seed, processes or os.cpu_count() or 1)
-    return sources.open_source("manifest", root=folder, split=split, trust_durations=True)
+    return manifest.open_split(folder, split, on_error, cache, trust_durations=True)
 
 
 def _make(folder: pathlib.Path, split: str, count: int, seed: int, processes: int) -> None:
     """Speaks a split into a folder that appears whole or not at all."""
     if importlib.util.find_spec("espeakng_loader") is None:
-        raise sources.SourceError(
+        raise base.SourceError(
             "the synthetic corpus is spoken by espeak-ng, which is not installed: "
             "pip install 'speech_jax[quickstart]'"
         )
@@ -207,7 +210,7 @@ def _make(folder: pathlib.Path, split: str, count: int, seed: int, processes: in
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise sources.SourceError(
+        raise base.SourceError(
             f"the synthetic corpus cannot be written to {folder.parent} ({error.strerror}); name "
             "another folder in SPEECH_JAX_CACHE"
         ) from error
@@ -224,7 +227,7 @@ def _make(folder: pathlib.Path, split: str, count: int, seed: int, processes: in
         part.rename(folder)
     except OSError as error:
         if not folder.is_dir():  # else another process made the same meanwhile
-            raise sources.SourceError(
+            raise base.SourceError(
                 f"the synthetic corpus cannot be written to {folder} ({error.strerror})"
             ) from error
     finally:
@@ -266,7 +269,7 @@ def _speak_all(folder: pathlib.Path, lines: list[dict], processes: int, title: s
             if worker.wait():
                 log.seek(0)
                 last = (log.read().strip().splitlines() or ["no message"])[-1]
-                raise sources.SourceError(f"espeak-ng failed: {last}")
+                raise base.SourceError(f"espeak-ng failed: {last}")
         progress.update(task, completed=len(lines))
 
 

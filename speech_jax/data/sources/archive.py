@@ -13,7 +13,6 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -88,7 +87,8 @@ def download(url: str, target: str | os.PathLike, md5: str) -> None:
                     f"the connection to {_host(url)} keeps breaking ({broken}); run the command "
                     "again later to go on from there"
                 )
-        found = _md5(out, progress)
+        out.seek(0)
+        found = hashlib.file_digest(out, "md5").hexdigest()
         if found != md5:
             part.unlink()
             raise ArchiveError(
@@ -102,75 +102,92 @@ def extract(file: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Unpacks the split named as `folder` out of a .tar.gz; `folder` appears only when whole.
 
     The archive may hold NAME/SPEAKER/..., LibriSpeech/NAME/SPEAKER/... (the official ones) or
-    SPEAKER/... itself.
+    SPEAKER/... itself. Of several processes that want the same folder one unpacks it and the others
+    wait for it.
 
     Raises:
-      ArchiveError: for a damaged archive, one without the split, a full disk, and for members that
-        are absolute, climb with '..', or are anything but files and folders. Nothing is left then.
+      ArchiveError: for a damaged archive or one that goes on behind its end, one without the split,
+        more than there is room for, and for members that are absolute, climb with '..', or are
+        anything but files and folders. Nothing is left then.
     """
     file, folder = pathlib.Path(file), pathlib.Path(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
+        with _locked(folder.with_name(f".{folder.name}.lock")):
+            if folder.exists():  # another process was faster
+                return
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as top:
+                _unpack(file, top)
+                top = pathlib.Path(top)
+                places = (top / folder.name, *top.glob(f"*/{folder.name}"), top)
+                split = next(
+                    (place for place in places if any(place.glob("*/*/*.trans.txt"))), None
+                )
+                if split is None:
+                    raise ArchiveError(
+                        f"{file} holds no transcripts {folder.name}/SPEAKER/CHAPTER/*.trans.txt; "
+                        "check that it is the archive of that split"
+                    )
+                os.chmod(split, 0o755)
+                split.rename(folder)
+    except ArchiveError:
+        raise
+    except tarfile.FilterError as error:
+        raise ArchiveError(f"{file}: {error}; {_REFUSED}") from error
     except OSError as error:
-        raise ArchiveError(f"cannot unpack {file} into {folder}: {error.strerror}") from error
-    try:
-        _unpack(file, temporary)
-        top = pathlib.Path(temporary)
-        places = (top / folder.name, *top.glob(f"*/{folder.name}"), top)
-        split = next((place for place in places if any(place.glob("*/*/*.trans.txt"))), None)
-        if split is None:
-            raise ArchiveError(
-                f"{file} holds no transcripts {folder.name}/SPEAKER/CHAPTER/*.trans.txt; check "
-                "that it is the archive of that split"
-            )
-        os.chmod(split, 0o755)
-        if not folder.exists():  # another process may have been faster
-            os.rename(split, folder)
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ArchiveError(
-            f"{file} is damaged or no .tar.gz ({error}); delete it and get it again"
-        ) from error
-    except OSError as error:
+        if isinstance(error, gzip.BadGzipFile):
+            raise ArchiveError(_damaged(file, error)) from error
         raise ArchiveError(
             f"cannot unpack {file} beside {folder} ({error.strerror or error}); make room or check "
             "the rights, and run again"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except Exception as error:  # tarfile and zlib throw many, of numbers and names as well
+        raise ArchiveError(_damaged(file, error)) from error
+
+
+class _Member(tarfile.TarInfo):
+    """Ends an archive at its zero blocks alone; tarfile ends it at any block that is no header."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"no header at byte {archive.offset:,}: {error}") from error
 
 
 def _unpack(file: pathlib.Path, folder: str) -> None:
-    """Unpacks every member below `folder`, refusing the archive at the first that is unsafe.
-
-    Files are written here and not by tarfile, whose safe filters came only with Python 3.11.4: no
-    links, owners or modes are taken over, so that no name can lead out of the folder.
-    """
+    """Unpacks every member below `folder`, refusing the archive at the first that is unsafe."""
+    free = shutil.disk_usage(folder).free
     with (
         _progress() as progress,
         progress.open(file, "rb", description=f"Unpacking {file.name}") as stream,
         gzip.open(stream) as unzipped,
-        tarfile.open(fileobj=unzipped, mode="r|") as archive,
+        tarfile.open(fileobj=unzipped, mode="r:", tarinfo=_Member) as archive,
     ):
         for member in archive:
-            path = pathlib.PurePosixPath(member.name)
-            if path.is_absolute() or ".." in path.parts or "\0" in member.name:
+            if not (member.isfile() or member.isdir()) or member.issparse():
+                raise ArchiveError(
+                    f"{file}: member {member.name!r} is a link, device or sparse; {_REFUSED}"
+                )
+            if member.name.startswith("/"):
                 raise ArchiveError(
                     f"{file}: member {member.name!r} points outside the folder; {_REFUSED}"
                 )
-            target = pathlib.Path(folder, path)
-            if member.isdir():
-                target.mkdir(parents=True, exist_ok=True)
-            elif member.isfile():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with target.open("wb") as out:
-                    shutil.copyfileobj(archive.extractfile(member), out, _BLOCK)
-            else:
-                raise ArchiveError(
-                    f"{file}: member {member.name!r} is a link or device; {_REFUSED}"
-                )
-        while unzipped.read(_BLOCK):  # gzip compares its checksum at the very end
-            pass
+            free -= member.size
+            if free < 0:
+                raise ArchiveError(_no_space(folder, f"{file} needs more"))
+            archive.extract(member, folder, set_attrs=False, filter="data")
+        while rest := unzipped.read(_BLOCK):  # gzip compares its checksum at the very end
+            if any(rest):
+                raise tarfile.ReadError("another archive, or something else, follows its end")
+
+
+def _damaged(file: pathlib.Path, error: Exception) -> str:
+    why = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{file} is damaged or no .tar.gz ({why}); delete it and get it again"
 
 
 def _receive(url: str, out: BinaryIO, progress: rich.progress.Progress) -> str:
@@ -215,20 +232,9 @@ def _receive(url: str, out: BinaryIO, progress: rich.progress.Progress) -> str:
     return "it closed early" if missing > 0 else ""
 
 
-def _md5(file: BinaryIO, progress: rich.progress.Progress) -> str:
-    total = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    task = progress.add_task("Checking", total=total)
-    digest = hashlib.md5(usedforsecurity=False)
-    while block := file.read(_BLOCK):
-        digest.update(block)
-        progress.advance(task, len(block))
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def _locked(part: pathlib.Path) -> Iterator[BinaryIO]:
-    """Opens `part` for appending and reading, alone among processes."""
+    """Opens `part` for appending and reading, alone among processes; removes it if it is empty."""
     while True:
         try:
             file = open(part, "ab+", buffering=0)  # noqa: SIM115 (closed below)
@@ -238,14 +244,21 @@ def _locked(part: pathlib.Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             # Whoever held the lock may have renamed or removed the file that was waited for.
-            if not (part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat())):
+            if not _is_at(file, part):
                 continue
             try:
                 yield file
             finally:
-                if part.exists() and part.stat().st_size == 0:
-                    part.unlink()
+                if _is_at(file, part) and os.fstat(file.fileno()).st_size == 0:
+                    part.unlink(missing_ok=True)
             return
+
+
+def _is_at(file: BinaryIO, path: pathlib.Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _progress() -> rich.progress.Progress:

@@ -1,0 +1,354 @@
+"""A run's folder: the names of its files, one run at a time in it, and what may change in between.
+
+All processes of a run call the methods together; the first one writes.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import os
+import pathlib
+import re
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from speech_jax import config as settings
+from speech_jax import files
+from speech_jax.data.batch import Bucket
+from speech_jax.errors import UserError
+
+# What may change between the runs that share a workdir: where things are and how fast they go,
+# never what is computed. Another mesh must fit the recorded plan.
+FREE = (
+    "data.root", "data.cache", "data.threads", "data.eval_splits", "data.test_splits",
+    "data.eval_buckets", "data.noise_root", "robustness", "train.log_every", "checkpoint",
+    "mesh",
+)  # fmt: skip
+
+# What had another name when a record was written: keys, and the values of a key.
+_RENAMED_KEYS = {"model.features": "model.width"}
+_RENAMED_VALUES = {"task.name": {"asr": "recognize"}}
+
+# Settings that are gone, with the value that says what is done now in any case.
+_GONE = {"optimizer.no_decay": "(bias|scale)$"}
+
+# Values that switch something off: a setting that has one, and that is gone since, is not missed.
+_OFF = (None, False, 0, "", "none", [], {})
+
+# What parts have learned, in the folder of a run: they know the names (data/parts/).
+_LEARNED = ("features.json", "tokenizer.json", "*.tokenizer.json", "*.classes.json")
+
+
+class WorkdirError(UserError):
+    """A workdir that this run cannot use; the message says which one would do."""
+
+
+class RecordedPlan(NamedTuple):
+    """The batch shapes of a run's first start, and the training data that they were made for."""
+
+    buckets: tuple[Bucket, ...]
+    fingerprint: str
+    utterances: int
+
+
+class Workdir:
+    """The folder of a run, which need not be there yet; its files are properties."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = files.expand(folder)
+        self.config = self.folder / "config.json"
+        self.plan = self.folder / "plan.json"
+        self.checkpoints = self.folder / "checkpoints"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.tensorboard = self.folder / "tensorboard"
+        self.results = self.folder / "results.json"
+        self.robustness = self.folder / "robustness.json"
+        self.lock = self.folder / "lock"
+
+    def predictions(self, split: str) -> pathlib.Path:
+        """The predictions for a split, which may be named by a path."""
+        return self.folder / "predictions" / f"{_file_name(split)}.jsonl"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """The only run in the workdir; the lock ends with the process, however that ends.
+
+        Raises:
+          WorkdirError: another run has it, or nothing can be written there.
+        """
+        if jax.process_index():
+            yield
+            return
+        with self._writes(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.lock.open("a+", encoding="utf-8")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise WorkdirError(
+                    f"{self.folder} is in use by {file.read(200).strip() or 'another run'}: wait "
+                    "for it, stop it, or use another --workdir"
+                ) from None
+            except OSError as error:
+                logging.warning(
+                    "%s cannot be locked (%s): see that no other run is in it", self.folder, error
+                )
+            with contextlib.suppress(OSError):  # a full disk is reported where it matters
+                file.truncate(0)
+                now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+                file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+                file.flush()
+            yield
+
+    def prepare(self, splits: Iterable[str]) -> None:
+        """Makes the folders and tries every file that will be written, `splits`' predictions too.
+
+        Where no run was recorded, what a start that failed has learned is removed: it may be of
+        other settings.
+
+        Raises:
+          WorkdirError: one of them cannot be written.
+        """
+        if jax.process_index() == 0:
+            written = (self.config, self.plan, self.metrics, self.results, self.robustness)
+            for path in (*written, *map(self.predictions, splits)):
+                with self._writes(path):
+                    _try(path)
+            for folder in (self.checkpoints, self.tensorboard):
+                with self._writes(folder):
+                    folder.mkdir(exist_ok=True)
+            if not self.config.exists():
+                for path in (self.plan, *(p for name in _LEARNED for p in self.folder.glob(name))):
+                    path.unlink(missing_ok=True)
+        _barrier("workdir")
+
+    def record(self, config: ConfigDict) -> None:
+        """Makes the workdir one of this configuration: from now on there is something to resume."""
+        if jax.process_index() == 0:
+            with self._writes(self.config):
+                files.write_atomically(self.config, files.dump_json(files.plain(config)))
+        _barrier("config")
+
+    def recorded(self) -> ConfigDict:
+        """What the workdir was trained with; settings that are newer than it have their defaults.
+
+        Raises:
+          WorkdirError: it was not trained in.
+          UserError: its record is damaged.
+        """
+        try:
+            return settings.completed(self._record(), str(self.config))
+        except FileNotFoundError:
+            raise WorkdirError(f"{self.folder} holds no config.json: train there first") from None
+
+    def check(self, config: ConfigDict) -> None:
+        """Checks that what is recorded, if anything is, can go on with `config`.
+
+        A setting that the record lacks counts as its default. One that is unknown by now is left
+        out if it was off, and is a difference if it was not.
+
+        Raises:
+          WorkdirError: it cannot, naming the first setting that differs.
+          UserError: the record is damaged.
+        """
+        try:
+            recorded = self._record()
+            known = settings.completed(recorded, str(self.config))
+        except FileNotFoundError:
+            if self._saved():
+                raise WorkdirError(
+                    f"{self.folder} holds checkpoints and no config.json: bring it back (the file "
+                    'record/metadata of each checkpoint has it as "config"), or use another '
+                    "--workdir"
+                ) from None
+            return
+        except UserError as error:
+            if self._saved():
+                raise WorkdirError(f"{error}, or use another --workdir") from error
+            _set_aside(self.config, error)
+            return
+        asked = settings.completed(files.plain(config), "--config")
+        _compare(self.folder, recorded, files.plain(known), files.plain(asked))
+
+    def record_plan(self, buckets: Iterable[Bucket], fingerprint: str, utterances: int) -> None:
+        """Writes the plan of a run's first start; later ones leave it as it is."""
+        if jax.process_index() == 0 and not self.plan.exists():
+            plan = {
+                "batches": [{"rows": one.rows, "sizes": dict(one.sizes)} for one in buckets],
+                "fingerprint": fingerprint,
+                "utterances": utterances,
+            }
+            with self._writes(self.plan):
+                files.write_atomically(self.plan, files.dump_json(plan))
+        _barrier("plan")
+
+    def recorded_plan(self) -> RecordedPlan | None:
+        """The plan of a run's first start; None where there is none, or a damaged one."""
+        plan = _read_or_set_aside(self.plan)
+        if plan is None:
+            return None
+        try:
+            buckets = tuple(
+                Bucket(int(one["rows"]), tuple((k, int(n)) for k, n in one["sizes"].items()))
+                for one in plan["batches"]
+            )
+            if not buckets or min(one.rows for one in buckets) < 1:
+                raise ValueError("no rows")
+            return RecordedPlan(buckets, str(plan["fingerprint"]), int(plan["utterances"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            _set_aside(self.plan, f"{self.plan} holds no plan ({error!r})")
+            return None
+
+    def write_results(self, splits: Mapping[str, Mapping[str, Any]], **others: Any) -> dict:
+        """Merges into results.json: splits are added, other entries replaced; returns all of it.
+
+        Raises:
+          WorkdirError: it cannot be written.
+        """
+        results = _read_or_set_aside(self.results) or {}
+        if not isinstance(results.setdefault("splits", {}), dict):
+            _set_aside(self.results, f"{self.results} holds no results")
+            results = {"splits": {}}
+        results["splits"].update(splits)
+        results.update(others)
+        if jax.process_index() == 0:
+            with self._writes(self.results):
+                files.write_atomically(self.results, files.dump_json(results))
+        return results
+
+    def _record(self) -> dict[str, Any]:
+        """The record as it is, under the names of today; FileNotFoundError where there is none."""
+        return _renamed(files.read_json(self.config))
+
+    def _saved(self) -> bool:
+        """Whether there is a checkpoint."""
+        with contextlib.suppress(OSError):
+            return any(path.name.isdigit() for path in self.checkpoints.iterdir())
+        return False
+
+    @contextlib.contextmanager
+    def _writes(self, path: pathlib.Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # a name that the file system cannot have, too
+            why = getattr(error, "strerror", None) or error
+            raise WorkdirError(
+                f"cannot write {path} ({why}): make room or give the rights to write, or use "
+                "another --workdir"
+            ) from error
+
+
+def _file_name(split: str) -> str:
+    """A split's name as that of a file, one to one: no path, nothing hidden, not too long."""
+    name = re.sub(
+        "^[.~]|[/\\\\%\x00-\x1f\x7f\ud800-\udfff]",
+        lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass")),
+        split,
+    )
+    if len(name.encode()) > 200:  # of the 255 bytes that file systems allow
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        name = f"{name.encode()[-150:].decode(errors='ignore')}-{digest}"
+    return name
+
+
+def _try(path: pathlib.Path) -> None:
+    """Raises OSError or ValueError where a file of this name cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(0, "it is a folder", str(path))
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text("é", "utf-8")
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _compare(
+    folder: pathlib.Path,
+    recorded: Mapping[str, Any],
+    known: Mapping[str, Any],
+    asked: Mapping[str, Any],
+) -> None:
+    """Raises WorkdirError for the first setting by which two configurations differ.
+
+    `known` is what was `recorded`, as far as it is known here, with defaults for the rest.
+    """
+    defaults = _flat(files.plain(settings.default()))
+    known, asked = defaults | _flat(known), defaults | _flat(asked)
+    for key, value in _flat(recorded).items():
+        if key not in known and value not in _OFF and not _free(key):
+            raise WorkdirError(
+                f"{folder} was trained with config.{key}={value!r}, which is unknown here: go on "
+                "with the version of speech_jax that it was trained with, or use another --workdir"
+            )
+    # Another name explains the other differences of its section.
+    for key in sorted(known.keys() | asked.keys(), key=lambda k: (not k.endswith(".name"), k)):
+        was, now = known.get(key), asked.get(key)
+        if was != now and not _free(key):
+            raise WorkdirError(
+                f"{folder} was trained with config.{key}={was!r}, not {now!r}: use another "
+                "--workdir, or the same value"
+            )
+
+
+def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+    for old, new in _RENAMED_KEYS.items():
+        section, _, key = old.rpartition(".")
+        found = record.get(section)
+        if isinstance(found, dict) and key in found:
+            found.setdefault(new.rpartition(".")[2], found.pop(key))
+    for name, value in _GONE.items():
+        section, _, key = name.rpartition(".")
+        if isinstance(record.get(section), dict) and record[section].get(key) == value:
+            del record[section][key]
+    for name, values in _RENAMED_VALUES.items():
+        section, _, key = name.rpartition(".")
+        found = record.get(section)
+        if isinstance(found, dict) and isinstance(found.get(key), str):
+            found[key] = values.get(found[key], found[key])
+    return record
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _free(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in FREE)
+
+
+def _read_or_set_aside(path: pathlib.Path) -> dict[str, Any] | None:
+    """The JSON in `path`; None where there is none, or a damaged one, which is kept aside."""
+    try:
+        return files.read_json(path)
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        _set_aside(path, error)
+        return None
+
+
+def _set_aside(path: pathlib.Path, why: object) -> None:
+    aside = path.with_name(f"{path.name}.damaged")
+    if jax.process_index() == 0:
+        with contextlib.suppress(OSError):  # where nothing can be written, it is passed over
+            path.replace(aside)
+    logging.warning("%s; it is kept as %s and not used", why, aside)
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
