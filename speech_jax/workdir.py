@@ -43,7 +43,13 @@ _GONE = {"optimizer.no_decay": "(bias|scale)$"}
 _OFF = (None, False, 0, "", "none", [], {})
 
 # What parts have learned, in the folder of a run: they know the names (data/parts/).
-_LEARNED = ("features.json", "tokenizer.json", "*.tokenizer.json", "*.classes.json")
+_LEARNED = (
+    "features.json",
+    "tokenizer.json",
+    "*.features.json",
+    "*.tokenizer.json",
+    "*.classes.json",
+)
 
 
 class WorkdirError(UserError):

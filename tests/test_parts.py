@@ -16,7 +16,7 @@ import soundfile
 from speech_jax.data import parts
 from speech_jax.data.batch import Bucket, collate, length_key, size_names
 from speech_jax.data.parts import Part, PartError
-from speech_jax.data.parts.audio import STATISTICS, Audio, Crop, open_noise
+from speech_jax.data.parts.audio import Audio, Crop, open_noise
 from speech_jax.data.plan import stretched_length
 from speech_jax.data.sources import Utterance
 from speech_jax.errors import UserError
@@ -354,7 +354,7 @@ def test_statistics_are_those_of_the_training_data(source, tmp_path):
     # A file that cannot be read is left to the training to name.
     some = dataclasses.replace(source, paths=("absent", *source.paths[1:]))
     assert np.isfinite(Audio.make(some, "audio", **settings).statistics["mean"]).all()
-    assert (tmp_path / STATISTICS).exists()
+    assert (tmp_path / "features.json").exists()
 
 
 @pytest.mark.parametrize(

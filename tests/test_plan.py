@@ -81,7 +81,7 @@ def test_every_utterance_once_in_a_bucket_that_holds_it(
 def test_buckets_are_the_best_of_all(corpus, shapes, along):
     lengths = _lengths(corpus)
     buckets = _choose(lengths, along=along, **shapes)
-    rounded = -(-lengths[along] // shapes["round_to"]) * shapes["round_to"]
+    rounded = np.maximum(-(-lengths[along] // shapes["round_to"]), 1) * shapes["round_to"]
     edges = np.unique(rounded)
     count = min(shapes["count"], len(edges))
 
@@ -195,6 +195,14 @@ def test_speeds_are_drawn_evenly_and_lengths_follow(corpus):
         20000,
         20002,
     ]
+
+
+def test_what_has_no_length_has_a_batch_too():
+    lengths = {"labels": np.array([0, 0, 3])}
+    buckets = plan.choose_buckets(lengths, along="labels", count=2, budget=6, round_to=1)
+    assert [bucket.size("labels") for bucket in buckets] == [1, 3]
+    ids = _ids(_plan(lengths, buckets, along="labels").epoch(0))
+    assert sorted(ids[ids >= 0]) == [0, 1, 2]
 
 
 def test_only_what_is_stretched_follows_the_speed():

@@ -245,7 +245,7 @@ def _in_turn(
     # An optimizer counts from where it starts.
     each = {n: make(lambda count, n=n: schedule(count + n)) for n in starts}
     together = optax.multi_transform(each, until)
-    clip = optax.chain(*clip)
+    clip = optax.chain(optax.identity(), *clip)
 
     def init(params: Any) -> _InTurn:
         return _InTurn(jnp.zeros((), jnp.int32), together.init(params))
