@@ -310,7 +310,7 @@ def test_the_tokenizer_has_the_ids_of_the_vocabulary(folder):
 
 
 def test_a_folder_of_theirs_transcribes(folder):
-    """The same text as the head of theirs gives by hand: one frame's best symbols, joined."""
+    """What a loaded folder hears is what the task of its bundle predicts."""
     model = speech_jax.load(folder)
     speech = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) * 0.1
     heard = model.transcribe(speech)
