@@ -4,9 +4,9 @@
   python -m benchmarks.adversarial --model conformer:s --rows 8 --seconds 12
 
 GFLOP are of matrix products and convolutions, counted from the program (a loop's body as often as
-it runs); `XLA` is the compiler's own count, in which a loop's body counts once, as does one update
-of `free`. `temporary` is the memory that the compiled step needs beside state and batch. Times are
-medians of runs that take turns, for one update of the parameters.
+it runs); `XLA` is the compiler's own count, in which a loop's body counts once. `temporary` is the
+memory that the compiled step needs beside state and batch. Times are medians of runs that take
+turns.
 """
 
 import argparse
@@ -25,7 +25,6 @@ METHODS = {
     "fgsm": {"method": "fgsm"},
     "fgsm, alpha 1": {"method": "fgsm", "alpha": 1.0},
     "pgd-3": {"method": "pgd", "steps": 3},
-    "free-4": {"method": "free", "steps": 4},
 }
 VOCABULARY = 29
 
@@ -52,7 +51,7 @@ def main():
 
     clean, rows = steps["clean"], []
     for name, step in steps.items():
-        update = seconds[name] / step.updates
+        update = seconds[name]
         rows.append(
             {
                 "method": name,
@@ -84,8 +83,7 @@ class _Step:
         self._run = program.run
         self._state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
         self._batch = sharding.put_batch(_noise(bucket), mesh)
-        self.updates = experiment.make_adversary(config).updates
-        self.flops = program.flops / self.updates
+        self.flops = program.flops
         self.xla_flops = program.run.cost_analysis()["flops"]
         self.temporary = program.run.memory_analysis().temp_size_in_bytes
 
@@ -100,7 +98,7 @@ def _noise(bucket):
         "audio": (1000 * rng.standard_normal((rows, samples))).astype(np.int16),
         "audio_length": np.full(rows, samples, np.int32),
         "labels": rng.integers(1, VOCABULARY, (rows, labels), dtype=np.int32),
-        "label_length": np.full(rows, labels, np.int32),
+        "labels_length": np.full(rows, labels, np.int32),
         "weight": np.ones(rows, np.float32),
         "index": np.arange(rows, dtype=np.int32),
     }

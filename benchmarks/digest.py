@@ -1,4 +1,4 @@
-"""A digest of all parameters of a trained model: two runs that print the same are bit for bit equal.
+"""A digest of all parameters of a model: two runs that print the same are equal bit for bit.
 
 python -m benchmarks.digest runs/quickstart [FOLDER ...]
 """

@@ -31,7 +31,7 @@ STEPS = 200
 FLAGS = (
     f"--config=configs/quickstart.py --config.train.steps={STEPS} --config.train.log_every=1 "
     "--config.train.eval_every=9 --config.checkpoint.every=5 --config.data.test_splits= "
-    "--config.model.features=32 --config.model.num_layers=1 --config.schedule.warmup=20 "
+    "--config.model.width=32 --config.model.num_layers=1 --config.schedule.warmup=20 "
     "--config.data.buckets=1 --config.data.eval_buckets=1 --config.data.batch_seconds=16"
 ).split()
 

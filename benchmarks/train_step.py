@@ -44,7 +44,7 @@ def make_batch(rows, seconds, vocabulary=32):
         "audio": rng.standard_normal((rows, samples)).astype(np.float32),
         "audio_length": np.full(rows, samples, np.int32),
         "labels": rng.integers(1, vocabulary, (rows, labels)).astype(np.int32),
-        "label_length": np.full(rows, labels, np.int32),
+        "labels_length": np.full(rows, labels, np.int32),
     }
 
 
@@ -71,7 +71,7 @@ def ours(folder, batch, *, dtype, frozen):
             logits, frames = network.apply(
                 {"params": params}, batch["audio"], batch["audio_length"], True
             )
-            return ctc.ctc_loss(logits, frames, batch["labels"], batch["label_length"]).sum()
+            return ctc.ctc_loss(logits, frames, batch["labels"], batch["labels_length"]).sum()
 
         value, gradient = jax.value_and_grad(loss)(params)
         if frozen:

@@ -26,7 +26,7 @@ SPLITS = {
     "100h": (0.0, 3e-5, 80_000, 0, 0.65, 0.5),
     "960h": (0.0, 1e-4, 320_000, 0, 0.5, 0.1),
 }
-EXTRACTOR, TRANSFORMER = "^encoder/extractor/", "^encoder/"
+EXTRACTOR, TRANSFORMER = "encoder/extractor/.*", "encoder/.*"
 
 
 def get_config(labels: str = "100h"):

@@ -8,29 +8,26 @@
 Training is a command: python -m speech_jax.main --help.
 """
 
-from __future__ import annotations
-
-import typing
-
-from speech_jax.errors import UserError
-
-if typing.TYPE_CHECKING:
-    import os
-
-    from speech_jax.deploy.transcribe import Model
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "load"]
+
+# Imported when they are asked for: JAX takes seconds, and who wants the version should not wait.
+_PUBLIC = {
+    "Model": "speech_jax.deploy.transcribe",
+    "Transcription": "speech_jax.deploy.transcribe",
+    "UserError": "speech_jax.errors",
+    "load": "speech_jax.deploy.transcribe",
+}
+__all__ = ["Model", "Transcription", "UserError", "__version__", "load"]
 
 
-def load(folder: str | os.PathLike) -> Model:
-    """Opens a trained model for use: a workdir, a saved bundle or a folder of Hugging Face.
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'speech_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
 
-    Raises:
-      UserError: the folder holds no model, or one that gives no text; the message says which.
-    """
-    # JAX takes seconds to import: who only asks for the version should not wait for it.
-    from speech_jax import bundle
-    from speech_jax.deploy.transcribe import Model
 
-    return Model(bundle.open(folder))
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -19,6 +19,7 @@ from speech_jax.data.sources import SOURCES
 from speech_jax.data.text import NORMALIZERS
 from speech_jax.errors import UserError
 from speech_jax.ops import augment
+from speech_jax.training import groups
 from speech_jax.training.adversarial import NORMS, SPACES, Adversary
 
 # What a value must be, beside having the type of its default.
@@ -135,27 +136,30 @@ def default() -> ConfigDict:
     config.init.folder = ""  # pretrained weights of the encoder: a workdir, or of Hugging Face
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # adam, adamw, nadamw, sgd, lion
+    config.optimizer.name = "adamw"  # adam, adamw, lion, nadamw or sgd
     config.optimizer.clip_norm = 1.0  # 0: off
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
-    config.optimizer.weight_decay = 1e-3
-    config.optimizer.no_decay = "(bias|scale)$"
-    config.optimizer.frozen = ()  # (regular expression, updates that it stands still for or -1)
+    config.optimizer.weight_decay = 1e-3  # decoupled; of adam and sgd in the gradient (L2)
+    # Rules for the ends of parameters' paths, see rules.py; the first that matches holds.
+    config.optimizer.decay = ((groups.NO_DECAY, 0.0),)  # what multiplies weight_decay
+    config.optimizer.rates = ()  # what multiplies the learning rate
+    config.optimizer.layer_decay = 1.0  # of the learning rate, from a layer to the one below it
+    config.optimizer.frozen = ()  # updates for which a parameter stands still; -1: for ever
 
     config.schedule = ConfigDict()
     config.schedule.name = "noam"  # constant, cosine, exponential, noam, polynomial, tri_stage
     config.schedule.peak = 1e-3
     config.schedule.warmup = 10_000
 
-    config.adversarial = adversarial = ConfigDict()  # see tasks/adversarial.py: Adversary
-    adversarial.method = "none"  # none, fgsm, pgd, free or vat
+    config.adversarial = adversarial = ConfigDict()  # see training/adversarial.py: Adversary
+    adversarial.method = "none"  # none, fgsm, pgd or vat
     adversarial.space = "waveform"  # or features: log-mel in nats, before normalization
     adversarial.norm = "linf"  # or l2: root mean square over an utterance
     adversarial.epsilon = 0.001  # the bound, in the waveform as a fraction of full scale
     adversarial.snr_db = config_dict.placeholder(float)  # the bound in decibels, not epsilon
     adversarial.alpha = 0.5  # (1 - alpha) clean + alpha adversarial loss
-    adversarial.steps = 3  # ascents of pgd and vat; updates of free for each batch
+    adversarial.steps = 3  # ascents of pgd and vat
     adversarial.step_size = 0.0  # of an ascent, as a fraction of epsilon; 0: the method's usual
     adversarial.random_start = False
     adversarial.warmup = 0  # steps over which epsilon rises from 0

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from speech_jax import models, registry, tasks
-from speech_jax.config import split_names
+from speech_jax.config import default, split_names
 from speech_jax.data import parts as part_kinds
 from speech_jax.data import pipeline, sources
 from speech_jax.data.batch import Bucket, Fields, shapes, signature
@@ -31,7 +31,7 @@ from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import features
 from speech_jax.tasks import Task
-from speech_jax.training import adversarial, costs, optim, sharding
+from speech_jax.training import adversarial, costs, groups, optim, sharding
 from speech_jax.training import step as steps
 
 # Batch lengths are rounded up to so much audio.
@@ -81,6 +81,9 @@ def make_parts(
     for name, kind in tasks.constructor(config.task.name).parts.items():
         constructor = part_kinds.constructor(kind)
         settings = _part_settings(config, name, kind)
+        known = inspect.signature(constructor.make).parameters
+        for key in config.parts.get(name, {}):
+            registry.lookup(f"setting of config.parts.{name}", known, key)
         try:
             made[name] = constructor.restore(folder, name, **settings)
             continue
@@ -89,8 +92,7 @@ def make_parts(
                 lost = pathlib.Path(str(error.filename or error)).name
                 raise UserError(f"{folder} holds no {lost}: train there first") from error
         if jax.process_index() == 0:
-            arguments = {"source": source, "name": name, **settings}
-            registry.call(constructor.make, arguments, what=f"parts.{name}").save(folder)
+            constructor.make(source, name, **settings).save(folder)
         barrier(f"part {name}")
         made[name] = constructor.restore(folder, name, **settings)
     return made
@@ -264,7 +266,7 @@ def make_frontend(config: ConfigDict, encoder, parts: Mapping[str, Part]) -> Fro
     masks = dict(config.spec_augment)
     start = masks.pop("start_step")
     return FrontEnd(
-        kind=encoder.frontend,
+        listens=encoder.listens,
         log_mel={"sample_rate": config.data.sample_rate, **settings},
         normalize=normalize,
         spec_augment=masks,
@@ -324,10 +326,12 @@ class Setup:
         """The step as one jitted function; it gives its state's memory to the next one."""
         config, everywhere = self.config, sharding.replicated(self.mesh)
         adversary = make_adversary(config)
-        gradients = adversarial.gradients(self.task, adversary)
+        mask = groups.trainable(self.abstract.params, config.optimizer.frozen)
+        make = lambda task: adversarial.gradients(task, adversary)
         step = steps.make_step(
-            steps.accumulate(gradients, config.train.accumulate),
+            steps.accumulate(groups.gradients(make, self.task, mask), config.train.accumulate),
             self.tx,
+            mask=mask,
             measured=steps.measured(self.fields),
             ema_decay=config.train.ema_decay,
             log_every=config.train.log_every,
@@ -360,9 +364,14 @@ class Setup:
 def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucket: Bucket) -> Setup:
     """The step of a configuration; `bucket` is a batch shape to initialize from."""
     probe = batch_shapes(fields, bucket, mesh)
-    schedule = optim.make_schedule(steps=config.train.steps, **config.schedule)
+    schedule = optim.make_schedule(
+        steps=config.train.steps, defaults=default().schedule, **config.schedule
+    )
     params, model_state = jax.eval_shape(task.init, jax.random.key(config.seed), probe)
-    tx = optim.make_optimizer(schedule=schedule, params=params, **config.optimizer)
+    tx = optim.make_optimizer(
+        schedule=schedule, params=params, defaults=default().optimizer, **config.optimizer
+    )
+    learned = lambda tree: groups.split(tree, groups.trainable(params, config.optimizer.frozen))[0]
     sums = jax.eval_shape(task.loss, params, model_state, probe)[2]["sums"]
 
     def init() -> steps.TrainState:
@@ -373,7 +382,7 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
             rng=jax.random.key(config.seed + 1),
             params=params,
             model_state=model_state,
-            opt_state=tx.init(params),
+            opt_state=tx.init(learned(params)),
             ema=params if config.train.ema_decay else {},
             sums={name: jnp.zeros(()) for name in (*steps.SUMS, *sums)},
         )
@@ -382,7 +391,7 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
     split = sharding.shard_params(params, mesh, task.rules)
     shardings = jax.tree.map(lambda _: sharding.replicated(mesh), shapes).replace(
         params=split,
-        opt_state=sharding.shard_optimizer(tx, params, split, mesh),
+        opt_state=sharding.shard_optimizer(tx, learned(params), learned(split), mesh),
         ema=split if config.train.ema_decay else {},
     )
     abstract = jax.tree.map(

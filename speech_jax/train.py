@@ -181,7 +181,10 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         **figures,
     }
     return workdir.write_results(
-        scores, training=training, config=files.plain(config), versions=versions.versions()
+        scores,
+        training=training,
+        config=files.plain(config),
+        versions=versions.versions() | {"device": _device()},
     )
 
 
@@ -225,10 +228,14 @@ def _opening(corpus, parts, setup, first: int) -> str:
             f"{corpus.seconds / 3600:.2f} h of speech in {len(corpus)} utterances",
             *counts,
             f"{setup.parameters / 1e6:.2f} M parameters",
-            f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            _device(),
             f"from update {first}",
         ]
     )
+
+
+def _device() -> str:
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def _check(report: Report, most: int, task: Task) -> None:

@@ -38,11 +38,20 @@ FREE = (
 _RENAMED_KEYS = {"model.features": "model.width"}
 _RENAMED_VALUES = {"task.name": {"asr": "recognize"}}
 
+# Settings that are gone, with the value that says what is done now in any case.
+_GONE = {"optimizer.no_decay": "(bias|scale)$"}
+
 # Values that switch something off: a setting that has one, and that is gone since, is not missed.
 _OFF = (None, False, 0, "", "none", [], {})
 
 # What parts have learned, in the folder of a run: they know the names (data/parts/).
-_LEARNED = ("features.json", "tokenizer.json", "*.tokenizer.json", "*.classes.json")
+_LEARNED = (
+    "features.json",
+    "tokenizer.json",
+    "*.features.json",
+    "*.tokenizer.json",
+    "*.classes.json",
+)
 
 
 class WorkdirError(UserError):
@@ -363,6 +372,10 @@ def _renamed(record: dict[str, Any]) -> dict[str, Any]:
         found = record.get(section)
         if isinstance(found, dict) and key in found:
             found.setdefault(new.rpartition(".")[2], found.pop(key))
+    for name, value in _GONE.items():
+        section, _, key = name.rpartition(".")
+        if isinstance(record.get(section), dict) and record[section].get(key) == value:
+            del record[section][key]
     for name, values in _RENAMED_VALUES.items():
         section, _, key = name.rpartition(".")
         found = record.get(section)

@@ -22,6 +22,8 @@ import numpy as np
 
 from speech_jax import models
 from speech_jax.bundle import huggingface as hf
+from speech_jax.bundle.format import Bundle
+from speech_jax.bundle.names import architecture
 from speech_jax.ops import ctc
 from speech_jax.tasks import pretrain
 from speech_jax.tasks.recognize import CTCModel
@@ -74,7 +76,7 @@ def make(name: str, head: str, **changes):
         encoder, config = "wav2vec2_conformer", transformers.Wav2Vec2ConformerConfig(**settings)
     else:
         encoder, config = "wav2vec2", transformers.Wav2Vec2Config(**settings)
-    model = getattr(transformers, hf.architecture(head, encoder))(config)
+    model = getattr(transformers, architecture(head, encoder))(config)
     with torch.no_grad():
         for _, statistic in _statistics(model):
             statistic.add_(0.2 * torch.randn_like(statistic).abs())
@@ -162,11 +164,11 @@ def _stack(rows):
 _CAPTURED = ("Wav2Vec2", "Wav2Vec2Conformer", "FeatureExtractor", "Block")
 
 
-def our_ctc(model: hf.Model, batch):
+def our_ctc(model: Bundle, batch):
     """The same of ours, with the parameters' tree of gradients."""
-    padding = model.encoder["name"] == "wav2vec2"
-    encoder = models.make_encoder(**model.encoder, scan=False, norm_padding=padding)
-    network = CTCModel(encoder, len(model.params["head"]["bias"]))
+    settings = model.config.model.to_dict()
+    settings["norm_padding"] = settings["name"] == "wav2vec2"
+    network = CTCModel(models.make_encoder(**settings), len(model.params["head"]["bias"]))
 
     def loss(params):
         (logits, frames), captured = network.apply(
@@ -237,19 +239,16 @@ def their_pretraining(model, batch, draws):
     return values, _gradients(model)
 
 
-def our_pretraining(model: hf.Model, config, batch, draws):
+def our_pretraining(model: Bundle, config, batch, draws):
     """The same of ours, with the parameters' tree of gradients and the new model state."""
-    quiet = {"scan": False, "norm_padding": True, "dropout": 0.0, "input_dropout": 0.0}
+    quiet = {"norm_padding": True, "dropout": 0.0, "input_dropout": 0.0}
+    arguments = model.config.task.to_dict()
+    assert arguments.pop("name") == "contrastive"
+    arguments |= {"negatives": config["num_negatives"], "penalty_weight": 0.0}
     task = pretrain.Contrastive(
-        models.make_encoder(**model.encoder, **quiet),
+        models.make_encoder(**(model.config.model.to_dict() | quiet)),
         frontend=None,
-        groups=config["num_codevector_groups"],
-        codes=config["num_codevectors_per_group"],
-        code_features=config["codevector_dim"],
-        final_features=config["proj_codevector_dim"],
-        negatives=config["num_negatives"],
-        penalty_weight=0.0,
-        feature_dropout=0.0,
+        **(arguments | {"feature_dropout": 0.0}),
     )
 
     def loss(params):

@@ -28,7 +28,7 @@ def tiny_config(root, **train):
     config.model = models.settings(
         "conformer",
         "tiny",
-        features=16,
+        width=16,
         num_layers=1,
         heads=2,
         kernel=5,

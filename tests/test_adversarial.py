@@ -15,7 +15,7 @@ from speech_jax.errors import UserError
 from speech_jax.models import layers
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import masking
-from speech_jax.tasks import pretrain
+from speech_jax.tasks import best_rq, contrastive
 from speech_jax.tasks.recognize import ASR
 from speech_jax.training import adversarial, sharding
 from speech_jax.training import step as steps
@@ -30,11 +30,11 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 # The smallest of each encoder; one that is not here is its tiny variant.
 SMALL = {
     "conformer": {
-        "features": 16, "num_layers": 1, "heads": 2, "kernel": 3, "subsampling_channels": 4,
+        "width": 16, "num_layers": 1, "heads": 2, "kernel": 3, "subsampling_channels": 4,
         "conv_norm": "batch", "dropout": 0.0, "scan": False,
     },
     "wav2vec2": {
-        "features": 16, "num_layers": 1, "heads": 2, "feed_forward": 16, "dropout": 0.0,
+        "width": 16, "num_layers": 1, "heads": 2, "feed_forward": 16, "dropout": 0.0,
         "input_dropout": 0.0, "conv_channels": (8,) * 7, "position_kernel": 4,
         "position_groups": 2, "scan": False,
     },
@@ -44,7 +44,7 @@ SMALL = {
 class Perceptron(nn.Module):
     """An encoder that compiles fast, with what matters here: batch norm and dropout."""
 
-    frontend = "log_mel"
+    listens = "log_mel"
 
     def output_lengths(self, lengths):
         return lengths
@@ -57,7 +57,7 @@ class Perceptron(nn.Module):
         return nn.Dropout(0.2)(x, deterministic=deterministic), lengths
 
 
-class HeldBestRQ(pretrain.BestRQ):
+class HeldBestRQ(best_rq.BestRQ):
     """BEST-RQ with the targets of the clean batch.
 
     Else they are of the perturbed audio, where other codes may be nearest: no gradient knows of
@@ -75,7 +75,7 @@ def make_task(name="perceptron"):
     if name == "best_rq":
         return HeldBestRQ(Perceptron(), frontend("log_mel"), codes=11, mask_length=2)
     if name == "contrastive":
-        return pretrain.Contrastive(
+        return contrastive.Contrastive(
             models.make_encoder(**models.settings("wav2vec2", "tiny", **SMALL["wav2vec2"])),
             frontend("waveform"),
             codes=5, code_features=4, final_features=4, negatives=3, mask_length=2,
@@ -83,12 +83,12 @@ def make_task(name="perceptron"):
     if name == "perceptron":
         return ASR(Perceptron(), frontend("log_mel", SPEC_AUGMENT), 7)
     encoder = models.make_encoder(**models.settings(name, "tiny", **SMALL.get(name, {})))
-    return ASR(encoder, frontend(encoder.frontend), 7)
+    return ASR(encoder, frontend(encoder.listens), 7)
 
 
-def frontend(kind, spec_augment=None):
+def frontend(listens, spec_augment=None):
     log_mel = {"sample_rate": 16_000, "window_ms": 25.0, "hop_ms": 10.0, "mels": 20}
-    return FrontEnd(kind, log_mel, spec_augment=spec_augment)
+    return FrontEnd(listens, log_mel, spec_augment=spec_augment)
 
 
 SPEC_AUGMENT = {
@@ -108,7 +108,7 @@ def make_batch():
         "audio": audio.astype(np.int16),
         "audio_length": LENGTHS,
         "labels": rng.integers(1, 7, (ROWS, 3)).astype(np.int32),
-        "label_length": np.where(LENGTHS > 0, 2, 0).astype(np.int32),
+        "labels_length": np.where(LENGTHS > 0, 2, 0).astype(np.int32),
         "weight": (LENGTHS > 0).astype(np.float32),
         "index": np.arange(ROWS, dtype=np.int32),
     }
@@ -233,6 +233,32 @@ def test_features_are_perturbed_in_their_valid_frames():
     # A batch that brings its own features is a batch like any other.
     close(brought[0], computed[0], 1e-6)
     equal(brought[1], computed[1])
+
+
+def test_a_random_start_is_of_the_utterance_and_of_nothing_else():
+    """Wherever in a batch it is, and however it is padded."""
+    order = np.asarray([3, 0, 7, 1, 2, 6, 5, 4])
+    moved = {name: value[order] for name, value in make_batch().items()}
+    moved["audio"] = np.pad(moved["audio"], ((0, 0), (0, 500)))
+    for norm in ("linf", "l2"):
+
+        @jit
+        def drawn(batch, norm=norm):
+            return Adversary(norm=norm).ball(make_task(), batch, 0).random(jax.random.key(1))
+
+        here, there = drawn(make_batch()), drawn(moved)
+        np.testing.assert_allclose(there[:, :SAMPLES], here[order], atol=2.0**-24)
+        assert not np.asarray(there[:, SAMPLES:]).any()
+        assert (here[0] != here[1]).any()
+
+
+def test_only_the_inputs_of_a_batch_are_perturbed():
+    batch = make_batch() | {"speaker": np.arange(ROWS)}
+    for space, field in (("waveform", "audio"), ("features", "features")):
+        ball = Ball(make_task(), batch, space=space, norm="linf", epsilon=0.1)
+        found = ball.perturb(ball.random(jax.random.key(1)))
+        assert found.keys() == batch.keys() | {field}
+        assert all(found[name] is batch[name] for name in batch if name != field)
 
 
 # ---- The perturbation --------------------------------------------------------------------------
@@ -367,10 +393,8 @@ def test_accumulation_hardens_each_micro_batch():
 @functools.cache
 def update(**settings):
     """A step of training, as train.compile_steps makes it."""
-    adversary = Adversary(**settings)
-    gradients = adversarial.gradients(make_task(), adversary)
-    step = steps.make_step(gradients, optax.sgd(0.1), log_every=2 * adversary.updates)
-    return jit(adversarial.replay(step, make_task(), adversary))
+    gradients = adversarial.gradients(make_task(), Adversary(**settings))
+    return jit(steps.make_step(gradients, optax.sgd(0.1), log_every=2))
 
 
 def make_state():
@@ -386,36 +410,10 @@ def make_state():
     )
 
 
-FREE = {"method": "free", "epsilon": 2.0**-11, "steps": 3}
-
-
 @pytest.mark.optax
-def test_free_updates_at_a_perturbation_that_grows_with_the_last_gradient():
-    """Shafahi et al. 2019, algorithm 1, written out."""
-    (params, state), delta, total = start(), 0.0, 0.0
-    for index in range(3):
-        audio = np.clip(waveform() + delta, -1, np.float32(32767 / 32768))
-        rng = jax.random.fold_in(KEY, 3 + index)
-        (loss, (weight, state)), (gradient, slope) = passes()(params, state, audio, rng)
-        params = jax.tree.map(lambda p, g, w=weight: p - 0.1 * g / w, params, gradient)
-        delta = np.clip(delta + 2.0**-11 * np.sign(slope), -(2.0**-11), 2.0**-11)
-        delta = np.where(valid(), delta, 0).astype(np.float32)
-        total += loss
-    after, sums, finite = update(**FREE)(make_state(), make_batch())
-    close(after.params, params)
-    close(after.model_state, state)
-    np.testing.assert_allclose(sums["loss"], total, rtol=1e-4)
-    assert finite
-    assert after.step == 6
-    # What goes into a checkpoint is what a clean step leaves there.
-    assert jax.tree.structure(after) == jax.tree.structure(make_state())
-    # The sums are of two batches, and start anew after those.
-    assert all(value == 0 for value in after.sums.values())
-
-
-@pytest.mark.optax
-@pytest.mark.parametrize("settings", [FGSM, FREE], ids=["fgsm", "free"])
-def test_sharded_equals_single_device(settings):
+@pytest.mark.parametrize("random_start", [False, True])
+def test_sharded_equals_single_device(random_start):
+    settings = FGSM | {"random_start": random_start}
     alone, sums, _ = update(**settings)(make_state(), make_batch())
     mesh = sharding.make_mesh()
     assert mesh.size == 8
@@ -444,7 +442,7 @@ def test_the_second_pass_needs_no_memory_of_its_own():
         ({"alpha": 1.5}, "alpha"),
         ({"steps": 0}, "steps"),
         ({"space": "features", "snr_db": 10.0}, "snr_db"),
-        ({"method": "free", "every": 2}, "every"),
+        ({"every": 0}, "every"),
     ],
 )
 def test_settings_that_cannot_work_are_named(settings, named):

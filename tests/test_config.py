@@ -8,7 +8,8 @@ import pathlib
 import pytest
 
 from speech_jax import config as defaults
-from speech_jax import experiment
+from speech_jax import experiment, tasks
+from speech_jax.data.parts.audio import Audio
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 RECIPES = {
@@ -41,10 +42,18 @@ def test_recipes_resolve_to_their_golden_text(name):
     assert text == path.read_text()
 
 
+class Labels:
+    """A part of 32 symbols."""
+
+    count = 32
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_build_their_task(name):
     config = resolve(name)
-    task = experiment.make_task(config, 32)
+    kinds = tasks.constructor(config.task.name).parts
+    parts = {"audio": Audio()} | {name: Labels() for name in kinds.keys() - {"audio"}}
+    task = experiment.make_task(config, parts)
     assert task.encoder.output_lengths(task.frontend.lengths(16_000)) in (13, 25, 49)
 
 
@@ -57,7 +66,7 @@ def test_recipes_build_their_task(name):
         ("features.normalize", "batch", "utterance, global, none"),
         ("data.batch_seconds", 5.0, "a batch must hold an utterance"),
         ("data.speeds", (0.9, 1.1), "hold 1.0"),
-        ("data.train_minutes", -1.0, "must not be negative"),
+        ("data.train_minutes", -1.0, "must be at least 0"),
         ("train.steps", 0, "greater than 0"),
         ("train.ema_decay", 1.0, r"in \[0, 1\)"),
         ("schedule.peak", -1.0, "greater than 0"),

@@ -395,7 +395,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "
 
 @pytest.mark.parametrize(
     ("implementation", "batch_axes"),
-    [(None, None), ("pallas_tpu", ("data", "fsdp"))],
+    [("xla", None), ("pallas_tpu", ("data", "fsdp"))],
 )
 def test_a_batch_sharded_over_a_mesh_stays_where_it_is(implementation, batch_axes):
     arrays = problem(9, B=8)
@@ -503,3 +503,12 @@ def test_an_implementation_that_cannot_run_says_why():
             ctc_loss(**GOOD, implementation=name)
     with pytest.raises(ValueError, match="'cuda' is none of"):
         ctc_loss(**GOOD, implementation="cuda")
+
+
+def test_a_kernel_that_has_not_run_on_its_hardware_is_no_default(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for platform in ("tpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        monkeypatch.setattr(ctc, "obstacle", lambda *_: "")
+        program = jax.make_jaxpr(lambda logits: ctc_loss(**GOOD | {"logits": logits}))
+        assert "pallas" not in str(program(GOOD["logits"]))

@@ -7,9 +7,9 @@ import pytest
 
 from speech_jax import models
 
-SMALL = {"features": 16, "num_layers": 2, "heads": 2, "kernel": 5, "dropout": 0.1}
+SMALL = {"width": 16, "num_layers": 2, "heads": 2, "kernel": 5, "dropout": 0.1}
 WAVEFORM = {
-    "features": 16, "num_layers": 2, "heads": 2, "feed_forward": 24, "dropout": 0.1,
+    "width": 16, "num_layers": 2, "heads": 2, "feed_forward": 24, "dropout": 0.1,
     "conv_channels": (8, 8, 12), "conv_kernels": (10, 8, 8), "conv_strides": (5, 8, 8),
     "mask_time": 0.3, "mask_time_length": 4,
 }  # fmt: skip
@@ -38,7 +38,7 @@ class Case:
         self.encoder = models.make_encoder(**models.settings(name, variant, **settings))
         rng = np.random.default_rng(0)
         # Frames of 40 log-mel bands, or samples.
-        waveform = self.encoder.frontend == "waveform"
+        waveform = self.encoder.listens == "waveform"
         self.size, self.known = (6_400, [6_100, 3_700, 0]) if waveform else (64, [61, 37, 0])
         self.lengths = jnp.array(self.known)
         shape = (3, self.size) if waveform else (3, self.size, 40)
@@ -169,8 +169,8 @@ def test_published_sizes():
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'conformer'"):
         models.make_encoder("conformr")
-    with pytest.raises(ValueError, match="did you mean 'features'"):
-        models.make_encoder("conformer", feature=3)
+    with pytest.raises(ValueError, match="did you mean 'width'"):
+        models.make_encoder("conformer", widht=3)
     with pytest.raises(ValueError, match="did you mean 'num_layers'"):
         models.settings("conformer", "s", num_layer=3)
     with pytest.raises(ValueError, match="known: tiny, s, m, l"):

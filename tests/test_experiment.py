@@ -68,7 +68,7 @@ def trained(tones, tmp_path_factory):
             config, tokenizer.vocabulary_size, experiment.feature_statistics(config, workdir)
         )
         shapes = jax.eval_shape(task.init, jax.random.key(0), evaluate.probe(config, mesh))
-        return evaluate.restore(config, workdir, mesh, *shapes)[0], results["splits"]
+        return evaluate.restore(config, workdir, mesh, task, *shapes)[0], results["splits"]
 
     return {form: run(form) for form in (as_folder, as_archive, as_manifest, as_prepared)}
 
@@ -156,4 +156,4 @@ def test_restoring_needs_a_checkpoint(tones, tmp_path):
     task = experiment.make_task(config, 5)
     shapes = jax.eval_shape(task.init, jax.random.key(0), evaluate.probe(config, mesh))
     with pytest.raises(checkpoint.CheckpointError, match="train first"):
-        evaluate.restore(config, tmp_path, mesh, *shapes)
+        evaluate.restore(config, tmp_path, mesh, task, *shapes)

@@ -16,7 +16,7 @@ def normal(*shape):
     return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
 
 
-def test_depthwise_convolution_equals_a_grouped_one():
+def test_depthwise_convolution_is_a_grouped_one():
     x, kernel, bias = normal(2, 11, 6), normal(5, 6), normal(6)
     ours = layers.DepthwiseConvolution(5).apply({"params": {"kernel": kernel, "bias": bias}}, x)
     grouped = nn.Conv(6, (5,), feature_group_count=6, padding="SAME")

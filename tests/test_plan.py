@@ -1,3 +1,6 @@
+"""Plans: every utterance once, the least padding, the same for ever; along any dimension."""
+
+import hashlib
 import itertools
 import os
 import pathlib
@@ -8,27 +11,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speech_jax.data import plan, sources
+from speech_jax.data.batch import Bucket
 
 _CORPORA = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 40)), min_size=1, max_size=120)
 _SHAPES = st.fixed_dictionaries(
     {
         "count": st.integers(1, 6),
-        "batch_samples": st.integers(50, 3000),
+        "budget": st.integers(50, 3000),
         "rows_multiple": st.sampled_from([1, 2, 4]),
         "round_to": st.sampled_from([1, 7, 50]),
     }
 )
 _SPEEDS = st.sampled_from([(1.0,), (0.9, 1.0, 1.1)])
+_ALONG = st.sampled_from(["samples", "labels"])
 
 
-def _choose(corpus, speeds, **shapes):
+def _lengths(corpus):
     samples, labels = np.array(corpus).T
-    buckets = plan.choose_buckets(
-        np.concatenate([plan.perturbed_samples(samples, speed) for speed in speeds]),
-        np.tile(labels, len(speeds)),
-        **shapes,
-    )
-    return samples, labels, buckets
+    return {"samples": samples, "labels": labels}
+
+
+def _choose(lengths, speeds=(1.0,), *, along="samples", **shapes):
+    """Buckets along a dimension for a corpus played at `speeds`."""
+    played = {
+        "samples": np.concatenate([plan.stretched_length(lengths["samples"], s) for s in speeds]),
+        "labels": np.tile(lengths["labels"], len(speeds)),
+    }
+    return plan.choose_buckets(played, along=along, budget_of="samples", **shapes)
+
+
+def _plan(lengths, buckets, *, along="samples", **changes):
+    return plan.Plan(lengths, along, buckets, **changes)
 
 
 def _ids(planned):
@@ -36,12 +49,15 @@ def _ids(planned):
 
 
 @settings(max_examples=60, deadline=None)
-@given(_CORPORA, _SHAPES, _SPEEDS, st.booleans(), st.integers(0, 3))
-def test_every_utterance_once_in_a_bucket_that_holds_it(corpus, shapes, speeds, shuffle, epoch):
-    samples, labels, buckets = _choose(corpus, speeds, **shapes)
-    planned = plan.plan_epoch(
-        samples, labels, buckets, seed=1, epoch=epoch, shuffle=shuffle, speeds=speeds
-    )
+@given(_CORPORA, _SHAPES, _SPEEDS, _ALONG, st.booleans(), st.integers(0, 3))
+def test_every_utterance_once_in_a_bucket_that_holds_it(
+    corpus, shapes, speeds, along, shuffle, epoch
+):
+    lengths = _lengths(corpus)
+    samples, labels = lengths["samples"], lengths["labels"]
+    buckets = _choose(lengths, speeds, along=along, **shapes)
+    made = _plan(lengths, buckets, along=along, seed=1, shuffle=shuffle, speeds=speeds)
+    planned = made.epoch(epoch)
     ids = _ids(planned)
     assert sorted(ids[ids >= 0]) == list(range(len(samples)))
     assert all((batch.ids >= 0).all() for batch in planned[:-1])  # filler only in the last batch
@@ -52,74 +68,92 @@ def test_every_utterance_once_in_a_bucket_that_holds_it(corpus, shapes, speeds, 
         assert drawn.dtype == np.float32
         assert ids.shape == drawn.shape == (bucket.rows,)
         real = ids >= 0
-        assert (plan.perturbed_samples(samples[ids[real]], drawn[real]) <= bucket.samples).all()
-        assert (labels[ids[real]] <= bucket.labels).all()
+        played = plan.stretched_length(samples[ids[real]], drawn[real])
+        assert (played <= bucket.size("samples")).all()
+        assert (labels[ids[real]] <= bucket.size("labels")).all()
         assert set(drawn[real]) <= set(np.float32(speeds))
         assert (drawn[~real] == 1).all()
-    assert len(planned) == plan.count_batches(
-        samples, labels, buckets, seed=1, epoch=epoch, speeds=speeds
-    )
+    assert len(planned) == made.count(epoch)
 
 
 @settings(max_examples=40, deadline=None)
-@given(_CORPORA, _SHAPES)
-def test_buckets_are_the_best_of_all(corpus, shapes):
-    samples, _, buckets = _choose(corpus, (1.0,), **shapes)
-    rounded = -(-samples // shapes["round_to"]) * shapes["round_to"]
+@given(_CORPORA, _SHAPES, _ALONG)
+def test_buckets_are_the_best_of_all(corpus, shapes, along):
+    lengths = _lengths(corpus)
+    buckets = _choose(lengths, along=along, **shapes)
+    rounded = np.maximum(-(-lengths[along] // shapes["round_to"]), 1) * shapes["round_to"]
     edges = np.unique(rounded)
     count = min(shapes["count"], len(edges))
 
     def padded(chosen):
         return sum(chosen[place] for place in np.searchsorted(chosen, rounded))
 
-    lengths = [bucket.samples for bucket in buckets]
-    assert lengths == sorted(set(lengths))
-    assert len(lengths) == count
+    chosen = [bucket.size(along) for bucket in buckets]
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == count
     if len(edges) <= 14:
         best = min(
             padded([*inner, edges[-1]])
             for inner in itertools.combinations(edges[:-1].tolist(), count - 1)
         )
-        assert padded(lengths) == best
+        assert padded(chosen) == best
 
 
 @settings(max_examples=40, deadline=None)
-@given(_CORPORA, _SHAPES)
-def test_buckets_hold_a_constant_time_and_every_shorter_utterance(corpus, shapes):
-    samples, labels, buckets = _choose(corpus, (1.0,), **shapes)
-    multiple = shapes["rows_multiple"]
+@given(_CORPORA, _SHAPES, _ALONG)
+def test_buckets_hold_a_constant_time_and_every_shorter_utterance(corpus, shapes, along):
+    lengths = _lengths(corpus)
+    buckets = _choose(lengths, along=along, **shapes)
+    multiple, other = shapes["rows_multiple"], {"samples": "labels", "labels": "samples"}[along]
     for bucket in buckets:
-        assert multiple <= bucket.rows < len(samples) + multiple
+        assert multiple <= bucket.rows < len(corpus) + multiple
         assert bucket.rows % multiple == 0
-        assert bucket.labels % 8 == 0
-        assert bucket.labels >= labels[samples <= bucket.samples].max()
+        assert bucket.size(other) % 8 == 0
+        assert bucket.size(other) >= lengths[other][lengths[along] <= bucket.size(along)].max()
         if bucket.rows > multiple:
-            assert bucket.rows * bucket.samples <= shapes["batch_samples"]
-        if bucket.rows < len(samples):  # no room for more rows
-            assert (bucket.rows + multiple) * bucket.samples > shapes["batch_samples"]
+            assert bucket.rows * bucket.size("samples") <= shapes["budget"]
+        if bucket.rows < len(corpus):  # no room for more rows
+            assert (bucket.rows + multiple) * bucket.size("samples") > shapes["budget"]
+
+
+def test_a_plan_is_for_ever():
+    """What a seed gives never changes: a run that began with an older version goes on with it."""
+    rng = np.random.default_rng(0)
+    samples = rng.integers(8_000, 560_000, 2999)
+    lengths = {"samples": samples, "labels": samples // 1500 + rng.integers(0, 9, 2999)}
+    speeds = (0.9, 1.0, 1.1)
+    buckets = _choose(lengths, speeds, count=6, budget=16000 * 120, rows_multiple=4)
+    digest = hashlib.sha256()
+    for shuffle in (True, False):
+        made = _plan(lengths, buckets, seed=5, shuffle=shuffle, speeds=speeds)
+        for epoch in range(3):
+            for bucket, ids, drawn in made.epoch(epoch):
+                shape = [bucket.size("samples"), bucket.size("labels"), bucket.rows]
+                digest.update(np.asarray(shape, np.int64).tobytes())
+                digest.update(ids.tobytes() + drawn.tobytes())
+    expected = "55fc28c8fc1d06988100fc92d54fd0d4b733d66b4f70e3dd72b774c940dfd6c7"
+    assert digest.hexdigest() == expected
 
 
 @pytest.fixture(scope="module")
 def corpus():
     rng = np.random.default_rng(0)
     samples = rng.gamma(4, 40000, 2000).astype(int) + 8000
-    return samples, samples // 1500
+    return {"samples": samples, "labels": samples // 1500}
 
 
-def _buckets(corpus, **changes):
-    return plan.choose_buckets(
-        *corpus, **{"count": 6, "batch_samples": 16000 * 120, "round_to": 1600} | changes
+def _buckets(corpus, speeds=(1.0,), **changes):
+    return _choose(
+        corpus, speeds, **{"count": 6, "budget": 16000 * 120, "round_to": 1600} | changes
     )
 
 
 def test_plan_depends_on_seed_and_epoch_alone(corpus):
     speeds = (0.9, 1.0)
-    buckets = plan.choose_buckets(
-        plan.perturbed_samples(corpus[0], 0.9), corpus[1], count=6, batch_samples=16000 * 120
-    )
+    buckets = _buckets(corpus, speeds)
 
     def key(seed, epoch):
-        planned = plan.plan_epoch(*corpus, buckets, seed=seed, epoch=epoch, speeds=speeds)
+        planned = _plan(corpus, buckets, seed=seed, speeds=speeds).epoch(epoch)
         return [(b.bucket, b.ids.tolist(), b.speeds.tolist()) for b in planned]
 
     first = key(0, 0)
@@ -129,53 +163,66 @@ def test_plan_depends_on_seed_and_epoch_alone(corpus):
 
 
 def test_shuffles_within_and_across_buckets(corpus):
-    buckets = _buckets(corpus)
-    one, two = (plan.plan_epoch(*corpus, buckets, seed=0, epoch=epoch) for epoch in (0, 1))
-    sizes = [batch.bucket.samples for batch in one]
+    made = _plan(corpus, _buckets(corpus))
+    one, two = made.epoch(0), made.epoch(1)
+    sizes = [batch.bucket.size("samples") for batch in one]
     assert sizes != sorted(sizes)
-    assert sizes != [batch.bucket.samples for batch in two]
+    assert sizes != [batch.bucket.size("samples") for batch in two]
     partners = [{frozenset(batch.ids.tolist()) for batch in planned} for planned in (one, two)]
     assert not partners[0] & partners[1]
 
 
 def test_evaluation_is_by_duration(corpus):
-    planned = plan.plan_epoch(*corpus, _buckets(corpus), seed=0, epoch=0, shuffle=False)
+    buckets = _buckets(corpus)
+    planned = _plan(corpus, buckets, shuffle=False).epoch(0)
     ids = _ids(planned)
-    assert (np.diff(corpus[0][ids[ids >= 0]]) >= 0).all()
+    assert (np.diff(corpus["samples"][ids[ids >= 0]]) >= 0).all()
     assert [b.ids.tolist() for b in planned] == [
-        b.ids.tolist()
-        for b in plan.plan_epoch(*corpus, _buckets(corpus), seed=9, epoch=5, shuffle=False)
+        b.ids.tolist() for b in _plan(corpus, buckets, seed=9, shuffle=False).epoch(5)
     ]
 
 
 def test_speeds_are_drawn_evenly_and_lengths_follow(corpus):
     speeds = (0.9, 1.0, 1.1)
-    slow = plan.perturbed_samples(corpus[0], 0.9)
-    buckets = plan.choose_buckets(slow, corpus[1], count=6, batch_samples=16000 * 120)
-    planned = plan.plan_epoch(*corpus, buckets, seed=0, epoch=0, speeds=speeds)
+    made = _plan(corpus, _buckets(corpus, speeds), speeds=speeds)
+    planned, again = made.epoch(0), made.epoch(1)
     drawn = np.concatenate([batch.speeds[batch.ids >= 0] for batch in planned])
     assert all(0.25 < (drawn == np.float32(speed)).mean() < 0.42 for speed in speeds)
-    again = plan.plan_epoch(*corpus, buckets, seed=0, epoch=1, speeds=speeds)
     of = [{i: s for b in p for i, s in zip(b.ids, b.speeds, strict=True)} for p in (planned, again)]
-    assert 0.5 < np.mean([of[0][i] != of[1][i] for i in range(len(corpus[0]))]) < 0.8
+    assert 0.5 < np.mean([of[0][i] != of[1][i] for i in range(len(drawn))]) < 0.8
     # 0.9 is not a float32: 18000 / float32(0.9) would round up to 20001.
-    assert plan.perturbed_samples(np.array([18000, 18001]), np.float32(0.9)).tolist() == [
+    assert plan.stretched_length(np.array([18000, 18001]), np.float32(0.9)).tolist() == [
         20000,
         20002,
     ]
 
 
-def test_padding_fraction_counts_row_ends_and_filler_rows():
-    bucket = plan.Bucket(samples=100, labels=8, rows=2)
-    ones = np.ones(2, np.float32)
-    planned = [
-        plan.PlannedBatch(bucket, np.array([0, 1], np.int32), ones),
-        plan.PlannedBatch(bucket, np.array([2, -1], np.int32), ones * np.float32(0.5)),
-    ]
-    assert plan.padding_fraction(planned, np.array([100, 50, 40])) == pytest.approx(
-        1 - (100 + 50 + 80) / 400
-    )
-    assert plan.padding_fraction([], np.array([])) == 0
+def test_what_has_no_length_has_a_batch_too():
+    lengths = {"labels": np.array([0, 0, 3])}
+    buckets = plan.choose_buckets(lengths, along="labels", count=2, budget=6, round_to=1)
+    assert [bucket.size("labels") for bucket in buckets] == [1, 3]
+    ids = _ids(_plan(lengths, buckets, along="labels").epoch(0))
+    assert sorted(ids[ids >= 0]) == [0, 1, 2]
+
+
+def test_only_what_is_stretched_follows_the_speed():
+    lengths = {"samples": np.array([900, 900]), "labels": np.array([9, 9])}
+    buckets = (Bucket(2, (("samples", 1000), ("labels", 9))),)
+    made = _plan(lengths, buckets, speeds=(0.9,))
+    assert [batch.ids.tolist() for batch in made.epoch(0)] == [[0, 1]]
+    both = _plan(lengths, buckets, speeds=(0.9,), stretched=("samples", "labels"))
+    with pytest.raises(ValueError, match="no bucket holds utterance 0"):
+        both.epoch(0)
+
+
+def _padding_fraction(planned, samples):
+    """The share of the planned samples that is padding: ends of rows and filler rows alike."""
+    used = padded = 0
+    for bucket, ids, speeds in planned:
+        real = ids >= 0
+        used += plan.stretched_length(samples[ids[real]], speeds[real]).sum()
+        padded += bucket.size("samples") * bucket.rows
+    return 1 - used / padded
 
 
 @pytest.mark.parametrize("speeds", [(1.0,), (0.9, 1.0, 1.1)])
@@ -187,27 +234,27 @@ def test_padding_on_librispeech(speeds, tmp_path):
             "SPEECH_JAX_TEST_DATA does not name a folder with LibriSpeech: real padding NOT checked"
         )
     source = sources.open_source("librispeech", root=root, split="train-clean-5", cache=tmp_path)
-    samples = np.array([round(u.duration * 16000) for u in source.utterances])
-    labels = np.array([len(u.text) for u in source.utterances])
-    buckets = plan.choose_buckets(
-        np.concatenate([plan.perturbed_samples(samples, speed) for speed in speeds]),
-        np.tile(labels, len(speeds)),
-        count=8,
-        batch_samples=16000 * 120,
-    )
-    planned = plan.plan_epoch(samples, labels, buckets, seed=0, epoch=0, speeds=speeds)
-    assert plan.padding_fraction(planned, samples) < 0.08
+    lengths = {
+        "samples": np.array([round(u.duration * 16000) for u in source.utterances]),
+        "labels": np.array([len(u.text) for u in source.utterances]),
+    }
+    buckets = _buckets(lengths, speeds, count=8)
+    planned = _plan(lengths, buckets, speeds=speeds).epoch(0)
+    assert _padding_fraction(planned, lengths["samples"]) < 0.08
 
 
 def test_errors(corpus):
     with pytest.raises(ValueError, match="no utterances"):
-        plan.choose_buckets([], [], count=2, batch_samples=10)
-    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
-        _buckets(corpus, count=0)
+        plan.choose_buckets({"samples": []}, along="samples", count=2, budget=10)
+    for name in ("count", "budget", "rows_multiple", "round_to"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            _buckets(corpus, **{name: 0})
     buckets = _buckets(corpus)
-    with pytest.raises(ValueError, match="no bucket holds utterance 0"):
-        plan.plan_epoch([10**9], [1], buckets, seed=0, epoch=0)
-    with pytest.raises(ValueError, match="no bucket holds utterance 0"):
-        plan.plan_epoch([10], [10**6], buckets, seed=0, epoch=0)
-    with pytest.raises(ValueError, match="speeds must be"):
-        plan.plan_epoch(*corpus, buckets, seed=0, epoch=0, speeds=())
+    for samples, labels in ((10**9, 1), (10, 10**6)):
+        one = {"samples": np.array([samples]), "labels": np.array([labels])}
+        message = f"no bucket holds utterance 0 .*{samples} samples, {labels} labels"
+        with pytest.raises(ValueError, match=message):
+            _plan(one, buckets).epoch(0)
+    for speeds in ((), (1.0, 0.0)):
+        with pytest.raises(ValueError, match="speeds must be"):
+            _plan(corpus, buckets, speeds=speeds)

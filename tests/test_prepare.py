@@ -51,7 +51,7 @@ def open_prepared(root) -> sources.Source:
 
 
 def folder_of(root) -> pathlib.Path:
-    return root / "utterances" / "train" / "1.0.0"
+    return root / "utterances" / "train" / "1.1.0"
 
 
 def assert_same(prepared: sources.Source, corpus: sources.Source) -> None:
@@ -93,8 +93,7 @@ def test_the_format_is_that_of_tfds(tmp_path, corpus):
     assert len(data) == 14
     record, utterance = data[3], corpus.utterances[3]
     assert record["text"].decode() == utterance.text
-    assert record["speaker"].decode() == utterance.speaker
-    assert record["label"].decode() == utterance.label
+    assert json.loads(record["tags"]) == utterance.tags == {"speaker": "3", "label": "odd"}
     assert record["duration"] == pytest.approx(utterance.duration)
     assert record["samples"] / record["rate"] == utterance.duration
     assert "tensorflow" not in sys.modules
@@ -102,7 +101,7 @@ def test_the_format_is_that_of_tfds(tmp_path, corpus):
 
 def test_a_split_that_is_there_stays_unless_overwritten(tmp_path, corpus):
     prepare.prepare(corpus, "train", tmp_path / "out")
-    fewer = sources.FileSource(corpus.utterances[:5], corpus.paths[:5], {})
+    fewer = sources.FileSource(corpus.utterances[:5], corpus.files[:5], {})
     prepare.prepare(fewer, "train", tmp_path / "out")
     assert len(open_prepared(tmp_path / "out").utterances) == 14
     prepare.prepare(fewer, "train", tmp_path / "out", overwrite=True)
@@ -141,11 +140,11 @@ def test_audio_that_cannot_be_decoded_can_be_skipped(tmp_path, corpus):
     keep = [index for index in range(14) if index != 3]
     kept = sources.FileSource(
         tuple(corpus.utterances[index] for index in keep),
-        tuple(corpus.paths[index] for index in keep),
+        tuple(corpus.files[index] for index in keep),
         {},
     )
     assert_same(open_prepared(tmp_path / "out"), kept)
-    for path in map(pathlib.Path, corpus.paths):
+    for path in map(pathlib.Path, corpus.files):
         path.write_bytes(b"")
     with pytest.raises(sources.SourceError, match="every utterance of split 'train' was skipped"):
         prepare.prepare(corpus, "train", tmp_path / "none", on_error="skip")
@@ -163,7 +162,9 @@ def test_prepared_data_is_not_prepared_again(tmp_path, corpus):
         prepare.prepare(open_prepared(tmp_path / "out"), "train", tmp_path / "other")
 
 
-@pytest.mark.parametrize("damage", [None, "", "[1]", '["x", 1.0, "", "", ""]\n'])
+@pytest.mark.parametrize(
+    "damage", [None, "", "[1]", '["x", 1.0, "", {}]\n', '["x", 1.0, "", {"a": 1}]\n' * 14]
+)
 def test_the_index_is_made_again_where_it_is_missing_or_damaged(tmp_path, corpus, damage):
     prepare.prepare(corpus, "train", tmp_path / "out")
     index = folder_of(tmp_path / "out") / "index.jsonl"

@@ -1,5 +1,6 @@
 """Pretraining: what is drawn, what is compared, and that it learns; parity is in test_hf.py."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +9,10 @@ import pytest
 
 from speech_jax import models, tasks
 from speech_jax.models.frontend import FrontEnd
-from speech_jax.tasks import pretrain
+from speech_jax.tasks import best_rq, contrastive, masked
 
 LOG_MEL = {"sample_rate": 16_000, "mels": 20, "window_ms": 25.0, "hop_ms": 10.0}
-SMALL = {"features": 16, "num_layers": 1, "heads": 2, "scan": False, "dropout": 0.0}
+SMALL = {"width": 16, "num_layers": 1, "heads": 2, "scan": False, "dropout": 0.0}
 WAVEFORM = SMALL | {
     "feed_forward": 24, "input_dropout": 0.0,
     "conv_channels": (8, 8, 12), "conv_kernels": (10, 8, 8), "conv_strides": (5, 8, 8),
@@ -26,7 +27,7 @@ LENGTHS = [16_000, 11_000, 9_000, 0]
 
 def make(objective, encoder="wav2vec2", **settings):
     encoder = models.make_encoder(encoder, **ENCODERS[encoder])
-    frontend = FrontEnd(encoder.frontend, LOG_MEL)
+    frontend = FrontEnd(encoder.listens, LOG_MEL)
     return tasks.constructor(objective)(encoder, frontend, codes=20, mask_length=4, **settings)
 
 
@@ -93,7 +94,7 @@ def test_padding_and_rows_without_weight_count_for_nothing(case):
     garbage = jnp.arange(16_000)[None] >= batch["audio_length"][:, None]
     dirty = jnp.where(garbage | (batch["weight"] == 0)[:, None], 9_999, batch["audio"])
     dirty = batch | {"audio": dirty.astype(jnp.int16)}
-    if isinstance(task, pretrain.Contrastive):
+    if isinstance(task, contrastive.Contrastive):
         # The extractor's penalty is of all rows: only padding may change.
         dirty["audio"] = jnp.where(garbage, 9_999, batch["audio"]).astype(jnp.int16)
     (again, (same, _)), changed = loss(params, dirty, jax.random.key(1))
@@ -115,7 +116,7 @@ def test_predictions_are_by_row(case):
     assert (found["masked"] > 0).tolist() == [True, True, False, False]
     total, weight, _ = jax.jit(task.loss)(params, state, make_batch())
     assert weight == found["masked"].sum()
-    if isinstance(task, pretrain.BestRQ):
+    if isinstance(task, best_rq.BestRQ):
         np.testing.assert_allclose(total, found["nats"].sum(), rtol=1e-5)
     # An utterance's masks and negatives are its own, wherever in a batch it is and however padded.
     batch = {name: value[::-1] for name, value in make_batch().items()}
@@ -156,7 +157,7 @@ def test_it_learns(case):
 def test_negatives_are_other_masked_frames_of_the_row():
     rng = np.random.default_rng(0)
     mask = jnp.asarray(rng.random((3, 30)) < 0.4).at[2].set(False)
-    draw = jax.jit(lambda key: pretrain.sample_negatives(key, mask, 8))
+    draw = jax.jit(lambda key: contrastive.sample_negatives(key, mask, 8))
     found = np.stack([draw(jax.random.key(seed)) for seed in range(100)])
     for row in range(2):
         masked = np.flatnonzero(mask[row])
@@ -171,7 +172,7 @@ def test_a_negative_of_the_same_codes_is_left_out():
     context, targets = (jnp.asarray(rng.standard_normal((1, 5, 4)), jnp.float32) for _ in range(2))
     choices = jnp.array([[[0, 1], [0, 1], [0, 2], [3, 1], [3, 1]]])
     negatives = jnp.array([[[1, 2], [2, 3], [3, 4], [4, 0], [3, 1]]])
-    logits = pretrain.contrastive_logits(context, targets, choices, negatives, 0.1)
+    logits = contrastive.contrastive_logits(context, targets, choices, negatives, 0.1)
     assert np.isneginf(logits[0, :, 1:]).tolist() == [
         [True, False], [False, False], [False, False], [True, False], [True, False],
     ]  # fmt: skip
@@ -183,19 +184,28 @@ def test_a_negative_of_the_same_codes_is_left_out():
 
 def test_a_collapsed_codebook_is_not_counted_as_correct():
     logits = jnp.array([[[1.0, -jnp.inf, -jnp.inf], [1.0, 0.0, -jnp.inf], [0.0, 1.0, 0.5]]])
-    rows = pretrain.contrastive_rows(logits, jnp.ones((1, 3), bool))
+    rows = contrastive.contrastive_rows(logits, jnp.ones((1, 3), bool))
     assert rows["correct"].tolist() == [1.0]
 
 
 def test_perplexity():
+    perplexity = lambda probabilities, mask: masked.perplexity(masked.mean_of(probabilities, mask))
     uniform = jnp.full((2, 3, 2, 5), 0.2)
     mask = jnp.array([[True, False, True], [True, True, False]])
-    np.testing.assert_allclose(pretrain.perplexity(uniform, mask), 10.0, rtol=1e-5)
+    np.testing.assert_allclose(perplexity(uniform, mask), 10.0, rtol=1e-5)
     one = jax.nn.one_hot(jnp.zeros((2, 3, 2), jnp.int32), 5)
-    np.testing.assert_allclose(pretrain.perplexity(one, mask), 2.0, rtol=1e-5)
+    np.testing.assert_allclose(perplexity(one, mask), 2.0, rtol=1e-5)
     # Frames outside the mask do not count.
     mixed = jnp.where(mask[:, :, None, None], one, uniform)
-    np.testing.assert_allclose(pretrain.perplexity(mixed, mask), 2.0, rtol=1e-5)
+    np.testing.assert_allclose(perplexity(mixed, mask), 2.0, rtol=1e-5)
+
+
+def test_frequencies_count_what_one_hot_vectors_add_up_to():
+    rng = np.random.default_rng(0)
+    codes, mask = jnp.asarray(rng.integers(0, 5, (3, 7, 2))), jnp.asarray(rng.random((3, 7)) < 0.6)
+    expected = masked.mean_of(jax.nn.one_hot(codes, 5), mask)
+    np.testing.assert_allclose(masked.frequencies(codes, mask, 5), expected, atol=1e-6)
+    assert not masked.frequencies(codes, jnp.zeros((3, 7), bool), 5).any()
 
 
 def test_temperature_falls_to_its_last_value():
@@ -225,7 +235,7 @@ def test_the_alarm(objective):
     # A hair above the least that there can be: 2 groups of codes, or 1.
     low = sums | {"code_perplexity": 21.0, "prediction_perplexity": 11.0}
     task.check(task.figures(low), 100)
-    with pytest.raises(pretrain.CollapseError, match=r"collapsed: \w+_perplexity is [12].1 of"):
+    with pytest.raises(masked.CollapseError, match=r"collapsed: \w+_perplexity is [12].1 of"):
         task.check(task.figures(low), 200)
     # Skipped updates say nothing.
     task.check(task.figures(dict.fromkeys(sums, 0.0)), 200)
@@ -239,7 +249,7 @@ def test_codes_are_the_nearest_by_cosine():
     x, projection, codebook = (
         rng.standard_normal(shape).astype(np.float32) for shape in ((2, 6, 5), (5, 3), (7, 3))
     )
-    found = pretrain.nearest_code(x, projection, codebook)
+    found = best_rq.nearest_code(x, projection, codebook)
     unit = lambda v: v / np.linalg.norm(v, axis=-1, keepdims=True)
     distance = np.linalg.norm(
         unit(x @ projection)[:, :, None] - unit(codebook)[None, None], axis=-1
@@ -261,3 +271,24 @@ def test_a_target_is_of_what_the_frame_hears(encoder):
     assert before.shape[1] == task.encoder.output_lengths(inputs.shape[1])
     moved = np.abs(after - before)[0].mean(-1)
     assert moved.argmax() in (frame, frame + 1) if encoder == "wav2vec2" else frame
+
+
+class Listener(nn.Module):
+    """An encoder of waveforms that says nothing of what a frame of it sees."""
+
+    listens = "waveform"
+
+    @nn.compact
+    def __call__(self, inputs, lengths, deterministic: bool):
+        return nn.Dense(8)(inputs.reshape(len(inputs), -1, 320)), lengths // 320
+
+
+def test_an_encoder_of_waveforms_has_to_know_what_a_frame_sees():
+    with pytest.raises(ValueError, match=r"which samples a frame of Listener sees: .*geometry\(\)"):
+        best_rq.BestRQ(Listener(), FrontEnd("waveform", LOG_MEL))
+
+
+@pytest.mark.parametrize("case_name", TASKS)
+def test_utterances_without_a_frame_are_of_no_use(case_name):
+    sizes = {"samples": np.asarray([0, 300, 16_000])}
+    assert TASKS[case_name]().usable(sizes).tolist() == [False, False, True]

@@ -168,7 +168,7 @@ def test_what_transformers_does_not_know_is_not_exported(finished):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model.features", 32, "has model.features=16"),
+        ("model.width", 32, "has model.width=16"),
         ("model.kernel", 7, "has model.kernel=5"),
         ("features.hop_ms", 20.0, "has features.hop_ms=10.0"),
         ("model.name", "wav2vec2", "has model.name='conformer'"),

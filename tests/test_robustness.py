@@ -15,17 +15,16 @@ from test_adversarial import make_batch, make_task, start
 
 
 def make_config(root):
-    """Tones, learned with the method whose updates and steps differ in number."""
+    """Tones, learned against perturbations."""
     config = runs.tiny_config(root, steps=12, eval_every=6)
-    config.adversarial.method = "free"
-    config.adversarial.steps = 2
+    config.adversarial.method = "fgsm"
     config.robustness.epsilons = (0.0002, 0.2)
     config.robustness.noise_snr_db = (60.0, -30.0)
     return config
 
 
 @pytest.mark.optax
-def test_a_run_hardened_for_free_is_measured_and_drawn(tones, tmp_path):
+def test_a_hardened_run_is_measured_and_drawn(tones, tmp_path):
     config = make_config(tones)
     results = train.run(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

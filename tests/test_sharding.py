@@ -1,95 +1,102 @@
 """Meshes, the rules, and where parameters and activations lie."""
 
+import json
 import math
-import re
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from speech_jax import models
+from speech_jax import models, rules, tasks
 from speech_jax.errors import UserError
-from speech_jax.tasks import pretrain
-from speech_jax.tasks.recognize import CTCModel
-from speech_jax.training import optim, sharding
+from speech_jax.tasks import recognize
+from speech_jax.training import sharding
 
 LARGE = 500_000  # elements: 2 MB
 
 
-def shapes(name, **changes):
-    """Every parameter of an encoder with a CTC head, as shapes."""
+def recognizer(name, **changes):
+    """The parameters, as shapes, and the rules of an encoder with a CTC head."""
     variant = {"conformer": "l", "wav2vec2": "base", "wav2vec2_conformer": "large"}[name]
     encoder = models.make_encoder(**models.settings(name, variant, **changes))
-    inputs = (1, 16_000) if encoder.frontend == "waveform" else (1, 100, 80)
-    model = CTCModel(encoder, vocabulary_size=1024)
-    lengths = jnp.full(1, inputs[1])
-    return jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros(inputs), lengths, True)["params"]
-    )
+    task = tasks.constructor("asr")(encoder, None, vocabulary_size=1024)
+    return parameters(task, *inputs(encoder), True)
 
 
-def contrastive():
-    """Every parameter of wav2vec 2.0's pretraining."""
-    encoder = models.make_encoder(**models.settings("wav2vec2", "base"))
-    model = pretrain.ContrastiveModel(
-        encoder, groups=2, codes=320, code_features=256, final_features=256
-    )
-    arguments = jnp.zeros((1, 16_000)), jnp.full(1, 16_000), None, True
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), *arguments)["params"])
+def pretraining(objective, name, variant):
+    """The same of a task of pretraining."""
+    encoder = models.make_encoder(**models.settings(name, variant))
+    task = tasks.constructor(objective)(encoder, None)
+    arguments = (*inputs(encoder), *([None] if objective == "contrastive" else []), True)
+    return parameters(task, *arguments)
 
 
-def classifier():
-    """Every parameter of BEST-RQ."""
-    encoder = models.make_encoder(**models.settings("conformer", "s"))
-    model = pretrain.ClassifierModel(encoder, codes=8192)
-    arguments = jnp.zeros((1, 100, 80)), jnp.full(1, 100), True
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), *arguments)["params"])
+def inputs(encoder):
+    shape = (1, 16_000) if encoder.listens == "waveform" else (1, 100, 80)
+    return jnp.zeros(shape), jnp.full(1, shape[1])
+
+
+def parameters(task, *arguments):
+    init = lambda: task.model.init(jax.random.key(0), *arguments)["params"]
+    return jax.eval_shape(init), task.rules
 
 
 TREES = {
-    "conformer": lambda: shapes("conformer"),
-    "unrolled": lambda: shapes("conformer", scan=False, num_layers=1),
-    "relative": lambda: shapes("conformer", position="relative", conv_norm="batch"),
-    "wav2vec2": lambda: shapes("wav2vec2"),
-    "layer norm": lambda: shapes("wav2vec2", conv_norm="layer", conv_bias=True),
+    "conformer": lambda: recognizer("conformer"),
+    "unrolled": lambda: recognizer("conformer", scan=False, num_layers=1),
+    "relative": lambda: recognizer("conformer", position="relative", conv_norm="batch"),
+    "wav2vec2": lambda: recognizer("wav2vec2"),
+    "layer norm": lambda: recognizer("wav2vec2", conv_norm="layer", conv_bias=True),
     # Half of its layers: all depthwise kernels, 3 MB, are no matter in 2.4 GB.
-    "wav2vec2 conformer": lambda: shapes("wav2vec2_conformer", num_layers=12),
-    "rotary input": lambda: shapes("wav2vec2_conformer", num_layers=12, attention="rotary_input"),
-    "contrastive": contrastive,
-    "best-rq": classifier,
+    "wav2vec2 conformer": lambda: recognizer("wav2vec2_conformer", num_layers=12),
+    "rotary input": lambda: recognizer(
+        "wav2vec2_conformer", num_layers=12, attention="rotary_input"
+    ),
+    "contrastive": lambda: pretraining("contrastive", "wav2vec2", "base"),
+    "best-rq": lambda: pretraining("best_rq", "conformer", "s"),
 }
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "sharding.json"
 
 
 @pytest.mark.parametrize("tree", TREES)
 def test_nothing_large_is_whole_on_every_device_under_fsdp(tree):
-    params = TREES[tree]()
+    params, task_rules = TREES[tree]()
     mesh = sharding.make_mesh(data=1, fsdp=8)
-    placed = sharding.shard_params(params, mesh)
+    placed = sharding.shard_params(params, mesh, task_rules)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     assert any(leaf.size > LARGE for _, leaf in leaves)
     for (path, leaf), where in zip(leaves, jax.tree.leaves(placed), strict=True):
         if leaf.size > LARGE:
             part = math.prod(where.shard_shape(leaf.shape))
-            assert part * 8 == leaf.size, optim.path_name(path)
+            assert part * 8 == leaf.size, rules.path_name(path)
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_parameters_lie_where_they_have_lain(tree):
+    """The table is from when all rules stood in one list and the first that matched held."""
+    params, task_rules = TREES[tree]()
+    placed = sharding.shard_params(params, sharding.make_mesh(data=2, fsdp=2, tensor=2), task_rules)
+    leaves = jax.tree_util.tree_leaves_with_path(placed)
+    found = {rules.path_name(path): list(where.spec) for path, where in leaves}
+    assert found == json.loads(GOLDEN.read_text())[tree]
 
 
 def test_every_rule_is_of_use():
-    names = {
-        optim.path_name(path)
-        for tree in TREES.values()
-        for path, _ in jax.tree_util.tree_leaves_with_path(tree())
-    }
-    for name in list(names):
-        first = next(pattern for pattern, _ in sharding.RULES if re.search(pattern, name))
-        names.discard(name)
-        names.add(first)
-    assert names == {pattern for pattern, _ in sharding.RULES}
+    used, known = set(), set()
+    for tree in TREES.values():
+        params, task_rules = tree()
+        for pattern, _ in task_rules:
+            known.add(pattern)
+            used |= {pattern for name in rules.names(params) if rules.matches(pattern, name)}
+    assert used == known
 
 
 def test_heads_and_hidden_units_are_split_over_tensor():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    placed = sharding.shard_params(shapes("conformer"), mesh)
+    params, task_rules = TREES["conformer"]()
+    placed = sharding.shard_params(params, mesh, task_rules)
     layers = placed["encoder"]["layers"]
     assert layers["attention"]["qkv"]["kernel"].spec == P(None, "fsdp", None, "tensor", None)
     assert layers["attention"]["project"]["kernel"].spec == P(None, "tensor", None, "fsdp")
@@ -102,16 +109,29 @@ def test_heads_and_hidden_units_are_split_over_tensor():
 def test_what_an_axis_does_not_divide_is_not_split_over_it():
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
     head = {"head": {"kernel": jax.ShapeDtypeStruct((16, 29), jnp.float32)}}
-    assert sharding.shard_params(head, mesh)["head"]["kernel"].spec == P("fsdp", None)
+    placed = sharding.shard_params(head, mesh, recognize.RULES)
+    assert placed["head"]["kernel"].spec == P("fsdp", None)
 
 
-def test_a_parameter_without_a_rule_is_named():
-    unknown = {"encoder": {"mystery": jax.ShapeDtypeStruct((4,), jnp.float32)}}
-    with pytest.raises(UserError, match=r"encoder/mystery \(4,\): add one"):
-        sharding.shard_params(unknown, sharding.make_mesh())
-    flat = {"head": {"kernel": jax.ShapeDtypeStruct((4,), jnp.float32)}}
-    with pytest.raises(UserError, match="more dimensions than head/kernel"):
-        sharding.shard_params(flat, sharding.make_mesh())
+@pytest.mark.parametrize(
+    ("tree", "task_rules", "message"),
+    [
+        ({"my_head": {"kernel": (4, 4)}}, recognize.RULES, "no sharding rule .* my_head/kernel"),
+        ({"head": {"kernel": (4, 4), "mystery": (4,)}}, recognize.RULES, "head/mystery: add one"),
+        ({"head": {"kernel": (4,)}}, recognize.RULES, "more dimensions than head/kernel"),
+        (
+            {"head": {"kernel": (4, 4)}},
+            ((r"head/kernel", ()), (r"\w+/kernel", ())),
+            r"'head/kernel' and '.*/kernel' both match parameter head/kernel",
+        ),
+        ({"head": {"kernel": (4, 4)}}, ((r"(kernel", ()),), "is not a regular expression"),
+    ],
+)
+def test_exactly_one_rule_is_of_a_parameter(tree, task_rules, message):
+    shape = lambda sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    params = jax.tree.map(shape, tree, is_leaf=lambda x: isinstance(x, tuple))
+    with pytest.raises(UserError, match=message):
+        sharding.shard_params(params, sharding.make_mesh(), task_rules)
 
 
 @pytest.mark.parametrize(

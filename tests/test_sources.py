@@ -47,7 +47,7 @@ def write_manifest(source: sources.Source, path: pathlib.Path, **extra) -> None:
     """Writes the utterances of `source` as a manifest, the last first."""
     with open(path, "w") as file:
         for index, utterance in reversed(list(enumerate(source.utterances))):
-            row = {"id": utterance.id, "text": utterance.text, "speaker": utterance.speaker}
+            row = {"id": utterance.id, "text": utterance.text} | utterance.tags
             row["audio_filepath"] = os.path.relpath(source.open(index), path.parent)
             file.write(json.dumps(row | extra) + "\n")
 
@@ -180,7 +180,7 @@ def test_texts_and_speakers_are_those_of_the_layout(tmp_path):
     found = {u.id: u for u in open_folder(tmp_path).utterances}
     line = (folder / "103/31/103-31.trans.txt").read_text().splitlines()[1]
     assert f"103-31-0001 {found['103-31-0001'].text}" == line
-    assert found["103-31-0001"].speaker == "103"
+    assert found["103-31-0001"].tags == {"speaker": "103"}
     assert len(found) == 12
 
 
@@ -209,13 +209,16 @@ def test_an_archive_in_a_read_only_root_is_unpacked_into_the_cache(tmp_path):
 def test_a_manifest_takes_what_nemo_writes(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.ones(8000, np.int16), RATE)
     rows = [
-        {"audio_filepath": "a.wav", "duration": 0.4999, "text": "ONE", "offset": 0},
+        {"audio_filepath": "a.wav", "duration": 0.4999, "text": "ONE"},
         {"audio_filepath": f"{tmp_path}/b/../a.wav", "id": "b", "speaker": 12, "text": None},
     ]
     (tmp_path / "b").mkdir()
     text = "\ufeff" + "\n\n".join(json.dumps(row) for row in rows)
     (tmp_path / "dev.jsonl").write_text(text, "utf-8")
-    expected = (sources.Utterance("a", 0.5, "ONE"), sources.Utterance("b", 0.5, speaker="12"))
+    expected = (
+        sources.Utterance("a", 0.5, "ONE"),
+        sources.Utterance("b", 0.5, tags={"speaker": "12"}),
+    )
     for root, split in [(tmp_path, "dev"), (tmp_path, "dev.jsonl"), (".", tmp_path / "dev.jsonl")]:
         opened = sources.open_source("manifest", root=root, split=str(split))
         assert opened.utterances == expected
@@ -348,9 +351,15 @@ def test_a_split_of_which_nothing_is_left_is_an_error(tmp_path):
         ('{"audio_filepath": "a.wav", "duration": NaN}', "duration is nan"),
         ('{"audio_filepath": "a.wav", "duration": "1"}', "duration is '1'"),
         ('{"audio_filepath": "a.wav", "text": ["ONE"]}', "text is \\['ONE'\\]"),
-        ('{"audio_filepath": "a.wav", "offset": 1.5}', "offset is not supported"),
-        ('{"audio_filepath": "good.wav"}', "id 'good' is also that of line 1"),
-        ('{"audio_filepath": "a.wav", "label": 1.5}', "label is 1.5"),
+        ('{"audio_filepath": "good.wav", "offset": 1.5}', "offset 1.5 and duration .* lead beyond"),
+        ('{"audio_filepath": "good.wav", "offset": -1}', "offset is -1; it must be seconds, 0 or"),
+        ('{"audio_filepath": "good.wav", "offset": "1"}', "offset is '1'"),
+        (
+            '{"audio_filepath": "good.wav", "offset": 0, "duration": 2}',
+            "offset 0 and duration 2 lead",
+        ),
+        ('{"audio_filepath": "good.wav"}', "id 'good' is also that of .*dev\\.jsonl:1"),
+        ('{"audio_filepath": "a.wav", "label": ["b"]}', r"label is \['b'\]"),
         ('{"audio_filepath": "\udcff"}', "not UTF-8"),
     ],
 )
@@ -409,7 +418,9 @@ def test_absent_data_is_an_error_that_says_what_there_is(tmp_path):
     assert "does not exist" in message("manifest", root=tmp_path / "no")
     assert "no split" in message(split="")
     assert "needs root" in message(root="")
-    assert "librispeech, manifest, prepared, synthetic" in message("tfrecord")
+    assert "librispeech, manifest, prepared, synthetic, kaldi, common_voice, parquet" in message(
+        "tfrecord"
+    )
     assert "on_error is 'ignore'" in message(on_error="ignore")
 
 

@@ -57,7 +57,7 @@ def test_other_seeds_and_sizes():
 def test_speech_is_what_the_manifest_says(root):
     source = _open(root)
     assert len(source.utterances) == _COUNT
-    assert len({u.speaker for u in source.utterances}) > _COUNT // 2
+    assert len({u.tags["speaker"] for u in source.utterances}) > _COUNT // 2
     for i, utterance in enumerate(source.utterances):
         info = soundfile.info(source.open(i))
         assert (info.samplerate, info.channels, info.format) == (16000, 1, "FLAC")

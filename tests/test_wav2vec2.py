@@ -4,14 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 from speech_jax import models
-from speech_jax.models import stack_layers, wav2vec2
-from speech_jax.ops import masking
+from speech_jax.models import stack_layers
 
 SMALL = {
-    "features": 16, "num_layers": 2, "heads": 2, "feed_forward": 24,
+    "width": 16, "num_layers": 2, "heads": 2, "feed_forward": 24,
     "conv_channels": (8, 8, 12), "conv_kernels": (10, 8, 8), "conv_strides": (5, 8, 8),
     "position_kernel": 8, "position_groups": 4,
     "scan": False,
@@ -96,46 +94,6 @@ def test_the_original_group_norm_depends_on_padding():
     np.testing.assert_allclose(ours, alone, atol=1e-4)
 
 
-def test_group_norm_folded_into_the_convolution_is_a_group_norm():
-    rng = np.random.default_rng(0)
-    windows = jnp.asarray(rng.standard_normal((2, 50, 10)) + 3.0, jnp.float32)
-    weight = jnp.asarray(rng.standard_normal((10, 6)), jnp.float32)
-    scale, shift = (jnp.asarray(rng.standard_normal(6), jnp.float32) for _ in range(2))
-    frames = jnp.array([50, 31])
-    folded, bias = wav2vec2._normalize_over_time(windows, frames, weight, scale, shift)
-    found = jnp.matmul(windows, folded) + bias[:, None]
-    for row, count in enumerate([50, 31]):
-        plain = np.asarray(windows[row, :count]) @ np.asarray(weight)
-        plain = (plain - plain.mean(0)) / np.sqrt(plain.var(0) + 1e-5)
-        plain = plain * np.asarray(scale) + np.asarray(shift)
-        np.testing.assert_allclose(found[row, :count], plain, atol=1e-4)
-
-
-@pytest.mark.parametrize(("kernel", "stride"), [(10, 5), (3, 2), (2, 2), (5, 3), (1, 1)])
-@pytest.mark.parametrize("length", [40, 43])
-def test_windows_make_a_strided_convolution(kernel, stride, length):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((2, length, 3)), jnp.float32)
-    weight = jnp.asarray(rng.standard_normal((kernel, 3, 4)), jnp.float32)
-    expected = lax.conv_general_dilated(
-        x, weight, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
-    )
-    found = jnp.matmul(wav2vec2._windows(x, kernel, stride), weight.reshape(1, -1, 4))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(("kernel", "groups"), [(32, 2), (16, 4), (7, 1), (24, 8)])
-def test_gradients_of_the_grouped_convolution(kernel, groups):
-    rng = np.random.default_rng(0)
-    x, gradient = (jnp.asarray(rng.standard_normal((2, 21, 16)), jnp.float32) for _ in range(2))
-    weight = jnp.asarray(rng.standard_normal((kernel, 16 // groups, 16)), jnp.float32)
-    plain = wav2vec2.grouped_convolution.fun
-    _, ours = jax.vjp(lambda x, w: wav2vec2.grouped_convolution(x, w, groups), x, weight)
-    _, theirs = jax.vjp(lambda x, w: plain(x, w, groups), x, weight)
-    for a, b in zip(ours(gradient), theirs(gradient), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-3)
-
-
 def test_output_lengths_are_whole_windows():
     encoder = models.make_encoder(**models.settings("wav2vec2", "base"))
     assert [encoder.output_lengths(n) for n in (0, 399, 400, 719, 720, 16_000)] == [
@@ -216,24 +174,6 @@ def test_a_conformer_in_training_does_not_see_padding(attention):
         np.testing.assert_allclose(found, new, atol=1e-6)
 
 
-def test_spans_are_inside_and_of_the_stated_amount():
-    lengths = jnp.array([200, 120, 10, 9, 0])
-    draw = jax.jit(lambda key: wav2vec2.random_spans(key, lengths, 220, 0.65, 10))
-    masks = np.stack([draw(jax.random.key(seed)) for seed in range(200)])
-    valid = np.asarray(masking.length_mask(lengths, 220))
-    assert not (masks & ~valid).any()
-    fraction = masks.mean((0, 2)) * 220 / np.maximum(np.asarray(lengths), 1)
-    # 0.65 if spans did not overlap; at random starts about 1 - exp(-0.65).
-    assert fraction[0] == pytest.approx(1 - np.exp(-0.65), abs=0.04)
-    assert fraction[1] == pytest.approx(1 - np.exp(-0.65), abs=0.04)
-    assert (fraction[2], fraction[3], fraction[4]) == (1.0, 0.0, 0.0)
-    # Every valid position is reached, and the ends no more often than the middle.
-    assert (masks[:, 0, :200].any(0)).all()
-    for row in masks[:, 0]:
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(int), [0]])))
-        assert (edges[1::2] - edges[::2] >= 10).all()
-
-
 def test_masks_are_of_training_and_are_learned():
     encoder = make(mask_time=0.5, mask_channel=0.2, mask_channel_length=4, **QUIET)
     params = init(encoder)
@@ -292,7 +232,7 @@ def test_bfloat16_computes_in_it_and_stays_close():
 def test_wrong_settings_are_named():
     for settings, message in (
         ({"conv_norm": "batch"}, "conv_norm must be 'group' or 'layer', got 'batch'"),
-        ({"heads": 3}, "16 features cannot be split into 3 heads"),
+        ({"heads": 3}, "a width of 16 cannot be split into 3 heads"),
     ):
         with pytest.raises(ValueError, match=message):
             make(**settings).init(jax.random.key(0), waveform(), jnp.array(LENGTHS), True)

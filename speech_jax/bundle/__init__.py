@@ -1,10 +1,46 @@
 """A trained model as plain data. Everything that uses a model takes a bundle and nothing else.
 
-bundle.open(folder)            a workdir, a saved bundle, or a folder of Hugging Face
-bundle.save(model, folder)     a folder that stands for itself
-bundle.start.with_encoder(...) what a run starts from
+bundle.open(folder)        a workdir, a saved bundle, or a folder of Hugging Face
+bundle.save(model, folder) a folder that stands for itself
 """
 
-from speech_jax.bundle.format import Bundle, BundleError, for_use, on_mesh, open, save
+import os
+import pathlib
+
+from speech_jax.bundle import huggingface, runs
+from speech_jax.bundle.format import (
+    DESCRIPTION,
+    Bundle,
+    BundleError,
+    for_use,
+    on_mesh,
+    open_saved,
+    save,
+)
 
 __all__ = ["Bundle", "BundleError", "for_use", "on_mesh", "open", "save"]
+
+
+def open(folder: str | os.PathLike) -> Bundle:
+    """Opens a workdir (its best checkpoint), a saved bundle, or a folder of Hugging Face.
+
+    Raises:
+      UserError: there is no model in the folder, or it is damaged or of a newer version.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    if not folder.is_dir():
+        raise BundleError(
+            f"{folder} is no folder: name a workdir, a saved model or one of Hugging Face"
+        )
+    if (folder / DESCRIPTION).exists():
+        return open_saved(folder)
+    if (folder / "checkpoints").is_dir():
+        return runs.open_workdir(folder)
+    if (folder / "model.json").exists():
+        return huggingface.read_model_folder(folder)
+    if (folder / "config.json").exists():
+        return huggingface.read(folder)
+    raise BundleError(
+        f"{folder} holds no model: a workdir has checkpoints/, a saved model {DESCRIPTION}, a "
+        "folder of Hugging Face config.json and weights"
+    )

@@ -32,7 +32,7 @@ from speech_jax.tasks import Task
 from speech_jax.training import sharding
 
 VERSION = 1
-_DESCRIPTION, _PARAMETERS = "bundle.json", "params.safetensors"
+DESCRIPTION, _PARAMETERS = "bundle.json", "params.safetensors"
 
 
 class BundleError(UserError):
@@ -59,33 +59,6 @@ class Bundle:
         return experiment.make_task(self.config, self.parts)
 
 
-def open(folder: str | os.PathLike) -> Bundle:
-    """Opens a workdir (its best checkpoint), a saved bundle, or a folder of Hugging Face.
-
-    Raises:
-      BundleError: there is no model in the folder, or it is damaged or of a newer version.
-    """
-    from speech_jax.bundle import huggingface, runs  # these two need the class above
-
-    folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise BundleError(
-            f"{folder} is no folder: name a workdir, a saved model or one of Hugging Face"
-        )
-    if (folder / _DESCRIPTION).exists():
-        return _open_saved(folder)
-    if (folder / "checkpoints").is_dir():
-        return runs.open_workdir(folder)
-    if (folder / "model.json").exists():
-        return huggingface.read_model_folder(folder)
-    if (folder / "config.json").exists():
-        return huggingface.read(folder)
-    raise BundleError(
-        f"{folder} holds no model: a workdir has checkpoints/, a saved model {_DESCRIPTION}, a "
-        "folder of Hugging Face config.json and weights"
-    )
-
-
 def save(model: Bundle, folder: str | os.PathLike) -> None:
     """Writes a bundle as a folder, which appears whole or not at all.
 
@@ -97,14 +70,15 @@ def save(model: Bundle, folder: str | os.PathLike) -> None:
     tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
     described = {"version": VERSION, "config": files.plain(model.config)}
     with appearing(folder) as partial:
-        files.write_atomically(partial / _DESCRIPTION, files.dump_json(described))
+        files.write_atomically(partial / DESCRIPTION, files.dump_json(described))
         safetensors.numpy.save_file(tensors, partial / _PARAMETERS)
         for part in model.parts.values():
             part.save(partial)
 
 
-def _open_saved(folder: pathlib.Path) -> Bundle:
-    described = files.read_json(folder / _DESCRIPTION)
+def open_saved(folder: pathlib.Path) -> Bundle:
+    """Opens what `save` wrote; BundleError where it is damaged or of a newer version."""
+    described = files.read_json(folder / DESCRIPTION)
     version = described.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise BundleError(
@@ -112,8 +86,8 @@ def _open_saved(folder: pathlib.Path) -> Bundle:
             f"{VERSION}: install a newer one (pip install --upgrade speech_jax)"
         )
     if not isinstance(described.get("config"), dict):
-        raise BundleError(f"{folder / _DESCRIPTION} holds no configuration: bring the folder back")
-    config = defaults.completed(described["config"], str(folder / _DESCRIPTION))
+        raise BundleError(f"{folder / DESCRIPTION} holds no configuration: bring the folder back")
+    config = defaults.completed(described["config"], str(folder / DESCRIPTION))
     try:
         tensors = safetensors.numpy.load_file(folder / _PARAMETERS)
     except (OSError, safetensors.SafetensorError) as error:

@@ -1,108 +1,68 @@
-"""wav2vec 2.0 checkpoints of Hugging Face transformers, read and written without PyTorch.
+"""wav2vec 2.0 folders of Hugging Face transformers as bundles, read and written without PyTorch.
 
-Those of Transformer layers (Wav2Vec2*) and of Conformer layers (Wav2Vec2Conformer*).
+  python -m speech_jax.bundle.huggingface import SRC DST  # a folder of theirs, saved as ours
+  python -m speech_jax.bundle.huggingface export SRC DST  # any bundle, as a folder of theirs
 
-  python -m speech_jax.deploy.hf import SRC DST    # a Hugging Face folder to a model folder
-  python -m speech_jax.bundle.huggingface export SRC DST    # and back, or from the workdir of a run
-
-A model folder is what fine-tuning starts from:
-
-  model.json          {"encoder": keyword arguments of models.make_encoder (architecture only),
-                      "head": a name of hf_names.HEADS, "normalize": of the waveform, as in
-                      config.features.normalize, "vocabulary": symbols by id, the CTC blank
-                      first, or null, "labels": names by id, or null, "source": the config.json
-                      that the model was imported with, or null}
-  params.safetensors  float32 parameters by their path ("encoder/layer_0/attention/qkv/kernel"),
-                      the encoder's layers unrolled; model state too, under "state/"
-  tokenizer.json      where the vocabulary is one of characters (data/text.py)
+Models of Transformer layers (Wav2Vec2*) and of Conformer layers (Wav2Vec2Conformer*), as
+transformers 4 and 5 write them. A CTC head is the task 'recognize', with the CTC blank as id 0 and
+a part 'labels' where the vocabulary is one of characters; a pretraining head is 'contrastive', a
+classification head 'classify', with a part 'target', and no head is 'encoder'. What the folder's
+JSON says besides is kept as text in config.source, and is written again.
 """
 
 import argparse
-import contextlib
-import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import sys
-import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from absl import logging
+from ml_collections import ConfigDict
 
-from speech_jax import evaluate, models
-from speech_jax.bundle import names as hf_names
-from speech_jax.bundle.names import HEADS, architecture
-from speech_jax.bundle.tensors import (
-    ModelFolderError,
-    read_json,
-    read_safetensors,
-    read_tensors,
-)
-from speech_jax.data import text
+from speech_jax import config as defaults
+from speech_jax import models, tasks
+from speech_jax.bundle import architectures, names, schema, vocabulary
+from speech_jax.bundle.format import Bundle, appearing
+from speech_jax.bundle.names import HEADS, WIDTH, architecture
+from speech_jax.bundle.schema import FLAG, TEXT, ModelFolderError, one_of, optional, several, whole
+from speech_jax.bundle.tensors import read_safetensors, read_tensors, to_float32
+from speech_jax.data.parts.category import Category
+from speech_jax.data.parts.transcript import Transcript
+from speech_jax.data.text import CharacterTokenizer
 from speech_jax.errors import UserError
+from speech_jax.files import dump_json, write_atomically
 
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A model as plain data: see the module's docstring for the fields.
-
-    `params` is a nested dict of float32 numpy arrays: {"encoder": ..., and the head's own};
-    `state` likewise, of the collections that are no parameters: {"batch_stats": {"encoder": ...}}
-    with batch norm, else {}.
-    """
-
-    encoder: dict[str, Any]
-    params: dict[str, Any]
-    head: str
-    normalize: str = "utterance"
-    vocabulary: list[str] | None = None
-    labels: list[str] | None = None
-    source: dict[str, Any] | None = None
-    state: dict[str, Any] = dataclasses.field(default_factory=dict)
+_TASKS = {
+    "ctc": "recognize",
+    "pretraining": "contrastive",
+    "classification": "classify",
+    "none": "encoder",
+}
+_EXTRACTOR = {
+    "do_normalize": FLAG,
+    "sampling_rate": whole(4_000, 192_000),
+    "feature_size": one_of(1),
+    "feature_extractor_type": one_of("Wav2Vec2FeatureExtractor"),
+}
+# The JSON files of a folder that are read, kept and written.
+_SCHEMAS = {
+    "config.json": architectures.SCHEMA,
+    "preprocessor_config.json": _EXTRACTOR,
+    "processor_config.json": {"feature_extractor": schema.OBJECT},
+    **vocabulary.SCHEMAS,
+}
 
 
 # ---- From Hugging Face -------------------------------------------------------------------------
 
-_DEFAULTS = {
-    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "intermediate_size": 3072, "do_stable_layer_norm": False, "conv_dim": [512] * 7,
-    "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2],
-    "feat_extract_norm": "group", "conv_bias": False, "num_conv_pos_embeddings": 128,
-    "num_conv_pos_embedding_groups": 16, "vocab_size": 32, "pad_token_id": 0,
-    "num_codevector_groups": 2, "num_codevectors_per_group": 320, "codevector_dim": 256,
-    "proj_codevector_dim": 256, "classifier_proj_size": 256, "use_weighted_layer_sum": False,
-}  # fmt: skip
 
-# What a Wav2Vec2Conformer has besides, or of another default.
-_CONFORMER_DEFAULTS = {
-    "hidden_act": "gelu", "position_embeddings_type": "relative", "rotary_embedding_base": 10_000,
-    "conv_depthwise_kernel_size": 31, "vocab_size": None,
-}  # fmt: skip
-
-# By model type, settings that ours has one value of, or few.
-_COMMON = {
-    "feat_extract_activation": ("gelu",),
-    "feat_extract_norm": ("group", "layer"),
-    "layer_norm_eps": (1e-5,),
-    "add_adapter": (False,),
-}
-_REQUIRED = {
-    "wav2vec2": _COMMON | {"hidden_act": ("gelu",), "adapter_attn_dim": (None,)},
-    "wav2vec2-conformer": _COMMON
-    | {
-        "hidden_act": ("swish", "silu"),
-        "position_embeddings_type": tuple(hf_names.ATTENTION),
-        "rotary_embedding_base": (10_000,),
-    },
-}
-
-
-def read(folder) -> Model:
+def read(folder: str | os.PathLike) -> Bundle:
     """The model in a Hugging Face folder.
 
     Raises:
@@ -110,439 +70,331 @@ def read(folder) -> Model:
         or left-over tensor, a shape that does not fit the configuration.
     """
     folder = pathlib.Path(folder)
-    source = read_json(folder / "config.json")
-    config = _complete(source, folder)
-    tensors = read_tensors(folder)
-    head = _head(folder, config, tensors)
-    if head == "ctc" and config["vocab_size"] is None:
-        raise ModelFolderError(f"{folder / 'config.json'}: vocab_size is missing")
+    files = {
+        name: schema.read(folder / name, checks)
+        for name, checks in _SCHEMAS.items()
+        if name == "config.json" or (folder / name).exists()
+    }
+    return _assembled(files, read_tensors(folder), folder)
+
+
+def _assembled(
+    files: Mapping[str, Any], tensors: Mapping[str, np.ndarray], folder: pathlib.Path
+) -> Bundle:
+    """The bundle of a folder's JSON files, which are of their schemas, and its tensors."""
+    where = folder / "config.json"
+    config = architectures.complete(files["config.json"], where)
+    head = architectures.head_of(config, tensors, where)
+    extractor = _extractor(files, folder)
+    order, symbols = _blank_first(config, files, folder) if head == "ctc" else ([], None)
     params = convert(tensors, config, head, folder)
-    state = params.pop("state", {})
-    vocabulary = _read_vocabulary(folder, config) if head == "ctc" else None
+    parts = {}
     if head == "ctc":
-        order = _blank_first(config["pad_token_id"], config["vocab_size"], folder)
-        params["head"] = {name: value[..., order] for name, value in params["head"].items()}
-        vocabulary = vocabulary and [vocabulary[i] for i in order]
-    preprocessor = folder / "preprocessor_config.json"
-    preprocessing = read_json(preprocessor) if preprocessor.exists() else {}
-    labels = source.get("id2label") if head == "classification" else None
-    return Model(
-        encoder=_encoder_settings(config),
-        params=params,
-        head=head,
-        normalize="utterance" if preprocessing.get("do_normalize", True) else "none",
-        vocabulary=vocabulary,
-        labels=labels and [labels[str(i)] for i in range(len(labels))],
-        source=source,
-        state=state,
-    )
+        params["head"] = _reordered(params["head"], order)
+        if tokenizer := vocabulary.tokenizer(files, symbols):
+            parts["labels"] = Transcript(tokenizer=tokenizer, name="labels")
+    elif head == "classification":
+        classes = tuple(architectures.class_names(config, where))
+        parts["target"] = Category(classes=classes, name="target", tag="label")
+    task, changes = _TASKS[head], _of_task(head, params)
+    bundle = defaults.default()
+    with bundle.unlocked():
+        settings = architectures.encoder_settings(config)
+        bundle.model = models.settings(**settings, variant="large", scan=False)
+        known = task in tasks.TASKS
+        bundle.task = tasks.settings(task, **changes) if known else {"name": task, **changes}
+        bundle.source = json.dumps(files, ensure_ascii=False)
+    bundle.data.sample_rate = extractor.get("sampling_rate", 16_000)
+    bundle.features.normalize = "utterance" if extractor.get("do_normalize", True) else "none"
+    if "labels" in parts:
+        bundle.text.normalizer = parts["labels"].tokenizer.normalizer
+    state = params.pop("state", {})
+    return Bundle(config=bundle, parts=parts, params=params, state=state)
 
 
-def _complete(source, folder) -> dict[str, Any]:
-    """A config.json with the defaults of what it leaves out; all that is in it is supported."""
-    config = {"model_type": "wav2vec2", **source}
-    kind = config["model_type"]
-    if kind == "wav2vec2-conformer":
-        config = _CONFORMER_DEFAULTS | config
-    for key, allowed in {"model_type": tuple(_REQUIRED), **_REQUIRED.get(kind, {})}.items():
-        if key in config and config[key] not in allowed:
-            raise ModelFolderError(
-                f"{folder / 'config.json'}: {key}={config[key]!r} is not supported, "
-                f"only {' or '.join(map(repr, allowed))}"
-            )
-    return _DEFAULTS | config
+def _extractor(files: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+    """The settings of the feature extractor, which transformers 5 keeps in the processor's."""
+    inner = files.get("processor_config.json", {}).get("feature_extractor", {})
+    schema.check(folder / "processor_config.json", inner, _EXTRACTOR)
+    return inner or files.get("preprocessor_config.json", {})
 
 
-def _encoder_settings(config) -> dict[str, Any]:
-    settings = {
-        "name": "wav2vec2",
-        "features": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "heads": config["num_attention_heads"],
-        "feed_forward": config["intermediate_size"],
-        "conv_channels": tuple(config["conv_dim"]),
-        "conv_kernels": tuple(config["conv_kernel"]),
-        "conv_strides": tuple(config["conv_stride"]),
-        "conv_norm": config["feat_extract_norm"],
-        "conv_bias": config["conv_bias"],
+def _blank_first(
+    config: Mapping[str, Any], files: Mapping[str, Any], folder: object
+) -> tuple[list[int], list[str | None] | None]:
+    """Their ids in the order of ours, and the symbols in that order, if there is a vocabulary."""
+    size, blank = config["vocab_size"], config["pad_token_id"]
+    if size is None:
+        raise ModelFolderError(f"{folder}/config.json: vocab_size is missing")
+    if blank is None or blank >= size:
+        raise ModelFolderError(
+            f"{folder}/config.json: pad_token_id={blank!r} must be the CTC blank, one of the "
+            f"{size} ids of the vocabulary"
+        )
+    order = [blank, *(index for index in range(size) if index != blank)]
+    symbols = vocabulary.symbols(files, size, blank, folder)
+    return order, symbols and [symbols[index] for index in order]
+
+
+def _reordered(head: Mapping[str, np.ndarray], order: Any) -> dict[str, np.ndarray]:
+    """A CTC head with its outputs in another order."""
+    return {name: np.ascontiguousarray(value[..., order]) for name, value in head.items()}
+
+
+def _of_task(head: str, params: Mapping[str, Any]) -> dict[str, int]:
+    """The settings of the task that are in the parameters' shapes."""
+    if head != "pretraining":
+        return {}
+    groups, codes, width = params["quantizer"]["codebook"].shape
+    final = len(params["project_target"]["bias"])
+    return {
+        "groups": groups,
+        "codes": codes,
+        "code_features": groups * width,
+        "final_features": final,
     }
-    if config["model_type"] == "wav2vec2-conformer":
-        return settings | {
-            "name": "wav2vec2_conformer",
-            "kernel": config["conv_depthwise_kernel_size"],
-            "attention": hf_names.ATTENTION[config["position_embeddings_type"]],
-        }
-    return settings | {
-        "pre_norm": config["do_stable_layer_norm"],
-        "position_kernel": config["num_conv_pos_embeddings"],
-        "position_groups": config["num_conv_pos_embedding_groups"],
-    }
 
 
-def _head(folder, config, tensors) -> str:
-    encoder = _encoder_settings(config)["name"]
-    named = {architecture(head, encoder): head for head in HEADS}
-    architectures = config.get("architectures") or []
-    if architectures:
-        if architectures[0] not in named:
-            raise ModelFolderError(
-                f"{folder / 'config.json'}: architecture {architectures[0]!r} is not supported, "
-                f"only {', '.join(named)}"
-            )
-        return named[architectures[0]]
-    marks = {"lm_head.weight": "ctc", "project_q.weight": "pretraining"}
-    marks["classifier.weight"] = "classification"
-    return next((head for key, head in marks.items() if key in tensors), "none")
-
-
-def convert(tensors, config, head: str, folder="") -> dict[str, Any]:
+def convert(
+    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], head: str, folder: object = ""
+) -> dict[str, Any]:
     """Their tensors (numpy, by name) as our tree of parameters; each has its place and its shape.
 
     The model state, if there is one, is in it as "state". `config` is a config.json with all
     settings, `folder` a name for errors.
     """
-    settings = _encoder_settings(config)
-    tensors = {
-        hf_names.old_weight_norm(name): value
-        for name, value in tensors.items()
-        if not hf_names.is_unused(name, settings["name"])
-    }
-    embedding = hf_names.prefix(head, settings["name"]) + "masked_spec_embed"
-    # Absent where the model was never masked; then nothing depends on its value.
-    tensors.setdefault(embedding, np.zeros(settings["features"], np.float32))
-    shapes = flax.traverse_util.flatten_dict(_shapes(config, settings, head), sep="/")
+    settings = architectures.encoder_settings(config)
+    left = _usual_names(tensors, settings, head, folder)
+    shapes = architectures.shapes(config, head)
+    groups, weighted = config["num_codevector_groups"], config["use_weighted_layer_sum"]
     params = {}
-    entries = hf_names.entries(
-        settings, head, config["num_codevector_groups"], config["use_weighted_layer_sum"]
-    )
-    for entry in entries:
-        zero = np.broadcast_to(np.zeros((), np.float32), shapes[entry.ours])
-        for name, expected in zip(entry.theirs, entry.dump(zero), strict=True):
-            if name not in tensors:
+    for entry in names.entries(settings, head, groups, weighted):
+        expected = entry.dump(architectures.zeros(shapes[names.first_layer(entry.ours)]))
+        for name, part in zip(entry.theirs, expected, strict=True):
+            if name not in left:
                 raise ModelFolderError(f"{folder}: tensor {name!r} is missing")
-            if tensors[name].shape != expected.shape:
+            if left[name].shape != part.shape:
                 raise ModelFolderError(
-                    f"{folder}: tensor {name!r} has the shape {tensors[name].shape}, but "
-                    f"config.json asks for {expected.shape}"
+                    f"{folder}: tensor {name!r} has the shape {left[name].shape}, but config.json "
+                    f"asks for {part.shape}"
                 )
-        loaded = entry.load(*(tensors.pop(name) for name in entry.theirs))
-        params[entry.ours] = np.ascontiguousarray(loaded, np.float32)
-    if tensors:
+        loaded = entry.load(*(to_float32(left.pop(name), name, folder) for name in entry.theirs))
+        params[entry.ours] = np.ascontiguousarray(loaded)
+    if left:
         raise ModelFolderError(
-            f"{folder}: tensor {min(tensors)!r} (of {len(tensors)} such) has no place in "
+            f"{folder}: tensor {schema.short(min(left))} (of {len(left)} such) has no place in "
             f"a {architecture(head, settings['name'])} of this configuration"
         )
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
-def _shapes(config, settings, head) -> dict[str, Any]:
-    """The shapes that our parameters have."""
-    encoder = models.make_encoder(**settings, scan=False)
-    inputs = jax.ShapeDtypeStruct((1, 16_000), jnp.float32)
-    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+def _usual_names(
+    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], head: str, folder: object
+) -> dict[str, np.ndarray]:
+    """What is used of their tensors, by the names that `names.entries` gives them."""
+    start = names.prefix(head, settings["name"])
+    left = {}
+    for name, value in tensors.items():
+        usual = names.usual(name)
+        if names.is_unused(usual, settings["name"]):
+            continue
+        if usual in left:
+            raise ModelFolderError(f"{folder}: tensor {usual!r} is there under two names")
+        left[usual] = value
+    # Absent where the model was never masked; then nothing depends on its value.
+    left.setdefault(f"{start}masked_spec_embed", np.zeros(settings[WIDTH], np.float32))
+    names.split_weight_norm(left, start)
+    return left
+
+
+def read_model_folder(folder: str | os.PathLike) -> Bundle:
+    """The model in a folder that we wrote before there were bundles: model.json and its weights.
+
+    Raises ModelFolderError for a missing or damaged file, or weights that do not fit.
+    """
+    folder = pathlib.Path(folder)
+    said = schema.read(folder / "model.json", _MODEL)
+    flat = read_safetensors(folder / "params.safetensors")
     try:
-        tree = jax.eval_shape(
-            lambda x, n: encoder.init(jax.random.key(0), x, n, True), inputs, lengths
-        )
-    except (ValueError, TypeError) as error:
-        raise ModelFolderError(f"config.json describes no encoder: {error}") from error
-    dense = lambda rows, columns: {"kernel": (rows, columns), "bias": (columns,)}
-    width, features = config["hidden_size"], config["conv_dim"][-1]
-    groups, codes = config["num_codevector_groups"], config["num_codevectors_per_group"]
-    dimension, final = config["codevector_dim"], config["proj_codevector_dim"]
-    tree = jax.tree.map(lambda leaf: leaf.shape, tree)
-    shapes = {"encoder": tree.pop("params")}
-    shapes["state"] = {collection: {"encoder": inner} for collection, inner in tree.items()}
-    if head == "ctc":
-        shapes["head"] = dense(width, config["vocab_size"])
-    elif head == "classification":
-        labels = len(config.get("id2label") or range(2))
-        shapes["projector"] = dense(width, config["classifier_proj_size"])
-        shapes["classifier"] = dense(config["classifier_proj_size"], labels)
-        shapes["layer_weights"] = (config["num_hidden_layers"] + 1,)
-    elif head == "pretraining":
-        codebook = (groups, codes, dimension // groups)
-        shapes["quantizer"] = {"codebook": codebook, "project": dense(features, groups * codes)}
-        shapes["project_hidden"] = dense(width, final)
-        shapes["project_target"] = dense(dimension, final)
-    return shapes
+        head, encoder = said["head"], {"name": said["encoder"]["name"]}
+        for key in architectures.KNOWN[encoder["name"]][1:]:
+            encoder[key] = said["encoder"][names.BEFORE.get(key, key)]
+        params = flax.traverse_util.unflatten_dict(flat, sep="/")
+        config = {"pad_token_id": 0, **(said.get("source") or {})}
+        config |= architectures.from_settings(encoder, head, params, said.get("labels"))
+        extractor = _NEW_EXTRACTOR | {"do_normalize": said["normalize"] == "utterance"}
+        files = {"config.json": config, "preprocessor_config.json": extractor}
+        schema.check(folder / "model.json", config, architectures.SCHEMA)
+        if symbols := list(said.get("vocabulary") or ()):
+            symbols.insert(config["pad_token_id"], symbols.pop(0))  # the blank was the first
+            kept = {s: index for index, s in enumerate(symbols) if not s.startswith("<unused")}
+            files["vocab.json"] = kept
+        if head == "ctc":
+            back = np.argsort(_blank_first(config, files, folder)[0])
+            flat |= {f"head/{key}": v for key, v in _reordered(params["head"], back).items()}
+        tensors = _tensors(flat, encoder, head)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise ModelFolderError(f"{folder}: model.json is not of these weights: {error}") from error
+    return _assembled(files, tensors, folder)
 
 
-def _blank_first(blank, size, folder) -> list[int]:
-    if blank is None or not 0 <= blank < size:
-        raise ModelFolderError(
-            f"{folder / 'config.json'}: pad_token_id={blank!r} must be the CTC blank, one of the "
-            f"{size} ids of the vocabulary"
-        )
-    return [blank, *(i for i in range(size) if i != blank)]
-
-
-def _read_vocabulary(folder, config) -> list[str] | None:
-    path = folder / "vocab.json"
-    if not path.exists():
-        return None
-    ids = {int(i): symbol for symbol, i in read_json(path).items()}
-    size = config["vocab_size"]
-    if any(not 0 <= i < size for i in ids):
-        raise ModelFolderError(f"{path}: the largest id is {max(ids)}, but vocab_size is {size}")
-    return [ids.get(i, f"<unused{i}>") for i in range(size)]
+_MODEL = {
+    "encoder": schema.OBJECT,
+    "head": one_of(*HEADS),
+    "normalize": one_of("utterance", "none"),
+    "vocabulary": optional(several(TEXT)),
+    "labels": optional(several(TEXT)),
+    "source": optional(schema.OBJECT),
+}
 
 
 # ---- To Hugging Face ---------------------------------------------------------------------------
 
 
-def write(model: Model, folder) -> None:
-    """Writes a model as a Hugging Face folder, which appears whole or not at all."""
-    config = _config(model)
-    groups = config.get("num_codevector_groups")
-    params = _flat(model)
-    weighted = "layer_weights" in params
-    tensors = hf_names.unused(model.encoder, model.head)
-    for entry in hf_names.entries(model.encoder, model.head, groups, weighted):
-        if entry.ours not in params:
+def write(bundle: Bundle, folder: str | os.PathLike) -> None:
+    """Writes a bundle as a Hugging Face folder, which appears whole or not at all.
+
+    Raises:
+      ModelFolderError: transformers has no such model, or the folder cannot be written.
+    """
+    settings, head = _described(bundle.config)
+    unstack = lambda tree: {**tree, "encoder": models.unstack_layers(tree.get("encoder", {}))}
+    params = unstack(bundle.params)
+    files = _files(bundle, settings, head, params)
+    if head == "ctc":
+        back = np.argsort(_blank_first(files["config.json"], files, folder)[0])
+        params["head"] = _reordered(params["head"], back)
+    params["state"] = {name: unstack(tree) for name, tree in bundle.state.items()}
+    tensors = _tensors(flax.traverse_util.flatten_dict(params, sep="/"), settings, head)
+    with appearing(folder) as partial:
+        safetensors.numpy.save_file(tensors, partial / "model.safetensors", {"format": "pt"})
+        for name, content in files.items():
+            write_atomically(partial / name, dump_json(content))
+
+
+def _described(config: ConfigDict) -> tuple[dict[str, Any], str]:
+    """(settings of the encoder that config.json knows of, head) of a configuration."""
+    task, model = config.task.name, config.model.to_dict()
+    head = next((head for head, name in _TASKS.items() if name == task), None)
+    if head is None or model["name"] not in architectures.KNOWN:
+        raise ModelFolderError(
+            f"a model of task {task} with a {model['name']} is not known to transformers, only "
+            f"{' or '.join(architectures.KNOWN)} with {' or '.join(_TASKS.values())}"
+        )
+    if config.features.normalize not in ("utterance", "none"):
+        raise ModelFolderError(
+            f"features.normalize={config.features.normalize!r} is not known to transformers, only "
+            "'utterance' or 'none'"
+        )
+    return {key: model[key] for key in architectures.KNOWN[model["name"]]}, head
+
+
+def _tensors(
+    params: Mapping[str, np.ndarray], settings: Mapping[str, Any], head: str
+) -> dict[str, np.ndarray]:
+    """Their tensors of parameters and state by path."""
+    left, tensors = dict(params), names.unused(settings, head)
+    for entry in names.entries(settings, head, weighted="layer_weights" in params):
+        if entry.ours not in left:
             raise ModelFolderError(f"the model lacks the parameter {entry.ours!r}")
-        parts = entry.dump(params.pop(entry.ours))
+        parts = entry.dump(np.asarray(left.pop(entry.ours), np.float32))
         tensors |= {
             name: np.ascontiguousarray(part) for name, part in zip(entry.theirs, parts, strict=True)
         }
-    if params:
-        name = architecture(model.head, model.encoder["name"])
-        raise ModelFolderError(f"parameter {min(params)!r} has no place in a {name}")
-    with _appearing(folder) as partial:
-        safetensors.numpy.save_file(tensors, partial / "model.safetensors", {"format": "pt"})
-        _write_json(partial / "config.json", config)
-        _write_json(partial / "preprocessor_config.json", _preprocessor(model))
-        if model.vocabulary:
-            for name, content in _tokenizer_files(model.vocabulary).items():
-                _write_json(partial / name, content)
+    if left:
+        name = architecture(head, settings["name"])
+        raise ModelFolderError(f"parameter {min(left)!r} has no place in a {name}")
+    return tensors
 
 
-def _config(model: Model) -> dict[str, Any]:
-    settings, params = model.encoder, model.params
-    config = dict(model.source or {})
+def _files(
+    bundle: Bundle, settings: Mapping[str, Any], head: str, params: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The JSON files by name: what the model came with, changed to what it is now."""
+    source = _source(bundle.config)
+    config = dict(source.get("config.json", {}))
     # Their model has a mask embedding only where masking is on.
     if not (config.get("mask_time_prob", 0.05) or config.get("mask_feature_prob", 0.0)):
         config["mask_time_prob"] = 0.05
-    config |= {
-        "architectures": [architecture(model.head, settings["name"])],
-        "hidden_size": settings["features"],
-        "num_hidden_layers": settings["num_layers"],
-        "num_attention_heads": settings["heads"],
-        "intermediate_size": settings["feed_forward"],
-        "conv_dim": list(settings["conv_channels"]),
-        "conv_kernel": list(settings["conv_kernels"]),
-        "conv_stride": list(settings["conv_strides"]),
-        "num_feat_extract_layers": len(settings["conv_channels"]),
-        "feat_extract_norm": settings["conv_norm"],
-        "conv_bias": settings["conv_bias"],
-    }
-    if settings["name"] == "wav2vec2_conformer":
-        theirs = {ours: theirs for theirs, ours in hf_names.ATTENTION.items()}
-        if settings["attention"] not in theirs:
-            raise ModelFolderError(
-                f"attention={settings['attention']!r} is not in their Conformers, only "
-                f"{' and '.join(theirs)}"
-            )
-        config |= {
-            "model_type": "wav2vec2-conformer",
-            "hidden_act": "swish",
-            "conv_depthwise_kernel_size": settings["kernel"],
-            "position_embeddings_type": theirs[settings["attention"]],
-            **hf_names.unused_config(settings),
-        }
-    else:
-        config |= {
-            "model_type": "wav2vec2",
-            "do_stable_layer_norm": settings["pre_norm"],
-            "num_conv_pos_embeddings": settings["position_kernel"],
-            "num_conv_pos_embedding_groups": settings["position_groups"],
-        }
-    if model.head == "ctc":
-        config |= {"vocab_size": params["head"]["bias"].shape[0], "pad_token_id": 0}
-    elif model.head == "classification":
-        config["classifier_proj_size"] = params["projector"]["bias"].shape[0]
-        config["use_weighted_layer_sum"] = "layer_weights" in params
-        names = model.labels or [f"LABEL_{i}" for i in range(len(params["classifier"]["bias"]))]
-        config["id2label"] = {str(i): name for i, name in enumerate(names)}
-        config["label2id"] = {name: i for i, name in enumerate(names)}
-    elif model.head == "pretraining":
-        groups, codes, width = params["quantizer"]["codebook"].shape
-        config |= {
-            "num_codevector_groups": groups,
-            "num_codevectors_per_group": codes,
-            "codevector_dim": groups * width,
-            "proj_codevector_dim": params["project_target"]["bias"].shape[0],
-        }
-    return config
+    config |= {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
+    target = bundle.parts.get("target")
+    config |= architectures.from_settings(settings, head, params, target and list(target.classes))
+    files = {"config.json": config, **_extractor_files(bundle.config, source)}
+    if head == "ctc":
+        config["pad_token_id"], made = _tokenizer_files(bundle, source, config["vocab_size"])
+        files |= made
+    return files
 
 
-def _preprocessor(model: Model) -> dict[str, Any]:
-    return {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "do_normalize": model.normalize == "utterance",
-        "feature_size": 1,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "return_attention_mask": True,
-        "sampling_rate": 16_000,
-    }
-
-
-def _tokenizer_files(vocabulary: list[str]) -> dict[str, Any]:
-    special = {"pad_token": vocabulary[0], "unk_token": "<unk>"}
-    special |= {"bos_token": None, "eos_token": None}
-    config = special | {"tokenizer_class": "Wav2Vec2CTCTokenizer", "word_delimiter_token": "|"}
-    return {
-        "vocab.json": {symbol: i for i, symbol in enumerate(vocabulary)},
-        "tokenizer_config.json": config | {"do_lower_case": False},
-        "special_tokens_map.json": {k: v for k, v in special.items() if v},
-    }
-
-
-# ---- Model folders -----------------------------------------------------------------------------
-
-
-def _flat(model: Model) -> dict[str, np.ndarray]:
-    """Parameters and state by path."""
-    tree = {**model.params, "state": model.state}
-    flat = flax.traverse_util.flatten_dict(tree, sep="/")
-    return {name: np.ascontiguousarray(value, np.float32) for name, value in flat.items()}
-
-
-def save(model: Model, folder) -> None:
-    """Writes a model folder, which appears whole or not at all."""
-    described = {
-        field.name: getattr(model, field.name)
-        for field in dataclasses.fields(model)
-        if field.name not in ("params", "state")
-    }
-    with _appearing(folder) as partial:
-        _write_json(partial / "model.json", described)
-        safetensors.numpy.save_file(_flat(model), partial / "params.safetensors")
-        tokenizer = _tokenizer(model.vocabulary)
-        if tokenizer is not None:
-            tokenizer.save(partial / "tokenizer.json")
-
-
-def load(folder) -> Model:
-    """Reads a model folder, a Hugging Face folder, or the best checkpoint of a workdir.
-
-    Raises:
-      ModelFolderError: naming the file or key that is missing, damaged or unsupported.
-    """
-    folder = pathlib.Path(folder)
-    if (folder / "checkpoints").is_dir():
-        return _from_run(folder)
-    if not (folder / "model.json").exists() and (folder / "config.json").exists():
-        return read(folder)
-    described = read_json(folder / "model.json")
-    tensors = read_safetensors(folder / "params.safetensors")
-    params = flax.traverse_util.unflatten_dict(tensors, sep="/")
-    state = params.pop("state", {})
+def _source(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """The JSON files that a bundle came with, by name; none where it is not from such a folder."""
+    text = config.get("source", "")
     try:
-        model = Model(params=params, state=state, **described)
-        if model.head not in HEADS:
-            raise KeyError(model.head)
-    except (TypeError, KeyError) as error:
-        raise ModelFolderError(f"{folder / 'model.json'} describes no model: {error}") from error
-    sequences = {k: tuple(v) for k, v in model.encoder.items() if isinstance(v, list)}
-    return dataclasses.replace(model, encoder=model.encoder | sequences)
+        files = json.loads(text or "{}")
+        if not isinstance(files, dict) or not all(isinstance(v, dict) for v in files.values()):
+            raise ValueError("it is no object of objects")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelFolderError(f"config.source is damaged ({error}): import it again") from error
+    for name, checks in _SCHEMAS.items():
+        schema.check(f"config.source, {name}", files.get(name, {}), checks)
+    return {name: files[name] for name in _SCHEMAS if name in files}
 
 
-_HEAD_OF_TASK = {"asr": "ctc", "contrastive": "pretraining"}
-_ARCHITECTURES = {
-    settings["name"]: tuple(settings)
-    for settings in (
-        _encoder_settings(_DEFAULTS | _CONFORMER_DEFAULTS | {"model_type": kind})
-        for kind in _REQUIRED
-    )
+def _extractor_files(config: ConfigDict, source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    changes = {
+        "do_normalize": config.features.normalize == "utterance",
+        "sampling_rate": config.data.sample_rate,
+    }
+    old, new = "preprocessor_config.json", "processor_config.json"
+    files = {name: dict(source[name]) for name in (old, new) if name in source}
+    inner = files.get(new, {}).get("feature_extractor")
+    if inner:
+        files[new]["feature_extractor"] = inner | changes
+    if old in files or not inner:
+        files[old] = files.get(old, _NEW_EXTRACTOR) | changes
+    for content in files.values():  # their language model is not ours to write
+        if content.get("processor_class") == "Wav2Vec2ProcessorWithLM":
+            content["processor_class"] = "Wav2Vec2Processor"
+    return files
+
+
+_NEW_EXTRACTOR = {
+    "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+    "do_normalize": True,
+    "feature_size": 1,
+    "padding_side": "right",
+    "padding_value": 0.0,
+    "return_attention_mask": True,
+    "sampling_rate": 16_000,
 }
 
 
-def _from_run(workdir) -> Model:
-    run = evaluate.open_run(workdir)
-    name, settings = run.config.task.name, run.config.model.to_dict()
-    if name not in _HEAD_OF_TASK or settings["name"] not in _ARCHITECTURES:
-        raise ModelFolderError(
-            f"{workdir} is of task {name} with a {settings['name']}: what transformers knows is "
-            f"{' or '.join(_ARCHITECTURES)} with {' or '.join(_HEAD_OF_TASK)}"
-        )
-    if run.config.data.sample_rate != 16_000:
-        raise ModelFolderError(
-            f"{workdir} is of audio at {run.config.data.sample_rate} Hz, their models of 16000"
-        )
-    alphabet = getattr(run.tokenizer, "alphabet", None)  # pieces of words are not for their class
-    unstack = lambda tree: {**tree, "encoder": models.unstack_layers(tree["encoder"])}
-    return Model(
-        encoder={key: settings[key] for key in _ARCHITECTURES[settings["name"]]},
-        params=unstack(run.params),
-        head=_HEAD_OF_TASK[name],
-        normalize=run.config.features.normalize,
-        vocabulary=alphabet and ["<pad>", *alphabet.replace(" ", "|")],
-        state={collection: unstack(tree) for collection, tree in run.state.items()},
-    )
+def _tokenizer_files(
+    bundle: Bundle, source: Mapping[str, Any], size: int
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """(the id of the blank, files by name): those that it came with, if it has that vocabulary."""
+    tokenizer = getattr(bundle.parts.get("labels"), "tokenizer", None)
+    came = {"pad_token_id": 0} | source.get("config.json", {})
+    if source and came.get("vocab_size", size) == size and came["pad_token_id"] is not None:
+        _, symbols = _blank_first(came | {"vocab_size": size}, source, "config.source")
+        if vocabulary.tokenizer(source, symbols) == tokenizer:
+            files = {name: source[name] for name in vocabulary.SCHEMAS if name in source}
+            return came["pad_token_id"], files
+    if tokenizer is None or isinstance(tokenizer, CharacterTokenizer):
+        return 0, vocabulary.made_files(tokenizer) if tokenizer else {}
+    logging.warning("the folder has no tokenizer: theirs spells characters, this one has pieces")
+    return 0, {}
 
 
-# The symbols that stand for no text; in our alphabet, characters that no transcript holds.
-_SPECIAL = ("<s>", "</s>", "<unk>", "<pad>")
+# ---- The command -------------------------------------------------------------------------------
 
 
-def _tokenizer(vocabulary) -> text.Tokenizer | None:
-    """The character tokenizer with these ids, or None where symbols are longer than one character.
-
-    Special symbols have ids of their own, which no text encodes to: they stand in the alphabet as
-    characters of Unicode's private use area.
-    """
-    if not vocabulary:
-        return None
-    alphabet = ""
-    for index, symbol in enumerate(vocabulary[1:]):
-        if symbol in _SPECIAL or symbol.startswith("<unused"):
-            symbol = chr(0xE000 + index)
-        alphabet += " " if symbol == "|" else symbol
-    if len(alphabet) != len(vocabulary) - 1 or len(set(alphabet)) != len(alphabet):
-        return None
-    letters = "".join(c for c in alphabet if c.isalpha())
-    normalizer = "upper" if letters.isupper() else "lower" if letters.islower() else "none"
-    if normalizer == "upper" and set(letters) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZ"):
-        normalizer = "librispeech"
-    return text.CharacterTokenizer(alphabet, normalizer)
-
-
-def _write_json(path, content) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-
-
-@contextlib.contextmanager
-def _appearing(folder):
-    """A scratch folder that becomes `folder` at the end; nothing is left where that fails."""
-    folder = pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelFolderError(f"{folder} exists and is not empty: name a new folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise ModelFolderError(f"cannot write {folder}: {error}") from error
-    try:
-        yield partial
-        partial.chmod(0o777 & ~_umask())
-        os.replace(partial, folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ModelFolderError(f"cannot write {folder}: {error}") from error
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def main(arguments=None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    from speech_jax import bundle as bundles  # which imports this module
+
     parser = argparse.ArgumentParser(
         prog="python -m speech_jax.bundle.huggingface", description=__doc__
     )
@@ -553,17 +405,19 @@ def main(arguments=None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "import":
-            model = read(chosen.source)
-            save(model, chosen.destination)
+            bundle = read(chosen.source)
+            bundles.save(bundle, chosen.destination)
         else:
-            model = load(chosen.source)
-            write(model, chosen.destination)
+            bundle = bundles.open(chosen.source)
+            write(bundle, chosen.destination)
+        settings, head = _described(bundle.config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    name = architecture(model.head, model.encoder["name"])
-    print(f"{chosen.destination}: {name}, {count:,} parameters")
+    count = sum(leaf.size for leaf in jax.tree.leaves(bundle.params))
+    name = architecture(head, settings["name"])
+    without = " (without a tokenizer)" if head == "ctc" and "labels" not in bundle.parts else ""
+    print(f"{chosen.destination}: {name}, {count:,} parameters{without}")
     return 0
 
 

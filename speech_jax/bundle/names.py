@@ -10,6 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from speech_jax import models
+
+# The setting of our encoders that is the width of their residual stream.
+WIDTH = next(k for k in ("width", "features") if k in models.settings("wav2vec2", "base"))
+
+# What settings were called in model folders from before there were bundles.
+BEFORE = {WIDTH: "features"}
+
 # The transformers class of each head, where the layers are Transformer's.
 HEADS = {
     "none": "Wav2Vec2Model",
@@ -33,10 +41,24 @@ def prefix(head: str, encoder: str) -> str:
     return "" if head == "none" else f"{encoder}."
 
 
-def old_weight_norm(name: str) -> str:
-    """The name that a weight norm's tensor had before torch 2.1."""
-    name = name.replace("parametrizations.weight.original0", "weight_g")
-    return name.replace("parametrizations.weight.original1", "weight_v")
+# Names that a tensor has in some folders and not in others, and the one that is used here.
+_ALIASES = {
+    "parametrizations.weight.original0": "weight_g",  # since torch 2.1
+    "parametrizations.weight.original1": "weight_v",
+    "mask_time_emb_vector": "masked_spec_embed",  # before transformers 4.3
+}
+
+
+def usual(name: str) -> str:
+    """A tensor's name, whichever version of torch and transformers saved it."""
+    for alias, used in _ALIASES.items():
+        name = name.replace(alias, used)
+    return name
+
+
+def first_layer(path: str) -> str:
+    """The path of a parameter of ours in layer 0, for one in any layer."""
+    return re.sub(r"/layer_\d+/", "/layer_0/", path)
 
 
 class Entry(NamedTuple):
@@ -85,17 +107,31 @@ def is_unused(name: str, encoder: str) -> bool:
     Their Conformer has a positional convolution that it never applies, and batch norm counts its
     updates.
     """
-    pattern = r"pos_conv_embed\.conv\.weight$"
-    if encoder == "wav2vec2_conformer":
-        pattern = r"pos_conv_embed\.|embed_positions\.|num_batches_tracked$"
+    if encoder != "wav2vec2_conformer":
+        return False
+    pattern = r"pos_conv_embed\.|embed_positions\.|num_batches_tracked$"
     return re.search(pattern, name) is not None
+
+
+def split_weight_norm(tensors: dict[str, np.ndarray], start: str) -> None:
+    """Splits the positional convolution of a model that was saved without its weight norm.
+
+    Where both are there, the product goes.
+    """
+    name = f"{start}encoder.pos_conv_embed.conv.weight"
+    weight = tensors.pop(name, None)
+    if weight is None or weight.ndim != 3 or f"{name}_g" in tensors or f"{name}_v" in tensors:
+        return
+    with np.errstate(over="ignore"):
+        norm = np.sqrt(np.square(weight, dtype=np.float32).sum((0, 1), keepdims=True))
+    tensors |= {f"{name}_g": norm, f"{name}_v": np.where(norm > 0, weight, np.ones_like(weight))}
 
 
 def unused(settings, head) -> dict[str, np.ndarray]:
     """Those tensors, as theirs asks for them with the settings of `unused_config`."""
     if settings["name"] != "wav2vec2_conformer":
         return {}
-    start, features = prefix(head, settings["name"]) + "encoder", settings["features"]
+    start, features = prefix(head, settings["name"]) + "encoder", settings[WIDTH]
     tensors = {
         "pos_conv_embed.conv.weight_g": np.ones((1, 1, 1), np.float32),
         "pos_conv_embed.conv.weight_v": np.ones((features, 1, 1), np.float32),
@@ -113,7 +149,7 @@ def unused(settings, head) -> dict[str, np.ndarray]:
 
 def unused_config(settings) -> dict[str, int]:
     """Settings of theirs that make the convolution that it never applies a small one."""
-    return {"num_conv_pos_embeddings": 1, "num_conv_pos_embedding_groups": settings["features"]}
+    return {"num_conv_pos_embeddings": 1, "num_conv_pos_embedding_groups": settings[WIDTH]}
 
 
 # ---- Encoders ----------------------------------------------------------------------------------

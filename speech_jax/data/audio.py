@@ -186,7 +186,7 @@ def _mono(
             mono = _to_int16(mean)
             power += float(np.mean(np.square(block, dtype=np.float32))) * len(block)
             mixed += float(np.vdot(mean, mean))
-        heard = heard or bool(mono.any())
+        heard = heard or bool(mono[::101].any()) or bool(mono.any())
         position += len(mono)
         yield mono
     if power > position and mixed <= _CANCELLED * power:

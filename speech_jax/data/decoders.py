@@ -36,18 +36,22 @@ _PREROLL = 0.5  # seconds before a position from which MP3's decoder gets its st
 # Encodings whose samples soundfile converts to int16 without a choice of scale; the others are
 # floating point (float WAV, Opus, Vorbis, MP3) and full scale is 1.0.
 _INTEGER = frozenset({"PCM_16", "PCM_24", "PCM_32", "PCM_S8", "PCM_U8", "ULAW", "ALAW"})
+_WIDTHS = {"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "PCM_S8": 1, "ULAW": 1, "ALAW": 1, "FLOAT": 4}
 # From this many frames up libsndfile means "unknown".
 _UNKNOWN_FRAMES = 1 << 48
-# Bytes that may follow the audio: tags, and what a decoder has not fetched yet from its buffer.
-_TAIL = 16384
+# Bytes that may follow the audio, as tags do.
+_TAIL = 2048
 
 # What libsndfile's log tells of damage: a cut Ogg, a lost page, a chunk longer than the file, and
 # something that is no chunk where one belongs.
 _CUT_OGG = re.compile(r"Junk after the last page")
+_TROUBLE = re.compile(r"Junk|hole|Skipped|should be|Exiting parser")
 _NO_END_MARK = re.compile(r"lacks an end-of-stream")
 _HOLE = re.compile(r"reports a hole|Skipped \d+ bytes looking")
-_CUT_CHUNK = re.compile(r"^\s*(?:data|SSND|riff|Data Size) *: (\d+) \(should be (\d+)\)", re.M)
-_NO_CHUNK = re.compile(r"Unknown chunk marker .* at position (\d+)\. Exiting parser")
+_CUT_CHUNK = re.compile(
+    r"^\s*(?:data|SSND|riff|Data Size|Riff size) *: (\d+) \(should be (\d+)\)", re.M
+)
+_NO_CHUNK = re.compile(r"Unknown chunk marker .* at position (\d+)[^.]*\. Exiting parser")
 # Sizes from here up stand for "unknown" in files written to a pipe: not a sign of a cut.
 _UNKNOWN_SIZE = 0x7FFF0000
 
@@ -135,24 +139,24 @@ def warn_once(message: str) -> None:
 
 
 def _open(file: BinaryIO, name: str, size: int, stack: contextlib.ExitStack) -> Decoder:
-    head = file.read(4096)
-    file.seek(0)
     try:
         sound = stack.enter_context(_Sound(_handle(file), closefd=False))
     except Exception as error:
-        file.seek(0)
-        return _open_other(file, name, head, error, stack)
-    if sound.format == "MP3" and not _has_mp3_length(file, head, size):
-        sound = stack.enter_context(_piped(file))
-        return _SoundDecoder(sound, name, size, file, frames=None)
-    if (
-        sound.format in ("WAV", "WAVEX")
-        and sound.frames == 0
-        and _UnfinishedWav.has_audio(head, size)
-    ):
-        sound = stack.enter_context(_Sound(_UnfinishedWav(file, head), closefd=False))
-        return _SoundDecoder(sound, name, size, file, frames=None)
-    return _SoundDecoder(sound, name, size, file, frames=sound.frames)
+        return _open_other(file, name, error, stack)
+    kind, log = sound.format, sound.extra_info
+    stated, least = sound.frames, 0
+    if kind == "MP3" and (stream := _without_length(file, size)):
+        least = 0 if stream is file else stated  # a length that is too small counts, too
+        stated = None
+        sound = stack.enter_context(_piped(stream))
+    elif mended := _mended(file, size, kind, stated, log):
+        if kind == "OGG":
+            warn_once(f"{name}: its last page has no end mark; it is used as far as it goes")
+        sound = stack.enter_context(_Sound(mended, closefd=False))
+        stated = sound.frames
+    elif kind == "NIST" and (count := re.search(rb"sample_count -i (\d+)", _head(file))):
+        stated = max(stated, int(count[1][:12]))
+    return _SoundDecoder(sound, name, size, file, kind, log, stated, least)
 
 
 # ---- soundfile ---------------------------------------------------------------------------------
@@ -172,21 +176,36 @@ class _Sound(soundfile.SoundFile):
 class _SoundDecoder:
     """What libsndfile reads."""
 
-    def __init__(self, sound: _Sound, name: str, size: int, file: BinaryIO, frames: int | None):
+    def __init__(
+        self,
+        sound: _Sound,
+        name: str,
+        size: int,
+        file: BinaryIO,
+        kind: str,
+        log: str,
+        stated: int | None,
+        least: int,
+    ):
         self._sound, self._name, self._size, self._file = sound, name, size, file
+        self._kind, self._least = kind, least
         self.rate, self.channels = sound.samplerate, sound.channels
-        known = frames is not None and frames < _UNKNOWN_FRAMES
-        self.frames = frames if known and (frames or sound.format != "FLAC") else None
-        self.floating = sound.subtype not in _INTEGER
-        self.seeks = self.frames is not None and sound.subtype != "GSM610"
-        self._judge_header(sound.extra_info)
+        subtype = sound.subtype
+        known = stated is not None and stated < _UNKNOWN_FRAMES and (stated or kind != "FLAC")
+        self.frames = stated if known else None
+        self.floating = subtype not in _INTEGER
+        self.seeks = known and subtype != "GSM610"
+        if _TROUBLE.search(log):
+            self._judge_log(log)
+        elif kind in ("AU", "CAF") and self.frames:
+            audio = _WIDTHS.get(subtype, size) * self.channels * self.frames
+            self._judge_rest(size - audio, 4 * _TAIL, self.frames)
 
-    def _judge_header(self, log: str) -> None:
+    def _judge_log(self, log: str) -> None:
         if _CUT_OGG.search(log):
             raise AudioError(f"{self._name}: truncated, the file ends before its audio does")
-        self._judge_log(log)
-        if _NO_END_MARK.search(log):
-            warn_once(f"{self._name}: its last page has no end mark; it is used as far as it goes")
+        if _HOLE.search(log):
+            raise AudioError(f"{self._name}: damaged, a part of its audio is lost")
         for promised, actual in _CUT_CHUNK.findall(log):
             if not int(actual) < int(promised) < _UNKNOWN_SIZE:
                 continue
@@ -194,18 +213,18 @@ class _SoundDecoder:
                 raise AudioError(f"{self._name}: truncated, the file ends before its audio does")
             warn_once(f"{self._name}: its header counts itself as audio; it is used to its end")
         for position in map(int, _NO_CHUNK.findall(log)):
-            # Audio that the header does not count would be lost: its share by the bytes before it.
-            left = (self._size - position) / max(position, 1) * (self.frames or 0) / self.rate
-            if left > SLACK:
-                raise AudioError(
-                    f"{self._name}: its header ends the audio after {self.frames / self.rate:.2f} "
-                    f"s, and {self._size - position:,} bytes follow that are none of a WAV; the "
-                    "header is damaged"
-                )
+            # As many bytes as a tenth of a second has, by those before them.
+            most = SLACK * self.rate * position / max(self.frames or 0, 1)
+            self._judge_rest(self._size - position, most, self.frames or 0)
 
-    def _judge_log(self, log: str) -> None:
-        if _HOLE.search(log):
-            raise AudioError(f"{self._name}: damaged, a part of its audio is lost")
+    def _judge_rest(self, left: int, most: float, frames: int) -> None:
+        """Raises for audio that its header does not count, and that would be lost."""
+        if left > most:
+            raise AudioError(
+                f"{self._name}: {left:,} bytes follow the end of its audio, after "
+                f"{frames / self.rate:.2f} s; it is several recordings in one file, or its header "
+                "is damaged: split or convert it"
+            )
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         sound, most = self._sound, max(1, _BLOCK // self.channels)
@@ -214,11 +233,11 @@ class _SoundDecoder:
             position = max(0, start - round(_PREROLL * self.rate))
             sound.seek(position)
         begin, skip = position, start - position
-        expected = min(filter(None, (self.frames, stop)), default=most)
-        while stop is None or position < stop:
-            want = min(most, max(expected - position, 1024))
+        # libsndfile itself goes no further than the length that it found.
+        end = min(filter(None, (self.frames, stop)), default=None)
+        while end is None or position < end:
             block = sound.read(
-                want if stop is None else min(want, stop - position),
+                most if end is None else min(most, end - position),
                 dtype="float32" if self.floating else "int16",
                 always_2d=True,
             )
@@ -231,22 +250,17 @@ class _SoundDecoder:
         self._judge_end(position, begin, stop)
 
     def _judge_end(self, position: int, begin: int, stop: int | None) -> None:
-        if self._sound.format == "OGG":
+        if self._kind == "OGG":
             self._judge_log(self._sound.extra_info)
-        promised = self.frames if stop is None else min(stop, self.frames or stop)
-        if promised is not None and promised - position > SLACK * self.rate:
+        promised = max(self.frames or 0, self._least)
+        promised = promised if stop is None else min(stop, promised)
+        if promised - position > SLACK * self.rate:
             raise AudioError(
                 f"{self._name}: truncated, it holds {position / self.rate:.2f} s of the "
                 f"{promised / self.rate:.2f} s in its header"
             )
-        if stop is None and not begin and self._sound.format in ("FLAC", "OGG"):
-            left = self._size - self._file.tell()
-            if left > _TAIL:
-                raise AudioError(
-                    f"{self._name}: {left:,} bytes follow the end of its audio, after "
-                    f"{position / self.rate:.2f} s; it is several recordings in one file, or its "
-                    "header is damaged: split or convert it"
-                )
+        if stop is None and not begin and self._kind in ("FLAC", "OGG"):
+            self._judge_rest(self._size - self._file.tell(), _TAIL, position)
 
 
 def _handle(file: BinaryIO) -> int | BinaryIO:
@@ -255,6 +269,15 @@ def _handle(file: BinaryIO) -> int | BinaryIO:
         return file.fileno()
     except (OSError, AttributeError):  # in memory
         return file
+
+
+def _head(file: BinaryIO, start: int = 0) -> bytes:
+    """Returns 4 KiB from `start` on; the position, which libsndfile shares, stays where it is."""
+    position = file.tell()
+    file.seek(start)
+    head = file.read(4096)
+    file.seek(position)
+    return head
 
 
 @contextlib.contextmanager
@@ -280,41 +303,11 @@ def _piped(file: BinaryIO) -> Iterator[_Sound]:
         thread.join()
 
 
-def _has_mp3_length(file: BinaryIO, head: bytes, size: int) -> bool:
-    """Whether an MP3 states its length (a Xing, Info or VBRI frame) and the file is no longer."""
-    start = 0
-    if head[:3] == b"ID3" and len(head) >= 10:
-        start = 10 + sum(
-            (byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True)
-        )
-        file.seek(start)
-        head = file.read(4096)
-        file.seek(0)
-    mark = re.search(rb"Xing|Info|VBRI", head)
-    if mark is None:
-        return False
-    at = mark.start()
-    if mark[0] == b"VBRI" or not head[at + 7] & 2:  # without a count of bytes
-        return True
-    skip = 4 if head[at + 7] & 1 else 0
-    stated = int.from_bytes(head[at + 8 + skip : at + 12 + skip])
-    return size - start <= stated + max(_TAIL, stated // 50)
+class _Mended:
+    """A file in which some bytes are read as they should be."""
 
-
-_UNWRITTEN = b"data\0\0\0\0"
-
-
-class _UnfinishedWav:
-    """A WAV whose writer died before it wrote the size: as one of unknown size."""
-
-    def __init__(self, file: BinaryIO, head: bytes):
-        at = head.find(_UNWRITTEN) + 4
-        self._file, self._span = file, (at, at + 4)
-
-    @staticmethod
-    def has_audio(head: bytes, size: int) -> bool:
-        """Whether a data chunk of size 0 stands in the head and is not the end of the file."""
-        return -1 < head.find(_UNWRITTEN) < size - 8
+    def __init__(self, file: BinaryIO, at: int, mended: bytes):
+        self._file, self._at, self._mended = file, at, mended
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         return self._file.seek(offset, whence)
@@ -323,20 +316,91 @@ class _UnfinishedWav:
         return self._file.tell()
 
     def read(self, count: int = -1) -> bytes:
-        at = self._file.tell()
-        block = bytearray(self._file.read(count))
-        for position in range(max(at, self._span[0]), min(at + len(block), self._span[1])):
-            block[position - at] = 0xFF
-        return bytes(block)
+        start = self._file.tell()
+        block = self._file.read(count)
+        first, last = max(start, self._at), min(start + len(block), self._at + len(self._mended))
+        if first >= last:
+            return block
+        mended = self._mended[first - self._at : last - self._at]
+        return block[: first - start] + mended + block[last - start :]
+
+
+def _without_length(file: BinaryIO, size: int) -> BinaryIO | _Mended | None:
+    """Returns an MP3 whose length only decoding tells, without a wrong one; None for another.
+
+    The length is in a Xing, Info or VBRI frame, the first one. It is wrong where the file goes on
+    behind the bytes that it counts, as after `cat a.mp3 b.mp3`.
+    """
+    start, head = 0, _head(file)
+    if head[:3] == b"ID3" and len(head) >= 10:
+        start = 10 + sum(
+            (byte & 0x7F) << bits for byte, bits in zip(head[6:10], (21, 14, 7, 0), strict=True)
+        )
+        head = _head(file, start)
+    mark = re.search(rb"Xing|Info|VBRI", head)
+    if mark is None:
+        return file
+    at = mark.start()
+    flags = head[at + 7 : at + 8]
+    if mark[0] == b"VBRI" or not flags or not flags[0] & 2:  # no count of bytes
+        return None
+    count = head[at + 8 + 4 * (flags[0] & 1) :][:4]
+    if size - start <= int.from_bytes(count) * 1.02 + _TAIL:
+        return None
+    return _Mended(file, start + at, bytes(4))
+
+
+def _mended(file: BinaryIO, size: int, kind: str, frames: int, log: str) -> _Mended | None:
+    """Returns a file with what its writer did not come to write, None where nothing is missing."""
+    mended = None
+    if kind in ("WAV", "WAVEX") and frames == 0:
+        at = _head(file).find(b"data\0\0\0\0")  # the size of the audio
+        mended = _Mended(file, at + 4, b"\xff\xff\xff\xff") if -1 < at < size - 8 else None
+    elif kind == "OGG" and _NO_END_MARK.search(log):
+        mended = _with_end_mark(file, size)
+    if mended:
+        mended.seek(0)
+    return mended
+
+
+def _with_end_mark(file: BinaryIO, size: int) -> _Mended | None:
+    """Returns an Ogg with the mark of its last page, None where that page is cut."""
+    start = max(0, size - 70_000)  # a page has 65,307 bytes at most
+    file.seek(start)
+    tail = file.read()
+    file.seek(0)
+    at = tail.rfind(b"OggS")
+    page = bytearray(tail[at:])
+    if at < 0 or len(page) < 27 or len(page) != 27 + page[26] + sum(page[27 : 27 + page[26]]):
+        return None
+    page[5] |= 4
+    page[22:26] = bytes(4)
+    page[22:26] = _ogg_checksum(page).to_bytes(4, "little")
+    return _Mended(file, start + at, bytes(page))
+
+
+def _ogg_checksum(page: bytes) -> int:
+    table = []
+    for value in range(256):
+        value <<= 24
+        for _ in range(8):
+            value = (value << 1 & 0xFFFFFFFF) ^ (0x04C11DB7 if value & 0x80000000 else 0)
+        table.append(value)
+    checksum = 0
+    for byte in page:
+        checksum = (checksum << 8 & 0xFFFFFFFF) ^ table[checksum >> 24 ^ byte]
+    return checksum
 
 
 # ---- PyAV --------------------------------------------------------------------------------------
 
 
 def _open_other(
-    file: BinaryIO, name: str, head: bytes, error: Exception, stack: contextlib.ExitStack
+    file: BinaryIO, name: str, error: Exception, stack: contextlib.ExitStack
 ) -> Decoder:
     """Opens with PyAV what soundfile refuses with `error`."""
+    file.seek(0)
+    head = _head(file)
     found = next((what for first, *what in _CONTAINERS if first.match(head)), None)
     if found is None and name.endswith(".gsm"):
         found = ("GSM", "gsm")
@@ -373,14 +437,12 @@ class _AvDecoder:
         self._stream = container.streams.audio[0]
         self._resampler = av.AudioResampler(format="flt")  # another layout, not another rate
         self.rate, self.channels = self._stream.rate, self._stream.channels
-        seconds = None
-        if self._stream.duration:
-            seconds = float(self._stream.duration * self._stream.time_base)
-        elif container.duration and len(container.streams) == 1:
-            seconds = container.duration / av.time_base
+        seconds = float((self._stream.duration or 0) * self._stream.time_base)
         self._promised = seconds
+        if container.duration and len(container.streams) == 1:
+            self._promised = max(seconds, container.duration / av.time_base)
         # MPEG-4's tables are exact; Matroska's duration counts what a decoder leaves out.
-        exact = self._stream.duration and "mov" in container.format.name
+        exact = seconds and "mov" in container.format.name
         self.frames = round(seconds * self.rate) if exact else None
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
@@ -390,7 +452,7 @@ class _AvDecoder:
                 block = piece.to_ndarray().reshape(-1, self.channels)
                 position += len(block)
                 yield block
-        if self._promised and self._promised - position / self.rate > 2 * SLACK:
+        if self._promised - position / self.rate > 1.3 * SLACK:
             raise AudioError(
                 f"{self._name}: truncated, it holds {position / self.rate:.2f} s of the "
                 f"{self._promised:.2f} s in its header"

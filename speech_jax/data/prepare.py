@@ -300,16 +300,16 @@ def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     if not args.splits:
         raise app.UsageError("--splits names no split; for example --splits=train-clean-100")
-    # A manifest may be named by its path.
-    names = {named: pathlib.PurePath(named).name.removesuffix(".jsonl") for named in args.splits}
+    written: set[str] = set()
     try:
-        for split, count in collections.Counter(names.values()).items():
-            if count > 1:
+        for named in args.splits:
+            split = pathlib.PurePath(named).name.removesuffix(".jsonl")  # a manifest by its path
+            if split in written:
                 raise sources.SourceError(
-                    f"{count} splits would be written as {split!r}; prepare them into folders of "
-                    "their own, or rename the manifests"
+                    f"{named} would be prepared as {split!r}, which another split of this command "
+                    "already is; prepare it into another folder, or rename it"
                 )
-        for named, split in names.items():
+            written.add(split)
             source = sources.open_source(
                 args.source, root=args.root, split=named, on_error=args.on_error, cache=args.cache
             )

@@ -65,7 +65,7 @@ def _is_of_a_word(character: str) -> bool:
 
 
 # 'librispeech' is what 'english' was called; tokenizers of then have it in their files.
-_NORMALIZERS: dict[str, Callable[[str], str]] = {
+NORMALIZERS: dict[str, Callable[[str], str]] = {
     "none": lambda text: text,
     "upper": str.upper,
     "lower": str.lower,
@@ -86,9 +86,9 @@ def normalize(text: str, name: str) -> str:
 
     Raises TextError for an unknown name.
     """
-    if name not in _NORMALIZERS:
-        raise TextError(f"unknown normalizer {name!r}; known: {', '.join(_NORMALIZERS)}")
-    text = _NORMALIZERS[name](unicodedata.normalize("NFC", text))
+    if name not in NORMALIZERS:
+        raise TextError(f"unknown normalizer {name!r}; known: {', '.join(NORMALIZERS)}")
+    text = NORMALIZERS[name](unicodedata.normalize("NFC", text))
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -98,7 +98,7 @@ def dropped(texts: Iterable[str], normalizer: str) -> Counter[str]:
     What only changes its case or its form is not lost, nor is punctuation; that a normalizer leaves
     out vowels, tones and accents, or whole scripts, shows here.
     """
-    # All at once: characters are counted where Python is fast, and only the distinct ones looked at.
+    # All at once: Python counts characters fast, and only the distinct ones are looked at.
     together = "\n".join(texts)
     return _parts(together) - _parts(normalize(together, normalizer))
 

@@ -34,6 +34,15 @@ class Transcription:
         return self.text
 
 
+def load(folder: str | os.PathLike) -> "Model":
+    """Opens a trained model for use: a workdir, a saved bundle or a folder of Hugging Face.
+
+    Raises:
+      UserError: the folder holds no model, or one that gives no text; the message says which.
+    """
+    return Model(bundle.open(folder))
+
+
 class Model:
     """A trained model, ready for use. `speech_jax.load` makes one.
 

@@ -12,10 +12,10 @@ from speech_jax.ops import masking, partition
 
 
 class Conformer(nn.Module):
-    """Log-mel [B, F, M] to hidden [B, F / 4 (or 8), features].
+    """Log-mel [B, F, M] to hidden [B, F / 4 (or 8), width].
 
     Attributes:
-      features: width of the residual stream (D).
+      width: of the residual stream (D).
       num_layers, heads, kernel: depth, attention heads, taps of the depthwise convolution.
       expansion: feed-forward width over D.
       subsampling: 4 or 8, input frames per output frame.
@@ -23,12 +23,12 @@ class Conformer(nn.Module):
       position: 'rotary' or 'relative' attention.
       conv_norm: 'layer' or 'batch' in the convolution module.
       dropout: on every residual branch and on attention weights.
-      scan: compile one layer and loop over it (fast to compile) or unroll (faster to run on CPU).
+      scan: compile one layer and loop over it (fast to compile), or unroll (faster to run on CPU).
       remat: recompute each layer's activations in the backward pass.
       dtype: what the arithmetic runs in; parameters are float32.
     """
 
-    features: int = 256
+    width: int = 256
     num_layers: int = 16
     heads: int = 4
     kernel: int = 31
@@ -42,29 +42,38 @@ class Conformer(nn.Module):
     remat: bool = False
     dtype: Any = "float32"
 
-    frontend = "log_mel"
+    listens: ClassVar = "log_mel"
+    rules: ClassVar[layers.Rules] = (
+        *layers.RULES,
+        (r"subsampling/convolution_\d/kernel", (None, None, None, "fsdp")),
+        (r"subsampling/project/kernel", ("fsdp", None)),
+        (r"subsampling/(convolution_\d|project)/bias", ()),
+    )
+    float32: ClassVar = layers.FLOAT32
     # S, M, L: table 1 of the paper. Tiny is for two CPU cores.
     VARIANTS: ClassVar = {
         "tiny": {
-            "features": 128, "num_layers": 4, "kernel": 15, "subsampling_channels": 32,
+            "width": 128, "num_layers": 4, "kernel": 15, "subsampling_channels": 32,
             "scan": False,
         },
-        "s": {"features": 144, "num_layers": 16, "heads": 4},
-        "m": {"features": 256, "num_layers": 16, "heads": 4},
-        "l": {"features": 512, "num_layers": 17, "heads": 8},
+        "s": {"width": 144, "num_layers": 16, "heads": 4},
+        "m": {"width": 256, "num_layers": 16, "heads": 4},
+        "l": {"width": 512, "num_layers": 17, "heads": 8},
     }  # fmt: skip
 
-    def output_lengths(self, lengths):
+    def output_lengths(self, lengths: int | jax.Array) -> int | jax.Array:
         """Hidden frames for `lengths` log-mel frames: each stride-2 convolution rounds up."""
         for _ in range(_halvings(self.subsampling)):
             lengths = (lengths + 1) // 2
         return lengths
 
     @nn.compact
-    def __call__(self, inputs, lengths, deterministic: bool):
+    def __call__(
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
         x = Subsampling(
-            self.features,
-            self.subsampling_channels or self.features,
+            self.width,
+            self.subsampling_channels or self.width,
             _halvings(self.subsampling),
             dtype=self.dtype,
             name="subsampling",
@@ -93,22 +102,22 @@ class Conformer(nn.Module):
                 x, _ = one(x, mask, seeds[layer])
         return jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype)), lengths
 
-    def _block_settings(self):
+    def _block_settings(self) -> dict[str, Any]:
         names = ("heads", "kernel", "position", "conv_norm", "dropout", "dtype")
         settings = {name: getattr(self, name) for name in names}
-        return settings | {"width": self.expansion * self.features}
+        return settings | {"feed_forward": self.expansion * self.width}
 
 
 class Block(nn.Module):
     """Half feed-forward, attention, convolution, half feed-forward, norm.
 
-    `width` is of the feed-forwards; `conv_bias` and `conv_momentum` are the convolution module's
+    `feed_forward` counts hidden units; `conv_bias` and `conv_momentum` are the convolution module's
     use_bias and momentum. `skip`, a bool or None, leaves the layer out.
     """
 
     heads: int
     kernel: int
-    width: int
+    feed_forward: int
     position: str
     conv_norm: str
     dropout: float
@@ -117,11 +126,17 @@ class Block(nn.Module):
     conv_momentum: float = 0.99
 
     @nn.compact
-    def __call__(self, x, mask, seed, skip=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        seed: jax.Array | None,
+        skip: jax.Array | None = None,
+    ) -> tuple[jax.Array, None]:
         common = {"dropout": self.dropout, "dtype": self.dtype}
         half = jnp.asarray(0.5, self.dtype)
         x = residual = partition.split_rows(x)
-        first = layers.FeedForward(self.width, name="feed_forward_1", site=0, **common)
+        first = layers.FeedForward(self.feed_forward, name="feed_forward_1", site=0, **common)
         attention = layers.SelfAttention(
             self.heads, self.position, name="attention", site=2, **common
         )
@@ -134,7 +149,7 @@ class Block(nn.Module):
             site=4,
             **common,
         )
-        second = layers.FeedForward(self.width, name="feed_forward_2", site=5, **common)
+        second = layers.FeedForward(self.feed_forward, name="feed_forward_2", site=5, **common)
         x = x + half * first(x, seed)
         x = x + attention(x, mask, seed)
         x = x + convolution(x, mask, seed)
@@ -146,19 +161,19 @@ class Block(nn.Module):
 
 
 class Subsampling(nn.Module):
-    """3x3 convolutions of stride 2 over time and frequency, then a projection to `features`.
+    """3x3 convolutions of stride 2 over time and frequency, then a projection to `width`.
 
     Frames past an utterance's length are zero before each convolution, as if it ended there.
     """
 
-    features: int
+    width: int
     channels: int
     halvings: int
     dtype: Any = "float32"
 
     @nn.compact
-    def __call__(self, x, lengths):
-        x = x.astype(self.dtype)[:, :, :, None]
+    def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
+        x = x.astype(self.dtype)[:, :, :, None]  # [B, F, M, 1]
         for index in range(self.halvings):
             x = _zero_past(x, lengths)
             x = nn.Conv(
@@ -172,12 +187,10 @@ class Subsampling(nn.Module):
             x = partition.split_rows(nn.relu(x))
             lengths = (lengths + 1) // 2
         batch, frames = x.shape[:2]
-        return nn.Dense(self.features, dtype=self.dtype, name="project")(
-            x.reshape(batch, frames, -1)
-        )
+        return nn.Dense(self.width, dtype=self.dtype, name="project")(x.reshape(batch, frames, -1))
 
 
-def _zero_past(x, lengths):
+def _zero_past(x: jax.Array, lengths: jax.Array) -> jax.Array:
     mask = masking.length_mask(lengths, x.shape[1])[:, :, None, None]
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 

@@ -1,7 +1,8 @@
-"""From a batch's PCM to what an encoder listens to; training, evaluation and export share it."""
+"""From a batch's PCM to the inputs of an encoder; training, evaluation and export share it."""
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ class FrontEnd:
     """Waveform or normalized log-mel, with SpecAugment in training.
 
     Attributes:
-      kind: 'log_mel' or 'waveform', as the encoder says.
+      listens: 'log_mel' or 'waveform', as the encoder says.
       log_mel: keyword arguments of ops.features.log_mel.
       normalize: 'utterance' (its own mean and variance), 'global' (`mean` and `std` [mels] of the
         training set) or 'none'.
@@ -24,7 +25,7 @@ class FrontEnd:
       spec_augment_start: the first step that is augmented.
     """
 
-    kind: str
+    listens: str
     log_mel: Mapping[str, float]
     normalize: str = "utterance"
     mean: np.ndarray | None = None
@@ -32,28 +33,33 @@ class FrontEnd:
     spec_augment: Mapping[str, float] | None = None
     spec_augment_start: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.normalize not in ("utterance", "global", "none"):
             raise UserError(
                 f"features.normalize={self.normalize!r} must be 'utterance', 'global' or 'none'"
             )
-        if (self.kind, self.normalize) == ("waveform", "global"):
+        if (self.listens, self.normalize) == ("waveform", "global"):
             raise UserError(
-                "features.normalize='global' is of log-mel, and this encoder listens to the "
+                "features.normalize='global' needs log-mel, and this encoder listens to the "
                 "waveform: use 'utterance' or 'none'"
             )
 
-    def lengths(self, samples):
-        """Frames (or samples, for a waveform encoder) that come out for `samples`."""
-        if self.kind == "waveform":
+    def lengths(self, samples: int | np.ndarray | jax.Array) -> int | np.ndarray | jax.Array:
+        """Frames (or samples, for an encoder of waveforms) that come out for `samples`."""
+        if self.listens == "waveform":
             return samples
         rate = self.log_mel["sample_rate"]
         window_ms, hop_ms = self.log_mel["window_ms"], self.log_mel["hop_ms"]
         return features.frame_count(samples, *features.frame_geometry(rate, window_ms, hop_ms))
 
-    def __call__(self, batch, rng=None, step=0) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self,
+        batch: Mapping[str, jax.Array],
+        rng: jax.Array | None = None,
+        step: jax.Array | int = 0,
+    ) -> tuple[jax.Array, jax.Array]:
         """Inputs ([B, T] or [B, F, mels], float32) and lengths, augmented if there is a key."""
-        if self.kind == "waveform":
+        if self.listens == "waveform":
             waveform, lengths = features.to_waveform(batch["audio"]), batch["audio_length"]
             return self._normalize_waveform(waveform, lengths), lengths
         inputs, lengths = self.features(batch)
@@ -64,16 +70,42 @@ class FrontEnd:
             inputs = jnp.where(step >= self.spec_augment_start, augmented, inputs)
         return inputs, lengths
 
-    def features(self, batch) -> tuple[jax.Array, jax.Array]:
+    def features(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Log-mel [B, F, mels] before normalization, and frames; a batch may bring `features`."""
         if "features" in batch:
             return batch["features"], self.lengths(batch["audio_length"])
         waveform = features.to_waveform(batch["audio"])
         return features.log_mel(waveform, batch["audio_length"], **self.log_mel)
 
-    def _normalize_waveform(self, waveform, lengths):
+    def _normalize_waveform(self, waveform: jax.Array, lengths: jax.Array) -> jax.Array:
         if self.normalize == "none":
             return waveform
         valid = masking.length_mask(lengths, waveform.shape[1])
         mean, variance = masking.masked_mean_and_variance(waveform, valid, axes=(1,))
         return jnp.where(valid, (waveform - mean) * jax.lax.rsqrt(variance + 1e-7), 0.0)
+
+
+def check_used(listens: str, changed: Mapping[str, Any], log_mel_targets: bool = False) -> None:
+    """Refuses settings of `features` and `spec_augment` that would do nothing.
+
+    Args:
+      listens: as of FrontEnd.
+      changed: the settings that somebody chose, by name: {"spec_augment.time_masks": 2}.
+      log_mel_targets: whether the task computes log-mel whatever the encoder listens to (BEST-RQ).
+
+    Raises:
+      UserError: naming the first such setting.
+    """
+    if listens != "waveform":
+        return
+    for name, value in changed.items():
+        section, _, key = name.partition(".")
+        if section == "spec_augment":
+            cure = "mask with config.model.mask_time and mask_channel"
+        elif section == "features" and key != "normalize" and not log_mel_targets:
+            cure = "leave it out"
+        else:
+            continue
+        raise UserError(
+            f"config.{name}={value!r} does nothing, for the encoder listens to the waveform: {cure}"
+        )

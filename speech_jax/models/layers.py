@@ -4,6 +4,8 @@ Parameters are float32; `dtype` is what the arithmetic runs in, and `seed` is fo
 outside of training). Normalizations and softmax are float32. The last projection of every residual
 branch starts at zero, so that a fresh network is the identity on its residual stream and trains
 with a short warm-up (Fixup, Zhang et al. 2019).
+
+Shapes: B rows, T frames, D the width of the residual stream, H heads of W = D / H.
 """
 
 import functools
@@ -15,32 +17,56 @@ import jax.numpy as jnp
 import numpy as np
 
 from speech_jax.errors import UserError
-from speech_jax.ops import masking
+from speech_jax.ops import convolution, masking
 
 Dtype = Any
+# (regular expression for the end of a parameter's path, mesh axes of its last dimensions): see
+# training/sharding.py.
+Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
+
+# Of the modules below, under the names that the encoders give them.
+RULES: Rules = (
+    (r"layer/(scale|bias)", ()),
+    (r"attention/qkv?/kernel", ("fsdp", None, "tensor", None)),
+    (r"attention/qkv?/bias", (None, "tensor", None)),
+    (r"attention/(position|value)/kernel", ("fsdp", "tensor", None)),
+    (r"attention/(content_bias|position_bias|value/bias)", ("tensor", None)),
+    (r"attention/project/kernel", ("tensor", None, "fsdp")),
+    (r"feed_forward(_\d)?/expand/kernel", ("fsdp", "tensor")),
+    (r"feed_forward(_\d)?/expand/bias", ("tensor",)),
+    (r"feed_forward(_\d)?/project/kernel", ("tensor", "fsdp")),
+    (r"convolution/gate/kernel", ("fsdp", None, "tensor")),
+    (r"convolution/gate/bias", (None, "tensor")),
+    (r"convolution/depthwise/kernel", (None, "tensor")),
+    (r"convolution/depthwise/bias", ("tensor",)),
+    (r"convolution/middle_norm/(scale|bias)", ()),
+    (r"convolution/project/kernel", ("tensor", "fsdp")),
+    (r"(attention|feed_forward(_\d)?|convolution)/project/bias", ()),
+)
+# Parameters that the arithmetic wants in float32, whatever `dtype` is (models.cast).
+FLOAT32 = (r"layer/(scale|bias)", r"middle_norm/(scale|bias)")
 
 
 class FeedForward(nn.Module):
-    """[B, T, D] to [B, T, D] through `width` hidden units and swish."""
+    """[B, T, D] to [B, T, D] through `hidden` units and swish."""
 
-    width: int
+    hidden: int
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
     site: int = 0
 
     @nn.compact
-    def __call__(self, x, seed):
-        features = x.shape[-1]
+    def __call__(self, x: jax.Array, seed: jax.Array | None) -> jax.Array:
+        width = x.shape[-1]
         x = LayerNorm(self.dtype, name="norm")(x)
-        x = nn.Dense(self.width, dtype=self.dtype, name="expand")(x)
+        x = nn.Dense(self.hidden, dtype=self.dtype, name="expand")(x)  # [B, T, hidden]
         x = dropout(nn.swish(x), self.dropout, seed, self.site)
-        x = nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="project")(
-            x
-        )
+        zeros = nn.initializers.zeros
+        x = nn.Dense(width, dtype=self.dtype, kernel_init=zeros, name="project")(x)  # [B, T, D]
         return dropout(x, self.dropout, seed, self.site + 1)
 
 
-def dropout(x, rate: float, seed, site: int = 0):
+def dropout(x: jax.Array, rate: float, seed: jax.Array | None, site: int = 0) -> jax.Array:
     """Zeroes each number with probability `rate` and scales the others (Srivastava et al. 2014).
 
     `seed` is uint32 [2], or None outside of training; `site` tells apart the dropouts that share
@@ -57,7 +83,7 @@ def dropout(x, rate: float, seed, site: int = 0):
     return jnp.where(keep, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
 
 
-def _mix(x):
+def _mix(x: jax.Array) -> jax.Array:
     """A hash of uint32: an input bit flips half of the output bits (lowbias32, C. Wellons)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
@@ -70,7 +96,7 @@ class LayerNorm(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="layer")(
             x.astype(jnp.float32)
         ).astype(self.dtype)
@@ -79,10 +105,10 @@ class LayerNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention over valid positions, aware of relative position.
 
-    `position` is 'rotary' (RoPE, Su et al. 2021), 'rotary_input' (what queries and keys are
-    projected from is rotated, not they: scores then depend on absolute position too; as in
-    fairseq's Conformer) or 'relative' (Transformer-XL, Dai et al. 2019, as in the Conformer paper).
-    mask: bool [B, T], True where a key may be attended to.
+    `position` is 'rotary' (RoPE, Su et al. 2021), 'rotary_input' (the input of the projections to
+    queries and keys is rotated, instead of queries and keys: scores then depend on absolute
+    position too; as in fairseq's Conformer) or 'relative' (Transformer-XL, Dai et al. 2019, as in
+    the Conformer paper). The mask is bool [B, T], True where a key may be attended to.
     """
 
     heads: int
@@ -92,22 +118,23 @@ class SelfAttention(nn.Module):
     site: int = 0
 
     @nn.compact
-    def __call__(self, x, mask, seed):
-        features = x.shape[-1]
-        if features % self.heads or (features // self.heads) % 2:
+    def __call__(self, x: jax.Array, mask: jax.Array, seed: jax.Array | None) -> jax.Array:
+        width = x.shape[-1]
+        if width % self.heads or (width // self.heads) % 2:
             raise UserError(
-                f"{features} features cannot be split into {self.heads} heads of even width"
+                f"a width of {width} cannot be split into {self.heads} heads of even width"
             )
-        width = features // self.heads
+        each = width // self.heads
         x = LayerNorm(self.dtype, name="norm")(x)
         dense = functools.partial(nn.DenseGeneral, dtype=self.dtype)
+        # Queries, keys and values are [B, T, H, W].
         if self.position == "rotary_input":
-            rotated = rotate(x.reshape(*x.shape[:2], self.heads, width)).reshape(x.shape)
-            projected = dense((2, self.heads, width), name="qk")(rotated)
+            rotated = rotate(x.reshape(*x.shape[:2], self.heads, each)).reshape(x.shape)
+            projected = dense((2, self.heads, each), name="qk")(rotated)
             query, key = (projected[:, :, i] for i in range(2))
-            value = dense((self.heads, width), name="value")(x)
+            value = dense((self.heads, each), name="value")(x)
         else:
-            projected = dense((3, self.heads, width), name="qkv")(x)
+            projected = dense((3, self.heads, each), name="qkv")(x)
             query, key, value = (projected[:, :, i] for i in range(3))
         if self.position == "rotary":
             scores = _dot(rotate(query), rotate(key))
@@ -119,36 +146,36 @@ class SelfAttention(nn.Module):
             raise UserError(
                 f"position must be 'rotary', 'rotary_input' or 'relative', got {self.position!r}"
             )
-        scores = scores.astype(jnp.float32) / np.sqrt(width).astype(np.float32)
+        scores = scores.astype(jnp.float32) / np.sqrt(each).astype(np.float32)  # [B, H, T, T]
         # Finite, so that a row without a single valid frame stays free of NaN.
         scores = jnp.where(mask[:, None, None, :], scores, -1e30)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         weights = dropout(weights, self.dropout, seed, self.site)
-        context = jnp.einsum("bhts,bshd->bthd", weights, value)
+        context = jnp.einsum("bhts,bshd->bthd", weights, value)  # [B, T, H, W]
         zeros = nn.initializers.zeros
-        output = dense(features, axis=(-2, -1), kernel_init=zeros, name="project")(context)
+        output = dense(width, axis=(-2, -1), kernel_init=zeros, name="project")(context)
         return dropout(output, self.dropout, seed, self.site + 1)
 
-    def _relative_scores(self, query, key):
+    def _relative_scores(self, query: jax.Array, key: jax.Array) -> jax.Array:
         frames, heads, width = query.shape[1:]
         content_bias = self.param("content_bias", nn.initializers.zeros, (heads, width))
         position_bias = self.param("position_bias", nn.initializers.zeros, (heads, width))
         distances = np.arange(frames - 1, -frames, -1)
-        table = jnp.asarray(sinusoids(distances, heads * width), self.dtype)
+        table = jnp.asarray(sinusoids(distances, heads * width), self.dtype)  # [2T - 1, D]
         position = nn.DenseGeneral(
             (heads, width), use_bias=False, dtype=self.dtype, name="position"
         )(table)
         query_content = query + content_bias.astype(self.dtype)[None, None]
         query_position = query + position_bias.astype(self.dtype)[None, None]
-        by_distance = jnp.einsum("bthd,rhd->bhtr", query_position, position)
+        by_distance = jnp.einsum("bthd,rhd->bhtr", query_position, position)  # [B, H, T, 2T - 1]
         return _dot(query_content, key) + _distance_to_key(by_distance)
 
 
-def _dot(query, key):
+def _dot(query: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.einsum("bthd,bshd->bhts", query, key)
 
 
-def _distance_to_key(scores):
+def _distance_to_key(scores: jax.Array) -> jax.Array:
     """[B, H, T, 2T-1] indexed by distance T-1..-(T-1) to [B, H, T, T] indexed by key."""
     batch, heads, frames, distances = scores.shape
     padded = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (1, 0)))
@@ -156,15 +183,15 @@ def _distance_to_key(scores):
     return skewed.reshape(batch, heads, frames, distances)[..., :frames]
 
 
-def sinusoids(positions: np.ndarray, features: int) -> np.ndarray:
-    """Sinusoidal embeddings [len(positions), features] (Vaswani et al. 2017)."""
-    rates = np.exp(-np.log(10_000.0) * np.arange(0, features, 2) / features)
+def sinusoids(positions: np.ndarray, width: int) -> np.ndarray:
+    """Sinusoidal embeddings [len(positions), width] (Vaswani et al. 2017)."""
+    rates = np.exp(-np.log(10_000.0) * np.arange(0, width, 2) / width)
     angles = positions[:, None] * rates[None, :]
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
 
 
-def rotate(x):
-    """Rotary position embedding of [B, T, H, D]."""
+def rotate(x: jax.Array) -> jax.Array:
+    """Rotary position embedding of [B, T, H, W]."""
     frames, width = x.shape[1], x.shape[3]
     table = sinusoids(np.arange(frames), width).reshape(1, frames, 1, width)
     sin, cos = (jnp.asarray(half, x.dtype) for half in np.split(table, 2, axis=-1))
@@ -176,7 +203,7 @@ class ConvolutionModule(nn.Module):
     """The Conformer's convolution: gate, depthwise over time, norm, swish (Gulati et al. 2020).
 
     `norm` is 'layer', or 'batch' with statistics over the valid frames of the global batch, which
-    are remembered with `momentum`. `use_bias` is of the convolutions.
+    are remembered with `momentum`. `use_bias` says whether the convolutions have a bias.
     """
 
     kernel: int
@@ -188,11 +215,11 @@ class ConvolutionModule(nn.Module):
     site: int = 0
 
     @nn.compact
-    def __call__(self, x, mask, seed):
-        features = x.shape[-1]
+    def __call__(self, x: jax.Array, mask: jax.Array, seed: jax.Array | None) -> jax.Array:
+        width = x.shape[-1]
         x = LayerNorm(self.dtype, name="norm")(x)
         bias = {"use_bias": self.use_bias, "dtype": self.dtype}
-        gated = nn.DenseGeneral((2, features), name="gate", **bias)(x)
+        gated = nn.DenseGeneral((2, width), name="gate", **bias)(x)  # [B, T, 2, D]
         x = gated[:, :, 0] * nn.sigmoid(gated[:, :, 1])
         x = jnp.where(mask[:, :, None], x, jnp.zeros((), self.dtype))
         x = DepthwiseConvolution(self.kernel, name="depthwise", **bias)(x)
@@ -204,42 +231,32 @@ class ConvolutionModule(nn.Module):
         else:
             raise UserError(f"conv_norm must be 'layer' or 'batch', got {self.norm!r}")
         zeros = nn.initializers.zeros
-        x = nn.Dense(features, kernel_init=zeros, name="project", **bias)(nn.swish(x))
+        x = nn.Dense(width, kernel_init=zeros, name="project", **bias)(nn.swish(x))
         return dropout(x, self.dropout, seed, self.site)
 
 
 class DepthwiseConvolution(nn.Module):
-    """Each of D channels of [B, T, D] convolved over time on its own, 'same' padding.
-
-    Written as a sum of shifted products, which XLA fuses into one pass over the data; its grouped
-    convolution is slower on CPU, and far slower inside a scan over layers.
-    """
+    """Each of D channels of [B, T, D] convolved over time on its own, 'same' padding."""
 
     kernel: int
     use_bias: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
-        frames, features = x.shape[1:]
-        weight = self.param(
-            "kernel", nn.initializers.normal(self.kernel**-0.5), (self.kernel, features)
-        ).astype(self.dtype)
-        total = jnp.zeros((), self.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        taps = nn.initializers.normal(self.kernel**-0.5)
+        weight = self.param("kernel", taps, (self.kernel, width)).astype(self.dtype)
+        bias = None
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (features,))
-            total = bias.astype(self.dtype)[None, None]
-        left = (self.kernel - 1) // 2
-        padded = jnp.pad(x, ((0, 0), (left, self.kernel - 1 - left), (0, 0)))
-        for tap in range(self.kernel):
-            total = total + padded[:, tap : tap + frames] * weight[tap][None, None]
-        return total
+            bias = self.param("bias", nn.initializers.zeros, (width,)).astype(self.dtype)
+        return convolution.depthwise(x, weight, bias)
 
 
 class MaskedBatchNorm(nn.Module):
     """Batch normalization over the valid frames of the global batch (Ioffe & Szegedy 2015).
 
-    Under a mesh the sums are global: the mean is of all devices' frames, not of one's. The running
+    Under a mesh the sums are global: the mean is over the frames of all devices. The running
     statistics are in the 'batch_stats' collection.
     """
 
@@ -247,19 +264,17 @@ class MaskedBatchNorm(nn.Module):
     momentum: float = 0.99
 
     @nn.compact
-    def __call__(self, x, mask, deterministic: bool):
-        features = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (features,))
-        bias = self.param("bias", nn.initializers.zeros, (features,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
-        running_variance = self.variable(
-            "batch_stats", "variance", jnp.ones, (features,), jnp.float32
-        )
+    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
+        width = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,), jnp.float32)
+        running_variance = self.variable("batch_stats", "variance", jnp.ones, (width,), jnp.float32)
         if deterministic:
             mean, variance = running_mean.value, running_variance.value
         else:
             mean, variance = masking.masked_mean_and_variance(x, mask[:, :, None], axes=(0, 1))
-            mean, variance = mean.reshape(features), variance.reshape(features)
+            mean, variance = mean.reshape(width), variance.reshape(width)
             if not self.is_initializing():
                 for running, new in ((running_mean, mean), (running_variance, variance)):
                     running.value = self.momentum * running.value + (1 - self.momentum) * new

@@ -1,6 +1,9 @@
 """wav2vec 2.0 (Baevski et al. 2020): a convolutional and Transformer encoder over waveforms.
 
-Parameters map one to one onto those of the released checkpoints (deploy/hf.py).
+Parameters map one to one onto those of the released checkpoints (bundle/huggingface.py).
+
+Shapes: B rows, T samples, T' frames, C the width of the feature extractor's output, D the width of
+the Transformer, H heads of W = D / H.
 """
 
 import functools
@@ -12,18 +15,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from speech_jax.errors import UserError
 from speech_jax.models import layers
-from speech_jax.ops import masking, partition
+from speech_jax.ops import convolution, masking, partition
 
 _normal = nn.initializers.normal(0.02)
 
 
 class Wav2Vec2(nn.Module):
-    """Waveform [B, T] to hidden [B, T', features], a frame every 20 ms of 16 kHz audio.
+    """Waveform [B, T] to hidden [B, T', width], a frame every 20 ms of 16 kHz audio.
 
     Attributes:
-      features: width of the Transformer (D).
-      num_layers, heads, feed_forward: its depth, attention heads and feed-forward width.
+      width: of the Transformer (D).
+      num_layers, heads, feed_forward: its depth, attention heads and hidden units of a layer.
       pre_norm: normalize before each residual branch (Large) or after the sum (Base).
       conv_channels, conv_kernels, conv_strides: the feature extractor, layer by layer.
       conv_norm: 'group' normalizes each channel of the first layer over time (Base), 'layer' the
@@ -44,7 +48,7 @@ class Wav2Vec2(nn.Module):
       dtype: what the arithmetic runs in; parameters are float32.
     """
 
-    features: int = 768
+    width: int = 768
     num_layers: int = 12
     heads: int = 12
     feed_forward: int = 3072
@@ -69,17 +73,33 @@ class Wav2Vec2(nn.Module):
     remat: bool = False
     dtype: Any = "float32"
 
-    frontend = "waveform"
+    listens: ClassVar = "waveform"
+    rules: ClassVar[layers.Rules] = (
+        *layers.RULES,
+        (r"extractor/kernel_\d", (None, None, "fsdp")),
+        (r"extractor/(bias|scale|shift)_\d", ()),
+        (r"projection/kernel", ("fsdp", None)),
+        (r"projection/bias", ()),
+        (r"mask_embedding", ()),
+        (r"position/direction", (None, None, "fsdp")),
+        (r"position/(magnitude|bias)", ()),
+    )
+    # The group norm is folded into the first convolution, and the weight norm is of all taps.
+    float32: ClassVar = (
+        *layers.FLOAT32,
+        r"extractor/(kernel|scale|shift)_0",
+        r"position/(direction|magnitude)",
+    )
     # Base and Large: table 7 of fairseq's release. Tiny is for two CPU cores.
     VARIANTS: ClassVar = {
         "tiny": {
-            "features": 128, "num_layers": 4, "heads": 4, "feed_forward": 512,
+            "width": 128, "num_layers": 4, "heads": 4, "feed_forward": 512,
             "conv_channels": (32, 64, 64, 96, 96, 128, 128), "position_kernel": 32,
             "position_groups": 8, "scan": False,
         },
         "base": {},
         "large": {
-            "features": 1024, "num_layers": 24, "heads": 16, "feed_forward": 4096,
+            "width": 1024, "num_layers": 24, "heads": 16, "feed_forward": 4096,
             "pre_norm": True, "conv_norm": "layer", "conv_bias": True,
         },
     }  # fmt: skip
@@ -95,9 +115,9 @@ class Wav2Vec2(nn.Module):
             dtype=self.dtype,
         )
         self.feature_norm = layers.LayerNorm(self.dtype)
-        self.projection = nn.Dense(self.features, dtype=self.dtype, kernel_init=_normal)
+        self.projection = nn.Dense(self.width, dtype=self.dtype, kernel_init=_normal)
         uniform = nn.initializers.uniform(1.0)
-        self.mask_embedding = self.param("mask_embedding", uniform, (self.features,))
+        self.mask_embedding = self.param("mask_embedding", uniform, (self.width,))
         if self.position_kernel:
             self.position = PositionalConvolution(
                 self.position_kernel, self.position_groups, dtype=self.dtype
@@ -117,23 +137,35 @@ class Wav2Vec2(nn.Module):
         else:
             self.layer = [block(**settings) for _ in range(self.num_layers)]
 
-    def layer_settings(self):
+    def layer_settings(self) -> tuple[type[nn.Module], dict[str, Any]]:
         """The module of a layer, called as module(x, mask, seed, skip), and its attributes."""
         names = ("heads", "pre_norm", "dropout", "dtype")
-        return Block, {name: getattr(self, name) for name in names} | {"width": self.feed_forward}
+        settings = {name: getattr(self, name) for name in names}
+        return Block, settings | {"hidden": self.feed_forward}
 
-    def output_lengths(self, lengths):
+    def geometry(self) -> tuple[int, int]:
+        """How many samples a frame sees, and how many there are from frame to frame."""
+        field = convolution.receptive_field(self.conv_kernels, self.conv_strides)
+        return field, math.prod(self.conv_strides)
+
+    def output_lengths(self, lengths: int | jax.Array) -> int | jax.Array:
         """Hidden frames for `lengths` samples; the convolutions see no padding."""
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
-            lengths = _convolved(lengths, kernel, stride)
+            lengths = convolution.output_length(lengths, kernel, stride)
         return lengths
 
-    def __call__(self, inputs, lengths, deterministic: bool, mask=None):
+    def __call__(
+        self,
+        inputs: jax.Array,
+        lengths: jax.Array,
+        deterministic: bool,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         """Hidden [B, T', D] (0 past the end) and its lengths; `mask` as in `contextualize`."""
         features, lengths = self.extract(inputs, lengths)
         return self.contextualize(self.normalize(features), lengths, deterministic, mask), lengths
 
-    def extract(self, inputs, lengths):
+    def extract(self, inputs: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The extractor's output [B, T', C], 0 past the end, and its lengths [B]."""
         if self.feature_gradient == 0.0:
             features = lax.stop_gradient(self.extractor(inputs, lengths))
@@ -143,12 +175,18 @@ class Wav2Vec2(nn.Module):
         valid = masking.length_mask(lengths, features.shape[1])[:, :, None]
         return jnp.where(valid, features, jnp.zeros((), features.dtype)), lengths
 
-    def normalize(self, features):
-        """Layer-normalized features [B, T', C]: what is projected, and what is quantized."""
+    def normalize(self, features: jax.Array) -> jax.Array:
+        """Layer-normalized features [B, T', C]: the input of the projection and the quantizer."""
         return self.feature_norm(features)
 
-    def contextualize(self, features, lengths, deterministic: bool, mask=None):
-        """The layers over normalized features [B, T', C].
+    def contextualize(
+        self,
+        features: jax.Array,
+        lengths: jax.Array,
+        deterministic: bool,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """The layers over normalized features [B, T', C]: hidden [B, T', D].
 
         mask: bool [B, T'], frames to replace by the mask embedding; None draws `mask_time` spans
         in training and masks nothing otherwise.
@@ -179,17 +217,19 @@ class Wav2Vec2(nn.Module):
             x = self.norm(x)
         return jnp.where(valid[:, :, None], x, jnp.zeros((), x.dtype))
 
-    def _mask(self, x, lengths, deterministic, mask):
+    def _mask(
+        self, x: jax.Array, lengths: jax.Array, deterministic: bool, mask: jax.Array | None
+    ) -> jax.Array:
         batch, frames, channels = x.shape
         if mask is None and self.mask_time and not deterministic:
             rng = self.make_rng("dropout")
-            mask = random_spans(rng, lengths, frames, self.mask_time, self.mask_time_length)
+            mask = masking.random_spans(rng, lengths, frames, self.mask_time, self.mask_time_length)
         if mask is not None:
             embedding = self.mask_embedding.astype(x.dtype)[None, None]
             x = jnp.where(mask[:, :, None], embedding, x)
         if self.mask_channel and not deterministic:
             whole = jnp.full((batch,), channels, lengths.dtype)
-            dropped = random_spans(
+            dropped = masking.random_spans(
                 self.make_rng("dropout"),
                 whole,
                 channels,
@@ -199,24 +239,6 @@ class Wav2Vec2(nn.Module):
             )
             x = jnp.where(dropped[:, None, :], jnp.zeros((), x.dtype), x)
         return x
-
-
-def random_spans(rng, lengths, size: int, fraction: float, span: int, minimum: int = 2):
-    """Bool [B, size]: spans of `span` positions that lie inside their row's length and may overlap.
-
-    A row of length L gets fraction * L / span spans, rounded at random up or down (the same way
-    for all rows), at least `minimum`, at distinct starts drawn uniformly; none where L < span.
-    """
-    rounding_rng, start_rng = jax.random.split(rng)
-    starts = jnp.maximum(lengths - (span - 1), 0)
-    wanted = fraction * lengths.astype(jnp.float32) / span + jax.random.uniform(rounding_rng)
-    count = jnp.minimum(jnp.maximum(wanted.astype(lengths.dtype), minimum), starts)
-    order = jax.random.uniform(start_rng, (lengths.shape[0], size))
-    order = jnp.where(masking.length_mask(starts, size), order, -1.0)
-    rank = jnp.argsort(jnp.argsort(-order, axis=1), axis=1)
-    begun = jnp.cumsum(rank < count[:, None], axis=1, dtype=jnp.int32)
-    ended = jnp.pad(begun, ((0, 0), (span, 0)))[:, :size]
-    return begun > ended
 
 
 class FeatureExtractor(nn.Module):
@@ -231,13 +253,13 @@ class FeatureExtractor(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, inputs, lengths):
+    def __call__(self, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
         if self.norm not in ("group", "layer"):
-            raise ValueError(f"conv_norm must be 'group' or 'layer', got {self.norm!r}")
-        shortest = receptive_field(self.kernels, self.strides)
+            raise UserError(f"conv_norm must be 'group' or 'layer', got {self.norm!r}")
+        shortest = convolution.receptive_field(self.kernels, self.strides)
         if inputs.shape[1] < shortest:
-            raise ValueError(f"audio has {inputs.shape[1]} samples, a frame needs {shortest}")
-        x = inputs[:, :, None]
+            raise UserError(f"audio has {inputs.shape[1]} samples, a frame needs {shortest}")
+        x = inputs[:, :, None]  # [B, T, 1]
         geometry = zip(self.channels, self.kernels, self.strides, strict=True)
         for index, (channels, kernel, stride) in enumerate(geometry):
             shape = (kernel, x.shape[2], channels)
@@ -245,77 +267,23 @@ class FeatureExtractor(nn.Module):
             bias = jnp.zeros(channels)
             if self.use_bias:
                 bias = self.param(f"bias_{index}", nn.initializers.zeros, (channels,))
-            windows = _windows(x, kernel, stride)
-            weight = weight.reshape(-1, channels)
             if self.norm == "group" and index == 0:
                 scale = self.param("scale_0", nn.initializers.ones, (channels,))
                 shift = self.param("shift_0", nn.initializers.zeros, (channels,))
-                frames = _convolved(lengths, kernel, stride)
+                frames = convolution.output_length(lengths, kernel, stride)
                 if self.norm_padding:
-                    frames = jnp.full_like(frames, windows.shape[1])
-                weight, bias = _normalize_over_time(windows, frames, weight, scale, shift)
+                    whole = convolution.output_length(x.shape[1], kernel, stride)
+                    frames = jnp.full_like(frames, whole)
+                x = convolution.strided_and_normalized(
+                    x, frames, weight, stride, scale, shift, self.dtype
+                )
             else:
-                weight, bias = weight[None], bias[None]
-            x = jnp.matmul(windows.astype(self.dtype), weight.astype(self.dtype))
-            x = x + bias.astype(self.dtype)[:, None]
+                x = convolution.strided(x.astype(self.dtype), weight.astype(self.dtype), stride)
+                x = x + bias.astype(self.dtype)[None, None]
             if self.norm == "layer":
                 x = layers.LayerNorm(self.dtype, name=f"norm_{index}")(x)
             x = partition.split_rows(nn.gelu(x, approximate=False))
         return x
-
-
-def receptive_field(kernels, strides) -> int:
-    """How many samples one frame of the extractor sees."""
-    field = 1
-    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
-        field = (field - 1) * stride + kernel
-    return field
-
-
-def _convolved(lengths, kernel, stride):
-    maximum = max if isinstance(lengths, int) else jnp.maximum
-    return maximum((lengths - kernel) // stride + 1, 0)
-
-
-def _windows(x, kernel: int, stride: int):
-    """[B, T, C] to the windows of a strided convolution [B, T', kernel * C].
-
-    Slices and a reshape, so that the convolution is one matrix product: on CPU its gradients are
-    about twice as fast as those of lax.conv.
-    """
-    batch, length, channels = x.shape
-    frames = _convolved(length, kernel, stride)
-    pieces = -(-kernel // stride)
-    needed = (frames + pieces - 1) * stride
-    x = jnp.pad(x[:, :needed], ((0, 0), (0, max(0, needed - length)), (0, 0)))
-    x = x.reshape(batch, frames + pieces - 1, stride * channels)
-    widths = [min(stride, kernel - piece * stride) * channels for piece in range(pieces)]
-    parts = [x[:, piece : piece + frames, :width] for piece, width in enumerate(widths)]
-    return jnp.concatenate(parts, axis=-1)
-
-
-def _normalize_over_time(windows, frames, weight, scale, shift):
-    """Folds the group norm of a convolution's output into the convolution.
-
-    The mean and variance over time of `windows @ weight` follow from the mean and covariance of
-    the windows [B, F, K], so the output [B, F, C], the largest array of the network, is written
-    once, normalized. A bias of the convolution would cancel.
-
-    Returns:
-      weight [B, K, C] and bias [B, C] of each row.
-    """
-    valid = masking.length_mask(frames, windows.shape[1])[:, :, None]
-    windows = windows.astype(jnp.float32)
-    count = jnp.maximum(frames, 1).astype(jnp.float32)[:, None]
-    mean = jnp.where(valid, windows, 0.0).sum(axis=1) / count
-    centered = jnp.where(valid, windows - mean[:, None], 0.0)
-    exactly = {"precision": lax.Precision.HIGHEST}
-    covariance = jnp.einsum("btk,btl->bkl", centered, centered, **exactly) / count[:, :, None]
-    half = jnp.einsum("bkl,lc->bkc", covariance, weight, **exactly)
-    variance = jnp.maximum((half * weight[None]).sum(axis=1), 0.0)
-    factor = scale[None] * lax.rsqrt(variance + 1e-5)
-    bias = shift[None] - jnp.einsum("bk,kc->bc", mean, weight, **exactly) * factor
-    return weight[None] * factor[:, None], bias
 
 
 class PositionalConvolution(nn.Module):
@@ -326,71 +294,18 @@ class PositionalConvolution(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x):
-        features = x.shape[-1]
-        shape = (self.kernel, features // self.groups, features)
-        std = 2.0 / math.sqrt(self.kernel * features)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        shape = (self.kernel, width // self.groups, width)
+        std = 2.0 / math.sqrt(self.kernel * width)
         direction = self.param("direction", nn.initializers.normal(std), shape)
-        # As the weight norm starts out: the weight itself.
+        # The weight starts out as the direction.
         norm = lambda weight: jnp.sqrt(jnp.square(weight).sum(axis=(1, 2)))
         magnitude = self.param("magnitude", lambda _: norm(direction))
-        bias = self.param("bias", nn.initializers.zeros, (features,))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
         weight = direction * (magnitude / norm(direction))[:, None, None]
-        x = grouped_convolution(x, weight.astype(self.dtype), self.groups)
+        x = convolution.grouped(x, weight.astype(self.dtype), self.groups)
         return nn.gelu(x + bias.astype(self.dtype)[None, None], approximate=False)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def grouped_convolution(x, weight, groups: int):
-    """[B, T, D] convolved over time with weight [K, D / groups, D], 'same' padding.
-
-    The gradient of the weight is a matrix product: XLA's own is some ten times slower on CPU.
-    """
-    kernel = weight.shape[0]
-    return lax.conv_general_dilated(
-        x,
-        weight,
-        window_strides=(1,),
-        padding=[(kernel // 2, (kernel - 1) // 2)],
-        dimension_numbers=("NWC", "WIO", "NWC"),
-        feature_group_count=groups,
-    )
-
-
-def _grouped_convolution_forward(x, weight, groups):
-    return grouped_convolution(x, weight, groups), (x, weight)
-
-
-def _grouped_convolution_backward(groups, residuals, gradient):
-    x, weight = residuals
-    _, input_vjp = jax.vjp(lambda x: grouped_convolution.fun(x, weight, groups), x)
-    return *input_vjp(gradient), _weight_gradient(x, gradient, weight.shape, groups)
-
-
-grouped_convolution.defvjp(_grouped_convolution_forward, _grouped_convolution_backward)
-
-
-def _weight_gradient(x, gradient, shape, groups):
-    # Tap k = a + block * b of the gradient is sum over s of x[s + a] * gradient[s - block * b]:
-    # one product of `block` shifted copies of x and kernel / block shifted copies of gradient.
-    kernel, width, _ = shape
-    batch, frames, _ = x.shape
-    block = math.gcd(kernel, 16)
-    rest = kernel - block
-    x = jnp.pad(x, ((0, 0), (kernel // 2, (kernel - 1) // 2), (0, 0)))
-    gradient = jnp.pad(gradient, ((0, 0), (rest, rest), (0, 0)))
-
-    def shifted(array, offsets):
-        array = array.reshape(batch, -1, groups, width).transpose(2, 0, 1, 3)
-        copies = [array[:, :, offset : offset + frames + rest] for offset in offsets]
-        copies = jnp.concatenate(copies, axis=-1)
-        return copies.reshape(groups, batch * (frames + rest), len(offsets) * width)
-
-    inputs = shifted(x, range(block))
-    outputs = shifted(gradient, range(rest, -1, -block))
-    product = jnp.einsum("gsi,gso->gio", inputs, outputs)
-    product = product.reshape(groups, block, width, kernel // block, width)
-    return product.transpose(3, 1, 2, 0, 4).reshape(shape)
 
 
 class Block(nn.Module):
@@ -400,18 +315,24 @@ class Block(nn.Module):
     """
 
     heads: int
-    width: int
+    hidden: int
     pre_norm: bool
     dropout: float
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, mask, seed, skip):
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        seed: jax.Array | None,
+        skip: jax.Array | None,
+    ) -> tuple[jax.Array, None]:
         x = partition.split_rows(x)
         attention_norm = layers.LayerNorm(self.dtype, name="attention_norm")
         feed_forward_norm = layers.LayerNorm(self.dtype, name="feed_forward_norm")
         attention = Attention(self.heads, self.dropout, self.dtype, name="attention")
-        feed_forward = FeedForward(self.width, self.dropout, self.dtype, name="feed_forward")
+        feed_forward = FeedForward(self.hidden, self.dropout, self.dtype, name="feed_forward")
         if self.pre_norm:
             y = x + attention(attention_norm(x), mask, seed)
             y = y + feed_forward(feed_forward_norm(y), seed)
@@ -431,42 +352,42 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, mask, seed):
-        features = x.shape[-1]
-        if features % self.heads:
-            raise ValueError(f"{features} features cannot be split into {self.heads} heads")
-        width = features // self.heads
+    def __call__(self, x: jax.Array, mask: jax.Array, seed: jax.Array | None) -> jax.Array:
+        width = x.shape[-1]
+        if width % self.heads:
+            raise UserError(f"a width of {width} cannot be split into {self.heads} heads")
+        each = width // self.heads
         dense = functools.partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=_normal)
-        projected = dense((3, self.heads, width), name="qkv")(x)
+        projected = dense((3, self.heads, each), name="qkv")(x)  # [B, T', 3, H, W]
         query, key, value = (projected[:, :, i] for i in range(3))
-        query = query * jnp.asarray(width**-0.5, self.dtype)
-        scores = jnp.einsum("bthd,bshd->bhts", query, key).astype(jnp.float32)
+        query = query * jnp.asarray(each**-0.5, self.dtype)
+        scores = jnp.einsum("bthd,bshd->bhts", query, key).astype(jnp.float32)  # [B, H, T', T']
         # Finite, so that a row without a single valid frame stays free of NaN.
         scores = jnp.where(mask[:, None, None, :], scores, -1e30)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         weights = layers.dropout(weights, self.dropout, seed, site=0)
-        context = jnp.einsum("bhts,bshd->bthd", weights, value)
-        output = dense(features, axis=(-2, -1), name="project")(context)
+        context = jnp.einsum("bhts,bshd->bthd", weights, value)  # [B, T', H, W]
+        output = dense(width, axis=(-2, -1), name="project")(context)
         return layers.dropout(output, self.dropout, seed, site=1)
 
 
 class FeedForward(nn.Module):
-    """[B, T, D] to [B, T, D] through `width` hidden units and GELU."""
+    """[B, T', D] to [B, T', D] through `hidden` units and GELU."""
 
-    width: int
+    hidden: int
     dropout: float
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, seed):
+    def __call__(self, x: jax.Array, seed: jax.Array | None) -> jax.Array:
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
-        hidden = nn.gelu(dense(self.width, name="expand")(x), approximate=False)
+        hidden = nn.gelu(dense(self.hidden, name="expand")(x), approximate=False)
         x = dense(x.shape[-1], name="project")(hidden)
         return layers.dropout(x, self.dropout, seed, site=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scale_gradient(x, factor: float):
+def _scale_gradient(x: jax.Array, factor: float) -> jax.Array:
     return x
 
 

@@ -4,89 +4,40 @@ Graves et al., "Connectionist temporal classification", ICML 2006. The loss is t
 log-likelihood of the labels summed over all alignments; its gradient is softmax minus occupancy,
 written by hand here and computed from the forward and backward recursions.
 
-Probabilities are carried as numbers with an exponent of their own: value = mantissa * 2**exponent,
-mantissa float32, exponent int32. Adding and multiplying them takes no exp and no log, no sum ever
-underflows however peaked the logits are, and the error is that of float32 products (about 1e-7 a
-frame), while log-space rounds each frame to the precision of a log-likelihood of thousands of nats.
+Probabilities are carried as numbers with an exponent of their own (ops/wide.py). In the shapes
+below T are frames, B rows, N labels of a row and K classes.
 """
 
-import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+
+from speech_jax.ops.checks import checked
+from speech_jax.ops.wide import (
+    CHUNK,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG2_E,
+    ZERO_EXPONENT,
+    Wide,
+    normalized,
+    power_of_two,
+    wide_exp,
+    wide_sum,
+    wide_times,
+    wide_where,
+)
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 
-# Frames between two checkpoints of alpha, and between two normalizations of the mantissas: these
-# grow at most 3 * sqrt(2) times a frame, so that 16 frames stay below 2**34. Measured on CPU.
-CHUNK = 16
-
-
-class Wide(NamedTuple):
-    """A nonnegative number mantissa * 2**exponent, elementwise; float32 and int32 arrays.
-
-    The exponent may also be a whole float32, which holds it exactly up to 2**24.
-    """
-
-    mantissa: jax.Array
-    exponent: jax.Array
-
-
-ZERO_EXPONENT = -(2**29)  # the exponent of 0: below any that a product of probabilities reaches
 _LOWEST = -1e30  # stands for -inf where 0 * -inf must be 0
-_LOG2_E = 1 / math.log(2)
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # their sum is log(2); n * high is exact
 
-
-def power_of_two(n):
-    """2.0**n as float32 for whole n at most 127; 0 for n below -126."""
-    bits = (jnp.maximum(n, -127).astype(jnp.int32) + 127) << 23
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def wide_exp(x, exponent_type=jnp.int32):
-    """exp(x) as a Wide, exact to float32 for any finite x; 0 for -inf."""
-    x = x.astype(jnp.float32)
-    # 2**20 bounds the exponent of one frame, so that a sum over frames stays within int32.
-    n = jnp.clip(jnp.round(x * _LOG2_E), -(2.0**20), 2.0**20)
-    return Wide(jnp.exp((x - n * _LN2_HIGH) - n * _LN2_LOW), n.astype(exponent_type))
-
-
-def wide_sum(*terms):
-    """The sum of Wide numbers of mantissas below 2**100."""
-    exponent = terms[0].exponent
-    for term in terms[1:]:
-        exponent = jnp.maximum(exponent, term.exponent)
-    mantissa = sum(term.mantissa * power_of_two(term.exponent - exponent) for term in terms)
-    return Wide(mantissa, exponent)
-
-
-def wide_times(a, b):
-    """The product of two Wide numbers."""
-    return Wide(a.mantissa * b.mantissa, a.exponent + b.exponent)
-
-
-def normalized(x):
-    """The same Wide number with its mantissa in [1, 2), or 0."""
-    bits = lax.bitcast_convert_type(x.mantissa, jnp.int32)
-    shift = lax.shift_right_logical(bits, 23) - 127
-    exponent = x.exponent + shift.astype(x.exponent.dtype)
-    exponent = jnp.where(x.mantissa == 0, ZERO_EXPONENT, exponent)
-    return Wide(x.mantissa * power_of_two(-shift), exponent)
-
-
-def _where(condition, a, b):
-    return jax.tree.map(partial(jnp.where, condition), a, b)
-
-
-def wide_where(condition, x):
-    """The number where the condition holds, 0 elsewhere."""
-    exponent = jnp.where(condition, x.exponent, ZERO_EXPONENT)
-    return Wide(jnp.where(condition, x.mantissa, 0), exponent)
+# The states of a row at a frame: Wide [B, N + 1] of the blanks and of the labels.
+States = tuple[Wide, Wide]
 
 
 class _Problem(NamedTuple):
@@ -94,11 +45,15 @@ class _Problem(NamedTuple):
     emissions: jax.Array  # [T, B, N] logits of the labels
     blank: jax.Array  # [T, B] logits of the blank
     skip: jax.Array  # [B, N] whether label j - 1 may be followed by label j without a blank
-    logit_lengths: jax.Array  # [B]
-    label_lengths: jax.Array  # [B]
+    logit_lengths: jax.Array  # [B] frames
+    label_lengths: jax.Array  # [B] labels
 
 
-def _states(column, labels):
+def _where(condition: jax.Array, a: Any, b: Any) -> Any:
+    return jax.tree.map(partial(jnp.where, condition), a, b)
+
+
+def _states(column: jax.Array, labels: int) -> States:
     """States with probability 1 in one blank: a pair of Wide [B, N + 1]; column [B]."""
     here = jnp.arange(labels + 1)[None] == column[:, None]
     blanks = Wide(here.astype(jnp.float32), jnp.where(here, 0, ZERO_EXPONENT))
@@ -106,21 +61,21 @@ def _states(column, labels):
     return blanks, none
 
 
-def _pad(x, where):
+def _pad(x: Wide, where: tuple[int, int]) -> Wide:
     widths = ((0, 0), where)
     return Wide(
         jnp.pad(x.mantissa, widths), jnp.pad(x.exponent, widths, constant_values=ZERO_EXPONENT)
     )
 
 
-def _cut(x, start, stop):
+def _cut(x: Wide, start: int | None, stop: int | None) -> Wide:
     return jax.tree.map(lambda v: v[..., start:stop], x)
 
 
-def _forward_step(skip, states, frame):
+def _forward_step(skip: jax.Array, states: States, frame: tuple) -> States:
     """One frame of alpha. Labels are kept at columns 1..N: column 0 is never reached."""
-    blanks, labels = states
-    label, blank, live = frame
+    blanks, labels = states  # [B, N + 1]
+    label, blank, live = frame  # [B, N], [B, 1], [B, 1]
     previous = _cut(labels, None, -1)
     to_blank = wide_times(wide_sum(blanks, labels), blank)
     to_label = wide_sum(_cut(labels, 1, None), _cut(blanks, None, -1), wide_where(skip, previous))
@@ -128,10 +83,10 @@ def _forward_step(skip, states, frame):
     return _where(live, to_blank, blanks), _pad(to_label, (1, 0))
 
 
-def _backward_step(skip, states, frame):
+def _backward_step(skip: jax.Array, states: States, frame: tuple) -> States:
     """One frame of beta, the frame's own probability included. Labels are at columns 0..N-1."""
-    blanks, labels = states
-    label, blank, live = frame
+    blanks, labels = states  # [B, N + 1]
+    label, blank, live = frame  # [B, N], [B, 1], [B, 1]
     following = _cut(labels, 1, None)
     to_blank = wide_times(wide_sum(blanks, labels), blank)
     to_label = wide_sum(_cut(labels, None, -1), _cut(blanks, 1, None), wide_where(skip, following))
@@ -139,26 +94,27 @@ def _backward_step(skip, states, frame):
     return _where(live, to_blank, blanks), _pad(to_label, (0, 1))
 
 
-def _chunk(problem, index):
+def _chunk(problem: _Problem, index: jax.Array) -> tuple[tuple, jax.Array]:
     """Frames of a chunk, ready for a step, and the first of them.
 
-    The last chunk ends with the last frame; what it shares with the one before is not live.
+    The last chunk ends with the last frame; the frames that it shares with the one before are not
+    live.
     """
     T = problem.blank.shape[0]
     size = min(CHUNK, T)
     start = jnp.minimum(index * size, T - size)
     cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
     label, blank = wide_exp(cut(problem.emissions)), wide_exp(cut(problem.blank)[..., None])
-    frame = start + jnp.arange(size)[:, None]
+    frame = start + jnp.arange(size)[:, None]  # [size, 1]
     live = (frame >= index * size) & (frame < problem.logit_lengths[None])
     return (label, blank, live[..., None]), start
 
 
-def _chunks(frames):
+def _chunks(frames: int) -> jax.Array:
     return jnp.arange(-(-frames // min(CHUNK, frames)))
 
 
-def _keep_labels(step):
+def _keep_labels(step: Callable) -> Callable:
     def body(states, frame):
         blanks, labels = step(states, frame)
         return (blanks, labels), labels
@@ -166,11 +122,11 @@ def _keep_labels(step):
     return body
 
 
-def _normalized_states(states):
+def _normalized_states(states: States) -> States:
     return tuple(map(normalized, states))
 
 
-def _likelihood(problem):
+def _likelihood(problem: _Problem) -> tuple[Wide, States]:
     """The likelihood times the softmax denominators, a Wide [B]; alpha before every chunk."""
     T, _, N = problem.emissions.shape
 
@@ -187,8 +143,11 @@ def _likelihood(problem):
     return normalized(wide_sum(pick(blanks), pick(labels))), checkpoints
 
 
-def _occupancy(alpha, beta, own, likelihood):
-    """Posterior of each label at each frame; alpha and beta both hold the frame's `own`."""
+def _occupancy(alpha: Wide, beta: Wide, own: Wide, likelihood: Wide) -> jax.Array:
+    """Posterior of each label at each frame [T, B, N]; alpha and beta both hold the frame's `own`.
+
+    alpha, beta, own: Wide [T, B, N]; likelihood: Wide [B].
+    """
     positive = likelihood.mantissa > 0
     scale = jnp.where(positive, 1 / jnp.where(positive, likelihood.mantissa, 1), 0)
     # The frame's own probability is divided out; where it is 0, so are alpha and beta.
@@ -198,14 +157,23 @@ def _occupancy(alpha, beta, own, likelihood):
     return product * power_of_two(jnp.minimum(exponent, 127))
 
 
-def _subtract_labels(gradient, labels, occupancy):
-    # [B, T, K] less [B, T, N] at the classes of the labels.
+def _subtract_labels(gradient: jax.Array, labels: jax.Array, occupancy: jax.Array) -> jax.Array:
+    # [B, T, K] less [B, T, N] at the classes of the labels [B, N].
     return jax.vmap(lambda row, ids, x: row.at[:, ids].add(-x, mode="promise_in_bounds"))(
         gradient, labels, occupancy
     )
 
 
-def _gradient(problem, logits, total, labels, blank_id, likelihood, checkpoints, cotangent):
+def _gradient(
+    problem: _Problem,
+    logits: jax.Array,
+    total: jax.Array,
+    labels: jax.Array,
+    blank_id: int,
+    likelihood: Wide,
+    checkpoints: States,
+    cotangent: jax.Array,
+) -> jax.Array:
     """The cotangent times softmax - occupancy, [B, T, K] in the dtype of the logits."""
     T, _, N = problem.emissions.shape
     step = partial(_forward_step, problem.skip)
@@ -218,13 +186,14 @@ def _gradient(problem, logits, total, labels, blank_id, likelihood, checkpoints,
         states, gradient = carry
         index, checkpoint = xs
         frames, start = _chunk(problem, index)
-        label, _, live = frames
+        label, _, live = frames  # [size, B, N], ..., [size, B, 1]
         _, alpha = lax.scan(_keep_labels(step), checkpoint, frames)
         states, beta = lax.scan(_keep_labels(back), states, frames, reverse=True)
-        alpha, beta = _cut(alpha, 1, None), _cut(beta, None, -1)
+        alpha, beta = _cut(alpha, 1, None), _cut(beta, None, -1)  # [size, B, N]
         occupancy = _occupancy(alpha, beta, label, likelihood)
-        weight = jnp.where(live[..., 0], cotangent[None], 0)
+        weight = jnp.where(live[..., 0], cotangent[None], 0)  # [size, B]
         occupancy = (jnp.where(live, occupancy, 0) * weight[..., None]).swapaxes(0, 1)
+        # [B, size, K] from here on.
         chunk = lax.dynamic_slice_in_dim(logits, start, len(live), axis=1).astype(jnp.float32)
         log_total = lax.dynamic_slice_in_dim(total, start, len(live), axis=1)
         chunk = jnp.exp(chunk - log_total[..., None])
@@ -248,25 +217,31 @@ class _Softmax(NamedTuple):
     exponent: jax.Array  # [B]
 
 
-def _softmax(logits, lengths):
-    largest = logits.max(axis=-1).astype(jnp.float32)
+def _softmax(logits: jax.Array, lengths: jax.Array) -> _Softmax:
+    largest = logits.max(axis=-1).astype(jnp.float32)  # [B, T]
     rest = jnp.log(jnp.exp(logits.astype(jnp.float32) - largest[..., None]).sum(axis=-1))
     exponent = wide_exp(largest).exponent
     whole = exponent.astype(jnp.float32)
-    remainder = rest + ((largest - whole * _LN2_HIGH) - whole * _LN2_LOW)
+    remainder = rest + ((largest - whole * LN2_HIGH) - whole * LN2_LOW)
     live = jnp.arange(logits.shape[1])[None] < lengths[:, None]
     row_sum = lambda x: jnp.where(live, x, 0).sum(axis=1)
     return _Softmax(largest + rest, row_sum(remainder), row_sum(exponent))
 
 
-def _negative_log(likelihood, softmax):
+def _negative_log(likelihood: Wide, softmax: _Softmax) -> jax.Array:
     # -log(likelihood / softmax denominators); +inf where the likelihood is 0.
     whole = likelihood.exponent - softmax.exponent
-    loss = softmax.remainder - jnp.log(likelihood.mantissa) - whole.astype(jnp.float32) / _LOG2_E
+    loss = softmax.remainder - jnp.log(likelihood.mantissa) - whole.astype(jnp.float32) / LOG2_E
     return jnp.where(likelihood.mantissa == 0, jnp.inf, loss)
 
 
-def _problem(logits, logit_lengths, labels, label_lengths, blank_id):
+def _problem(
+    logits: jax.Array,
+    logit_lengths: jax.Array,
+    labels: jax.Array,
+    label_lengths: jax.Array,
+    blank_id: int,
+) -> _Problem:
     return _Problem(
         emissions=jnp.take_along_axis(logits, labels[:, None, :], axis=2).swapaxes(0, 1),
         blank=logits[..., blank_id].T,
@@ -368,17 +343,17 @@ _ctc_pallas.defvjp(_ctc_pallas_forward, _ctc_pallas_backward)
 
 
 def ctc_loss(
-    logits,
-    logit_lengths,
-    labels,
-    label_lengths,
+    logits: jax.Array,
+    logit_lengths: jax.Array,
+    labels: jax.Array,
+    label_lengths: jax.Array,
     *,
-    blank_id=0,
-    zero_infinity=False,
-    implementation=None,
-    batch_axes=None,
-    interpret=None,
-):
+    blank_id: int = 0,
+    zero_infinity: bool = False,
+    implementation: str = "xla",
+    batch_axes: tuple[str, ...] | str | None = None,
+    interpret: Any = None,
+) -> jax.Array:
     """The CTC loss of each row.
 
     Rows that no alignment fits (see `ctc_feasible`) have a loss of +inf and a gradient of 0. What
@@ -391,10 +366,11 @@ def ctc_loss(
       label_lengths: int [B], labels in each row, 0 to N.
       blank_id: the blank's class.
       zero_infinity: return 0 instead of +inf.
-      implementation: 'xla', 'pallas_tpu', 'pallas_gpu', or None for the best that runs here; XLA
-        where several devices are in use and `batch_axes` does not say how they share the batch.
+      implementation: 'xla', which runs anywhere, or the kernel 'pallas_tpu' or 'pallas_gpu'. The
+        kernels have only run interpreted so far, so neither is a default.
       batch_axes: mesh axes over which B is sharded; each shard is then computed on its own, by
-        shard_map over the mesh of `jax.set_mesh`. XLA needs it not, the kernels do.
+        shard_map over the mesh of `jax.set_mesh`. The kernels need it on several devices; XLA does
+        not.
       interpret: None compiles a kernel, if this platform runs it; False compiles it for whatever
         platform the program is lowered to (ahead of time, for another machine); True, or the
         platform's Pallas interpreter parameters, interprets it on any platform.
@@ -406,8 +382,8 @@ def ctc_loss(
       ValueError: a shape or dtype does not fit; a length, id or implementation is out of range.
         Lengths and ids are checked where their values are known, so not under jit.
     """
-    args = _checked(logits, logit_lengths, labels, label_lengths, blank_id)
-    implementation = _choose(implementation, batch_axes, interpret)
+    args = checked(logits, logit_lengths, labels, label_lengths, blank_id)
+    _check_implementation(implementation, interpret)
 
     def run(*args):
         if implementation == "xla":
@@ -421,7 +397,9 @@ def ctc_loss(
     return jnp.where(jnp.isinf(loss), 0, loss) if zero_infinity else loss
 
 
-def ctc_feasible(logit_lengths, labels, label_lengths):
+def ctc_feasible(
+    logit_lengths: jax.Array, labels: jax.Array, label_lengths: jax.Array
+) -> jax.Array:
     """Which rows have an alignment at all, bool [B]: frames >= labels + adjacent repeats.
 
     Args: logit_lengths int [B], labels int [B, N] padded on the right, label_lengths int [B].
@@ -432,7 +410,14 @@ def ctc_feasible(logit_lengths, labels, label_lengths):
     return jnp.asarray(logit_lengths) >= label_lengths + repeats
 
 
-def ctc_align(logits, logit_lengths, labels, label_lengths, *, blank_id=0):
+def ctc_align(
+    logits: jax.Array,
+    logit_lengths: jax.Array,
+    labels: jax.Array,
+    label_lengths: jax.Array,
+    *,
+    blank_id: int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The most probable alignment (Viterbi).
 
     Args: as for `ctc_loss`.
@@ -446,10 +431,10 @@ def ctc_align(logits, logit_lengths, labels, label_lengths, *, blank_id=0):
       ValueError: as `ctc_loss`.
     """
     given = jnp.shape(labels)
-    args = _checked(logits, logit_lengths, labels, label_lengths, blank_id)
+    args = checked(logits, logit_lengths, labels, label_lengths, blank_id)
     logits, logit_lengths, labels, label_lengths = args
     (B, T, _), N = logits.shape, labels.shape[1]
-    # States: blank, label 0, blank, label 1, ..., blank.
+    # States [B, 2N + 1]: blank, label 0, blank, label 1, ..., blank.
     states = jnp.full((B, 2 * N + 1), blank_id).at[:, 1::2].set(labels)
     skip = jnp.pad(states[:, 2:] != states[:, :-2], ((0, 0), (2, 0))) & (states != blank_id)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -457,7 +442,7 @@ def ctc_align(logits, logit_lengths, labels, label_lengths, *, blank_id=0):
     shift = lambda x, n: jnp.pad(x, ((0, 0), (n, 0)), constant_values=-jnp.inf)[:, : 2 * N + 1]
 
     def forward(scores, frame):
-        t, emission = frame
+        t, emission = frame  # emission [B, 2N + 1]; a move is 0, 1 or 2 states ahead
         moves = jnp.stack([scores, shift(scores, 1), jnp.where(skip, shift(scores, 2), -jnp.inf)])
         live = (t < logit_lengths)[:, None]
         move = jnp.where(live, jnp.argmax(moves, axis=0), 0)
@@ -476,7 +461,7 @@ def ctc_align(logits, logit_lengths, labels, label_lengths, *, blank_id=0):
     def backward(state, move):
         return state - pick(move, state).astype(jnp.int32), state
 
-    _, path = lax.scan(backward, last, moves, reverse=True)
+    _, path = lax.scan(backward, last, moves, reverse=True)  # [T, B], the state of each frame
     t = jnp.arange(T)[:, None]
     fits = score > -jnp.inf
     column = jnp.where((path % 2 == 1) & (t < logit_lengths[None]) & fits[None], path // 2, N)
@@ -486,22 +471,14 @@ def ctc_align(logits, logit_lengths, labels, label_lengths, *, blank_id=0):
     return jnp.where(ends < 0, -1, starts), ends, score
 
 
-def _choose(implementation, batch_axes, interpret):
-    platform = jax.default_backend()
-    if implementation is None:
-        best = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform, "xla")
-        shared = jax.device_count() > 1 and batch_axes is None
-        return "xla" if shared or obstacle(best, platform) else best
+def _check_implementation(implementation: str, interpret: Any) -> None:
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is none of {IMPLEMENTATIONS} or None")
-    if interpret is None and (reason := obstacle(implementation, platform)):
-        raise ValueError(
-            f"implementation {implementation!r} cannot run here: {reason}; use 'xla' or None"
-        )
-    return implementation
+        raise ValueError(f"implementation {implementation!r} is none of {IMPLEMENTATIONS}")
+    if interpret is None and (reason := obstacle(implementation, jax.default_backend())):
+        raise ValueError(f"implementation {implementation!r} cannot run here: {reason}; use 'xla'")
 
 
-def obstacle(implementation, platform):
+def obstacle(implementation: str, platform: str) -> str:
     """Why an implementation cannot run on this platform; '' if it can."""
     if implementation == "xla":
         return ""
@@ -511,65 +488,3 @@ def obstacle(implementation, platform):
     if wanted == "gpu" and float(jax.local_devices()[0].compute_capability) < 9:
         return f"it needs a Hopper GPU or newer and this is {jax.local_devices()[0].device_kind}"
     return ""
-
-
-def _checked(logits, logit_lengths, labels, label_lengths, blank_id):
-    """The arrays, valid, with at least one column of labels and blanks for their padding."""
-    _check(logits, logit_lengths, labels, label_lengths, blank_id)
-    labels = jnp.asarray(labels, jnp.int32)
-    logit_lengths = jnp.asarray(logit_lengths, jnp.int32)
-    label_lengths = jnp.asarray(label_lengths, jnp.int32)
-    labels = jnp.pad(labels, ((0, 0), (0, labels.shape[1] == 0)))
-    inside = jnp.arange(labels.shape[1])[None] < label_lengths[:, None]
-    return jnp.asarray(logits), logit_lengths, jnp.where(inside, labels, blank_id), label_lengths
-
-
-def _check(logits, logit_lengths, labels, label_lengths, blank_id):
-    shape, rest = jnp.shape(logits), {"labels": (labels, 2)}
-    if len(shape) != 3 or 0 in shape[1:]:
-        raise ValueError(f"logits must be [B, T, K] with T and K at least 1, got shape {shape}")
-    if not jnp.issubdtype(jnp.result_type(logits), jnp.floating):
-        raise ValueError(f"logits of shape {shape} must be floating, got {jnp.result_type(logits)}")
-    B, T, K = shape
-    rest |= {"logit_lengths": (logit_lengths, 1), "label_lengths": (label_lengths, 1)}
-    for name, (value, rank) in rest.items():
-        if len(jnp.shape(value)) != rank or jnp.shape(value)[0] != B:
-            wanted = f"[{B}, N]" if rank == 2 else f"[{B}]"
-            raise ValueError(
-                f"{name} must be {wanted} for logits of shape {shape}, got {jnp.shape(value)}"
-            )
-        if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
-            raise ValueError(
-                f"{name} of shape {jnp.shape(value)} must be integers, got {jnp.result_type(value)}"
-            )
-    if not 0 <= blank_id < K:
-        raise ValueError(f"blank_id {blank_id} is not a class of logits of shape {shape}")
-    N = jnp.shape(labels)[1]
-    for name, value, limit in (
-        ("logit_lengths", logit_lengths, T),
-        ("label_lengths", label_lengths, N),
-    ):
-        known = _known(value)
-        if known is not None and ((known < 0) | (known > limit)).any():
-            raise ValueError(
-                f"{name} of shape {known.shape} must lie in [0, {limit}], "
-                f"got {known.min()} to {known.max()}"
-            )
-    ids, lengths = _known(labels), _known(label_lengths)
-    if ids is None or lengths is None:
-        return
-    ids = ids[np.arange(N) < lengths[:, None]]
-    if ((ids < 0) | (ids >= K)).any():
-        raise ValueError(
-            f"labels of shape {jnp.shape(labels)} must lie in [0, {K}) for logits of shape "
-            f"{shape}, got {ids.min()} to {ids.max()}"
-        )
-    if (ids == blank_id).any():
-        raise ValueError(
-            f"labels of shape {jnp.shape(labels)} hold the blank, id {blank_id}, within "
-            "label_lengths: remove it from the labels"
-        )
-
-
-def _known(value):
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)

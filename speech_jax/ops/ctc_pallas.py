@@ -6,11 +6,12 @@ labels, keeps its states in registers and VMEM or SMEM, and writes the label hal
 the blank's occupancy is what the labels leave of 1.
 
 Columns: label j of a row is column j, the blank before it is column j, and the last blank is column
-N. Emissions hold the blank's logit in column N. The numbers are ctc.Wide; exponents are not reduced
-by the softmax denominators, which the caller subtracts as integers.
+N. Emissions hold the blank's logit in column N. The numbers are those of ops/wide.py; exponents are
+not reduced by the softmax denominators, which the caller subtracts as integers.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from speech_jax.ops.ctc import (
+from speech_jax.ops.wide import (
     CHUNK,
     ZERO_EXPONENT,
     Wide,
@@ -35,7 +36,16 @@ ROWS = 8  # rows of a batch tile on TPU: the sublanes of a register
 PREFETCH = 4  # frames that a GPU block has in flight, to hide the latency of the L2 cache
 
 
-def recursions(logits, skip, logit_lengths, label_lengths, *, platform, history, interpret=False):
+def recursions(
+    logits: jax.Array,
+    skip: jax.Array,
+    logit_lengths: jax.Array,
+    label_lengths: jax.Array,
+    *,
+    platform: str,
+    history: bool,
+    interpret: Any = False,
+) -> tuple[Wide, Wide | None, Wide | None]:
     """Alpha and beta by a kernel.
 
     Args:

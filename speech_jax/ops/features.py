@@ -11,10 +11,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.fft
 
 from speech_jax.errors import UserError
-from speech_jax.ops import masking, partition
+from speech_jax.ops import convolution, masking, partition
 
 LOG_FLOOR = float(np.finfo(np.float32).eps)
 
@@ -31,10 +30,11 @@ def frame_geometry(sample_rate: int, window_ms: float, hop_ms: float) -> tuple[i
     return round(sample_rate * window_ms / 1000), round(sample_rate * hop_ms / 1000)
 
 
-def frame_count(samples, window: int, hop: int):
-    """How many whole windows fit in `samples` (an int or an integer array)."""
-    maximum = max if isinstance(samples, int) else jnp.maximum
-    return maximum((samples - window) // hop + 1, 0)
+def frame_count(
+    samples: int | np.ndarray | jax.Array, window: int, hop: int
+) -> int | np.ndarray | jax.Array:
+    """How many whole windows fit in `samples`."""
+    return convolution.output_length(samples, window, hop)
 
 
 def log_mel(
@@ -56,7 +56,7 @@ def log_mel(
       audio: float32 [B, T] in [-1, 1), zero-padded right.
       lengths: int32 [B], samples.
       high_hz: upper edge of the last filter; None is the Nyquist frequency.
-      floor: added to the energies before the logarithm; what is quieter hardly shows.
+      floor: added to the energies before the logarithm, so that quieter sounds hardly show.
 
     Returns:
       ([B, F, mels] float32, frames int32 [B]). Frames hold valid samples only, so padding never
@@ -141,10 +141,21 @@ def normalize(
 def cosine_transform(x: jax.Array, count: int, axis: int) -> jax.Array:
     """The first `count` coefficients of the orthonormal DCT-II along an axis, or all there are.
 
-    Of log-mel over the mels they are cepstra (Davis and Mermelstein 1980): what a spectrum's shape
-    is, in coordinates that are nearly uncorrelated.
+    Of log-mel over the mels they are cepstra (Davis and Mermelstein 1980): the shape of a spectrum
+    in coordinates that are nearly uncorrelated.
     """
     # As a product: the compiler does not know that a Fourier transform can be split by rows.
-    matrix = scipy.fft.dct(np.eye(x.shape[axis]), norm="ortho")[:, :count].astype(np.float32)
+    matrix = cosines(x.shape[axis])[:, :count].astype(np.float32)
     product = jnp.tensordot(x, matrix, ((axis,), (0,)), precision=jax.lax.Precision.HIGHEST)
     return jnp.moveaxis(product, -1, axis)
+
+
+def cosines(size: int) -> np.ndarray:
+    """The matrix of the orthonormal DCT-II: float64 [size, coefficients]."""
+    index = np.arange(size)
+    # In units of an angle of pi / (2 size), reduced to a turn and exact where the cosine is 0.
+    angle = np.outer(2 * index + 1, index) % (4 * size)
+    matrix = np.cos(np.pi / (2 * size) * angle) * np.sqrt(2 / size)
+    matrix[angle % (2 * size) == size] = 0.0
+    matrix[:, 0] = np.sqrt(1 / size)
+    return matrix

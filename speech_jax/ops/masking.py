@@ -1,4 +1,4 @@
-"""Lengths to masks and back."""
+"""Masks: of lengths, of random spans; statistics that count only where one holds."""
 
 import jax
 import jax.numpy as jnp
@@ -45,3 +45,23 @@ def _uniform_up_to(rng: jax.Array, maximum: jax.Array) -> jax.Array:
     fraction = jax.random.uniform(rng, maximum.shape)
     drawn = jnp.floor(fraction * (maximum.astype(jnp.float32) + 1.0)).astype(maximum.dtype)
     return jnp.minimum(drawn, maximum)
+
+
+def random_spans(
+    rng: jax.Array, lengths: jax.Array, size: int, fraction: float, span: int, minimum: int = 2
+) -> jax.Array:
+    """Bool [B, size]: spans of `span` positions, each inside its row's length; they may overlap.
+
+    A row of length L gets fraction * L / span spans, rounded at random up or down (the same way
+    for all rows), at least `minimum`, at distinct starts drawn uniformly; none where L < span.
+    """
+    rounding_rng, start_rng = jax.random.split(rng)
+    starts = jnp.maximum(lengths - (span - 1), 0)
+    wanted = fraction * lengths.astype(jnp.float32) / span + jax.random.uniform(rounding_rng)
+    count = jnp.minimum(jnp.maximum(wanted.astype(lengths.dtype), minimum), starts)
+    order = jax.random.uniform(start_rng, (lengths.shape[0], size))
+    order = jnp.where(length_mask(starts, size), order, -1.0)
+    rank = jnp.argsort(jnp.argsort(-order, axis=1), axis=1)
+    begun = jnp.cumsum(rank < count[:, None], axis=1, dtype=jnp.int32)
+    ended = jnp.pad(begun, ((0, 0), (span, 0)))[:, :size]
+    return begun > ended

@@ -3,6 +3,8 @@
 The mesh is that of `jax.set_mesh`, with the axes of sharding.py, data and fsdp being the batch's.
 """
 
+from collections.abc import Callable
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -20,7 +22,16 @@ def split_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _ROWS)
 
 
-def by_rows(function):
+def platform() -> str:
+    """Of the devices that a program is traced for: 'cpu', 'gpu' or 'tpu'.
+
+    They are those of the mesh, which may be of another machine, or else JAX's own.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device else jax.default_backend()
+
+
+def by_rows(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`function` of arrays [B, ...], computed by each device for its rows alone.
 
     For what works row by row without the compiler knowing: it would send all rows everywhere.

@@ -183,7 +183,7 @@ def measure(config: ConfigDict, where: Slice) -> dict:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return figures | {"fits": False, "why": " ".join(str(error).split())[:300]}
-    total = costs.memory_needed(compiled)
+    total = flops.memory_needed(compiled)
     figures |= {"temporary": compiled.memory_analysis().temp_size_in_bytes, "total": total}
     if chip and total > chip.memory:
         figures |= {"fits": False, "why": f"{total / 2**30:.1f} of {chip.memory / 2**30:.1f} GiB"}

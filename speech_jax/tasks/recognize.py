@@ -13,8 +13,10 @@ from speech_jax.decoding.ctc import greedy
 from speech_jax.evaluators.errors import Errors
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc
+from speech_jax.rules import Rules
 
-RULES = ((r"head/kernel", ("fsdp", "tensor")), (r"head/bias", ("tensor",)))
+# How the head's parameters lie on a mesh.
+RULES: Rules = ((r"head/kernel", ("fsdp", "tensor")), (r"head/bias", ("tensor",)))
 
 
 class CTCModel(nn.Module):
@@ -43,8 +45,8 @@ class Recognize:
     best: ClassVar = ("wer", "min")
 
     @property
-    def rules(self) -> tuple:
-        """The encoder's and the head's."""
+    def rules(self) -> Rules:
+        """How the parameters lie on a mesh."""
         return (*self.encoder.rules, *RULES)
 
     @property

@@ -1,19 +1,19 @@
 """Adversarial training in the step: the gradient of the loss makes the inputs that it trains on.
 
-    gradients(task, adversary)     in place of steps.gradients(task)
-    replay(step, task, adversary)  around the step, for the method 'free'
-
-Methods: `fgsm` (Goodfellow et al. 2015; with a random start Wong et al. 2020), `pgd` (Madry et al.
-2018), `free` (Shafahi et al. 2019), `vat` (virtual adversarial training without labels, Miyato et
-al. 2018). Whatever the task and the encoder, the input is perturbed row by row inside a ball.
+`gradients(task, adversary)` takes the place of `step.gradients(task)`. Methods: `fgsm` (Goodfellow
+et al. 2015; with a random start Wong et al. 2020), `pgd` (Madry et al. 2018) and `vat` (virtual
+adversarial training without labels, Miyato et al. 2018). Whatever the task and the encoder, the
+input is perturbed row by row inside a ball.
 
 Cost, in passes forward and backward over a batch: none 1; fgsm 2, for the clean pass yields the
-gradients of parameters and inputs together; pgd 1 + steps; vat 2.3 + steps; free 1 for each update.
-A random start costs fgsm and pgd one more where alpha < 1, the clean loss being elsewhere. Inner
-passes need no gradient of the parameters, which makes them cheaper by about a third.
+gradients of parameters and inputs together; pgd 1 + steps; vat 2.3 + steps. A random start costs
+fgsm and pgd one more where alpha < 1, because the clean loss is then taken elsewhere. Inner passes
+need no gradient of the parameters, which makes them cheaper by about a third.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,9 @@ from speech_jax.ops import features, masking
 from speech_jax.training import step as steps
 from speech_jax.training.step import Loss
 
-METHODS = ("none", "fgsm", "pgd", "free", "vat")
+Batch = dict[str, jax.Array]
+
+METHODS = ("none", "fgsm", "pgd", "vat")
 SPACES = ("waveform", "features")
 NORMS = ("linf", "l2")
 STATISTICS = ("clean", "adversarial", "both")
@@ -44,7 +46,7 @@ class Adversary:
     """What is done to the inputs in training: the section `adversarial` of a configuration.
 
     Attributes:
-      method: none, fgsm, pgd, free or vat.
+      method: none, fgsm, pgd or vat.
       space: 'waveform' (full scale is 1) or 'features' (log-mel in nats, before normalization).
       norm: 'linf' bounds the largest change of a sample, 'l2' the root mean square over an
         utterance, so that a bound means the same for short and long ones.
@@ -52,10 +54,9 @@ class Adversary:
       snr_db: in place of epsilon, of waveforms: the bound is so many decibels below the utterance's
         root mean square.
       alpha: the loss is (1 - alpha) clean + alpha adversarial; of vat, clean + alpha divergence.
-        Not used by free, whose first update of a batch is clean and the others adversarial.
-      steps: ascents of pgd and vat, updates of free for each batch.
-      step_size: of an ascent, as a fraction of epsilon; 0 stands for 1 (fgsm and free), 1.25 (fgsm
-        from a random start), 2.5 / steps (pgd) or 2 (vat).
+      steps: ascents of pgd and vat.
+      step_size: of an ascent, as a fraction of epsilon; 0 stands for 1 (fgsm), 1.25 (fgsm from a
+        random start), 2.5 / steps (pgd) or 2 (vat).
       random_start: begin at a random point of the ball. vat always begins close to the centre.
       warmup: steps over which epsilon rises from 0.
       every: only every so many steps are adversarial; the others are clean and cost as much.
@@ -79,7 +80,7 @@ class Adversary:
     statistics: str = "clean"
     int16: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choices = {
             "method": METHODS, "space": SPACES, "norm": NORMS, "statistics": STATISTICS
         }  # fmt: skip
@@ -96,13 +97,6 @@ class Adversary:
             raise _error("alpha", self.alpha, "must be in [0, 1]")
         if self.space == "features" and (self.snr_db is not None or self.int16):
             raise _error("space", self.space, "has neither snr_db nor int16: use space='waveform'")
-        if self.method == "free" and self.every > 1:
-            raise _error("every", self.every, "must be 1 for method='free', which replays batches")
-
-    @property
-    def updates(self) -> int:
-        """Updates of the parameters for each batch."""
-        return self.steps if self.method == "free" else 1
 
     @property
     def rate(self) -> float:
@@ -110,7 +104,7 @@ class Adversary:
         usual = {"pgd": 2.5 / self.steps, "vat": 2.0, "fgsm": 1.25 if self.random_start else 1.0}
         return self.step_size or usual.get(self.method, 1.0)
 
-    def ball(self, task, batch, step) -> "Ball":
+    def ball(self, task: Any, batch: Batch, step: jax.Array | int) -> "Ball":
         """What may be added to a batch at a step."""
         scale = jnp.minimum(1.0, step / self.warmup) if self.warmup else 1.0
         return Ball(
@@ -125,12 +119,12 @@ class Adversary:
         )
 
 
-def _round_down(value):
+def _round_down(value: float) -> np.float32:
     rounded = np.float32(value)
     return rounded if float(rounded) <= value else np.nextafter(rounded, np.float32(0))
 
 
-def _error(key, value, cure):
+def _error(key: str, value: Any, cure: str) -> UserError:
     return UserError(f"config.adversarial.{key}={value!r} {cure}")
 
 
@@ -145,14 +139,28 @@ class Ball:
     `perturb` adds without rounding: the bounds hold for the sums to the last bit.
     """
 
-    def __init__(self, task, batch, *, space, norm, epsilon, snr_db=None, int16=False, scale=1.0):
-        """Adversary's settings, and what multiplies the radius; it and epsilon may be traced."""
+    def __init__(
+        self,
+        task: Any,
+        batch: Batch,
+        *,
+        space: str,
+        norm: str,
+        epsilon: jax.Array | float,
+        snr_db: float | None = None,
+        int16: bool = False,
+        scale: jax.Array | float = 1.0,
+    ):
+        """The settings of Adversary; `scale` multiplies the radius. It and epsilon may be traced.
+
+        Of the task, its front end is needed; of the batch, the audio, its lengths and the index.
+        """
         self.batch, self.norm, self.waveform, self.int16 = batch, norm, space == "waveform", int16
         if self.waveform:
             self.inputs = features.to_waveform(batch["audio"])
             self.valid = masking.length_mask(batch["audio_length"], self.inputs.shape[1])
         else:
-            if task.frontend.kind == "waveform":
+            if task.frontend.listens == "waveform":
                 raise UserError(
                     "config.adversarial.space='features' needs an encoder of log-mel; this one "
                     "listens to the waveform: use space='waveform'"
@@ -165,47 +173,58 @@ class Ball:
             radius = self._rms(self.inputs) * (1 - _SLACK) * 10.0 ** (-snr_db / 20)
         self.radius = radius * scale
 
-    def place(self, inputs):
-        """The batch with other inputs."""
+    def place(self, inputs: jax.Array) -> Batch:
+        """The batch with other inputs; its other fields stay as they are."""
         return {**self.batch, "audio" if self.waveform else "features": inputs}
 
-    def perturb(self, delta):
+    def perturb(self, delta: jax.Array) -> Batch:
         """The batch with a perturbation."""
         return self.place(self.inputs + delta)
 
-    def zeros(self):
+    def zeros(self) -> jax.Array:
         """The centre."""
         return jnp.zeros_like(self.inputs)
 
-    def random(self, rng):
-        """Uniform in an L-infinity ball; a random direction and length in an L2 ball."""
+    def random(self, rng: jax.Array) -> jax.Array:
+        """Uniform in an L-infinity ball; a random direction and length in an L2 ball.
+
+        A row is drawn by the index of its utterance: it depends on neither the batch nor the mesh.
+        """
+        keys = jax.vmap(lambda index: jax.random.fold_in(rng, index))(self.batch["index"])
+        row = self.inputs.shape[1:]
         if self.norm == "linf":
-            drawn = jax.random.uniform(rng, self.inputs.shape, minval=-1.0)
+            drawn = jax.vmap(lambda key: jax.random.uniform(key, row, minval=-1.0))(keys)
         else:
-            rows = self.inputs.shape[:1] + (1,) * (self.inputs.ndim - 1)
-            direction_rng, length_rng = jax.random.split(rng)
-            drawn = self._direction(jax.random.normal(direction_rng, self.inputs.shape))
-            drawn = drawn * jax.random.uniform(length_rng, rows)
+            keys = jax.vmap(jax.random.split)(keys)
+            drawn = self._direction(jax.vmap(lambda key: jax.random.normal(key, row))(keys[:, 0]))
+            lengths = jax.vmap(lambda key: jax.random.uniform(key, (1,) * len(row)))(keys[:, 1])
+            drawn = drawn * lengths
         return self.project(drawn * self.radius)
 
-    def ascend(self, delta, slope, rate):
+    def ascend(self, delta: jax.Array, slope: jax.Array, rate: jax.Array | float) -> jax.Array:
         """A step of `rate` radii along the gradient `slope`, back into the ball."""
         return self.project(delta + rate * self.radius * self._direction(slope))
 
-    def maximize(self, loss, delta, steps, rate):
+    def maximize(
+        self,
+        loss: Callable[[Batch], jax.Array],
+        delta: jax.Array,
+        steps: jax.Array | int,
+        rate: jax.Array | float,
+    ) -> jax.Array:
         """`steps` (an int, or traced) ascents of a function of the batch, from `delta`."""
         slope = jax.grad(lambda inputs: loss(self.place(inputs)))
         return jax.lax.fori_loop(
             0, steps, lambda _, d: self.ascend(d, slope(self.inputs + d), rate), delta
         )
 
-    def finish(self, delta):
-        """What of a perturbation is kept: all, or whole steps of int16."""
+    def finish(self, delta: jax.Array) -> jax.Array:
+        """The part of a perturbation that is kept: all of it, or whole steps of int16."""
         # Towards 0, so neither the ball nor the range is left. Only at the end: an ascent of less
         # than a step would otherwise never move.
         return jnp.trunc(delta * 32768.0) / 32768.0 if self.int16 else delta
 
-    def project(self, delta):
+    def project(self, delta: jax.Array) -> jax.Array:
         """The closest perturbation that is allowed (but for rounding towards 0)."""
         delta = jnp.where(self.valid, delta, 0.0)
         if self.norm == "linf":
@@ -218,7 +237,7 @@ class Ball:
             delta = jnp.clip(self.inputs + delta, _LOW, _HIGH) - self.inputs
         return delta
 
-    def _direction(self, slope):
+    def _direction(self, slope: jax.Array) -> jax.Array:
         """The steepest ascent of length 1 in the norm; 0 where there is no slope."""
         slope = jnp.where(self.valid, slope, 0.0)
         if self.norm == "linf":
@@ -228,7 +247,7 @@ class Ball:
         slope = slope / jnp.maximum(jnp.abs(slope).max(axes, keepdims=True), 1e-30)
         return slope / jnp.maximum(self._rms(slope), 1e-30)
 
-    def _rms(self, x):
+    def _rms(self, x: jax.Array) -> jax.Array:
         axes = tuple(range(1, x.ndim))
         valid = jnp.broadcast_to(self.valid, x.shape)
         count = valid.astype(jnp.float32).sum(axes, keepdims=True)
@@ -239,27 +258,25 @@ class Ball:
 # ---- Gradients ---------------------------------------------------------------------------------
 
 
-def gradients(task, adversary: Adversary):
-    """The gradient function (tasks/__init__.py) of what the adversary makes of a task's loss.
+def gradients(task: Any, adversary: Adversary) -> Callable:
+    """The gradient function (training/step.py) of what the adversary makes of a task's loss.
 
-    With method 'free', the function's state is (model state, perturbation): see `replay`. vat
-    needs `task.logits(params, state, batch, rng, step) -> (logits [B, T', K], frames [B], state)`.
-    The model must pass a gradient to its inputs (wav2vec2 with feature_gradient=0 does not).
+    vat needs `task.logits(params, state, batch, rng, step) -> (logits [B, T', K], frames [B],
+    state)`. The model must pass a gradient to its inputs (wav2vec2 with feature_gradient=0 does
+    not).
 
     Raises:
       UserError: the task or encoder has no such space, or no logits.
     """
     clean = steps.gradients(task)
     nothing = adversary.epsilon == 0 and adversary.snr_db is None
-    if adversary.method == "free":
-        return _replayed_gradients(task, adversary)
     if adversary.method == "none" or nothing:
         return clean
     if adversary.method == "vat":
         if not hasattr(task, "logits"):
             raise UserError(
-                f"config.adversarial.method='vat' needs a task with logits, and "
-                f"{type(task).__name__} has none: use fgsm or pgd with the task's own loss"
+                "config.adversarial.method='vat' needs a task with logits, and this one has none: "
+                "use fgsm or pgd with the task's own loss"
             )
         function = _virtual(task, adversary)
     else:
@@ -274,7 +291,7 @@ def gradients(task, adversary: Adversary):
     return sometimes
 
 
-def _adversarial(task, adversary):
+def _adversarial(task: Any, adversary: Adversary) -> Callable:
     """FGSM and PGD: a clean pass, ascents, a pass over the perturbed batch."""
     alpha = adversary.alpha
     ascents = adversary.steps if adversary.method == "pgd" else 1
@@ -315,7 +332,7 @@ def _adversarial(task, adversary):
     return function
 
 
-def _virtual(task, adversary):
+def _virtual(task: Any, adversary: Adversary) -> Callable:
     """VAT: the loss, and alpha times the divergence from the clean output that can be reached."""
     gradient_at = steps.gradients(task)
 
@@ -352,7 +369,15 @@ def _virtual(task, adversary):
     return function
 
 
-def _with_slope(task, params, state, ball, inputs, rng, step):
+def _with_slope(
+    task: Any,
+    params: Any,
+    state: Any,
+    ball: Ball,
+    inputs: jax.Array,
+    rng: jax.Array,
+    step: jax.Array | int,
+) -> tuple[tuple[Any, Loss], jax.Array]:
     """((gradient of the parameters, Loss), gradient of the inputs), in one pass back."""
 
     def loss(params, inputs):
@@ -364,61 +389,12 @@ def _with_slope(task, params, state, ball, inputs, rng, step):
     return (gradient, Loss(total, weight, aux)), slope
 
 
-def _after(first, delta):
+def _after(first: Any, delta: jax.Array) -> tuple[Any, jax.Array]:
     """Holds what comes after back until all of the first pass is done, and its activations gone."""
     return jax.lax.optimization_barrier((first, delta)) if first else (first, delta)
 
 
-def _without_state(result):
+def _without_state(result: tuple[Any, Loss]) -> tuple[Any, Loss]:
     gradient, loss = result
     aux = {name: value for name, value in loss.aux.items() if name != "state"}
     return gradient, loss._replace(aux=aux)
-
-
-# ---- Free --------------------------------------------------------------------------------------
-
-
-def _replayed_gradients(task, adversary):
-    """The gradient at (inputs + perturbation), which also moves the perturbation."""
-
-    def function(params, state, batch, rng, step):
-        step = step // adversary.updates
-        state, delta = state
-        ball = adversary.ball(task, batch, step)
-        inputs = ball.inputs + ball.finish(delta)
-        (gradient, loss), slope = _with_slope(task, params, state, ball, inputs, rng, step)
-        loss.aux["state"] = loss.aux["state"], ball.ascend(delta, slope, adversary.rate)
-        return gradient, loss
-
-    return function
-
-
-def replay(step, task, adversary: Adversary):
-    """Makes `adversary.updates` updates of each batch, the perturbation going from one to the next.
-
-    `step` is what train.make_step makes of `gradients`. Between the updates of a batch the
-    perturbation travels as a part of the model state; nothing of it is left after the last, so the
-    state and the position in the data are those of any other run. Inside, `TrainState.step` and
-    the optimizer count updates: a schedule and `log_every` have to be stretched by
-    `adversary.updates`. The task and the warm-up of epsilon see steps of the loop, that is batches.
-    """
-    if adversary.updates == 1:
-        return step
-
-    def replayed(state, batch):
-        ball = adversary.ball(task, batch, state.step // adversary.updates)
-        rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), _START)
-        delta = ball.random(rng) if adversary.random_start else ball.zeros()
-
-        def once(state, _):
-            state, sums, finite = step(state, batch)
-            return state, (sums, finite)
-
-        state = state.replace(model_state=(state.model_state, delta))
-        # In a loop, a CPU computes the gradients of convolutions on one core only.
-        unroll = jax.default_backend() == "cpu"
-        state, (sums, finite) = jax.lax.scan(once, state, length=adversary.updates, unroll=unroll)
-        state = state.replace(model_state=state.model_state[0])
-        return state, jax.tree.map(lambda x: x[-1], sums), finite.all()
-
-    return replayed

@@ -1,14 +1,16 @@
-"""Learning-rate schedules counted in steps; optimizers with rules for decay and freezing."""
+"""Learning-rate schedules counted in steps; optimizers with rules for rates, decay and freezing."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from speech_jax import registry
+from speech_jax import registry, rules
 from speech_jax.errors import UserError
+from speech_jax.rules import Rules
+from speech_jax.training import groups
 
 
 def constant(*, peak: float, steps: int, warmup: int = 0) -> optax.Schedule:
@@ -44,7 +46,7 @@ def polynomial(
 def noam(*, peak: float, steps: int, warmup: int) -> optax.Schedule:
     """Linear warm-up to `peak`, then down with the inverse root of the step (Vaswani et al. 2017).
 
-    A scale s for width d in the paper's notation is a peak of s / sqrt(d * warmup).
+    In the paper's notation, a scale s for a width d is a peak of s / sqrt(d * warmup).
     """
     del steps
     if warmup < 1:
@@ -61,17 +63,20 @@ def tri_stage(
     *,
     peak: float,
     steps: int,
+    warmup: int = 0,
     fractions: Sequence[float] = (0.1, 0.4, 0.5),
     start: float = 0.01,
     final: float = 0.05,
 ) -> optax.Schedule:
     """Warm up from `start` * peak, hold, decay exponentially to `final` * peak.
 
-    `fractions` are the three stages' shares of `steps` (Baevski et al. 2020, fine-tuning).
+    `fractions` are the three stages' shares of `steps` (Baevski et al. 2020, fine-tuning); a
+    `warmup` in steps takes the place of the first.
     """
     if len(fractions) != 3 or abs(sum(fractions) - 1) > 1e-6:
         raise UserError(f"tri_stage fractions must be three shares that add up to 1: {fractions}")
-    warmup, hold = (round(fraction * steps) for fraction in fractions[:2])
+    warmup = warmup or round(fractions[0] * steps)
+    hold = round(fractions[1] * steps)
     decay = optax.exponential_decay(
         peak, max(1, steps - warmup - hold), final, transition_begin=hold, end_value=peak * final
     )
@@ -97,11 +102,18 @@ SCHEDULES = {
 }
 
 
-def make_schedule(name: str, **kwargs) -> optax.Schedule:
-    """The schedule `name`: a function from the step (0, 1, ...) to the learning rate."""
-    return registry.call(
-        registry.lookup("schedule", SCHEDULES, name), kwargs, what=f"schedule ({name})"
-    )
+def make_schedule(
+    name: str, *, defaults: Mapping[str, Any] | None = None, **kwargs: Any
+) -> optax.Schedule:
+    """The schedule `name`: a function from the step (0, 1, ...) to the learning rate.
+
+    `defaults` are settings that nobody chose: one that this schedule does not take is left out.
+
+    Raises:
+      UserError: an unknown name or argument, or one that is missing.
+    """
+    constructor = registry.lookup("schedule", SCHEDULES, name)
+    return registry.call(constructor, kwargs, what=f"schedule ({name})", defaults=defaults)
 
 
 OPTIMIZERS = {
@@ -111,78 +123,144 @@ OPTIMIZERS = {
     "sgd": optax.sgd,
     "lion": optax.lion,
 }
+# They have no weight decay of their own: it is added to the gradient (L2).
+_WITHOUT_DECAY = ("adam", "sgd")
+# What is set elsewhere: the learning rate by the schedule, the mask by the rules.
+_RESERVED = {"learning_rate": "config.schedule", "mask": "config.optimizer.decay"}
 
 
 def make_optimizer(
     name: str,
     schedule: optax.Schedule,
-    params,
+    params: Any,
     *,
     clip_norm: float | None = None,
-    no_decay: str = "",
+    weight_decay: float = 0.0,
+    decay: Rules = (),
+    rates: Rules = (),
+    layer_decay: float = 1.0,
     frozen: Sequence[tuple[str, int]] = (),
-    **kwargs,
+    defaults: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> optax.GradientTransformation:
-    """An optax chain: clip by global norm, the optimizer, freezing.
+    """Clips by the global norm, then the optimizer, then the rates of the parameters.
+
+    It works on the parameters that learn: `groups.split(params, groups.trainable(params, frozen))`,
+    the whole tree where nothing is frozen for ever. Rules are those of rules.py, and the first that
+    matches holds.
 
     Args:
-      name: adam, adamw, nadamw, sgd or lion; `kwargs` are its own (b1, b2, weight_decay, ...).
-      params: the parameters, or their shapes: rules are checked against their paths.
-      clip_norm: the largest global norm of a gradient; None does not clip.
-      no_decay: a regular expression of the parameters that weight decay leaves alone.
-      frozen: (regular expression, updates): those parameters stand still until so many updates
-        are done; -1 is for ever.
+      name: adam, adamw, nadamw, sgd or lion; `kwargs` are its own (b1, b2, ...).
+      params: all parameters, or their shapes: rules are checked against their paths.
+      clip_norm: the largest global norm of a gradient; 0 or None does not clip.
+      weight_decay: decoupled from the gradient for adamw, nadamw and lion; for adam and sgd it is
+        added to the gradient (L2).
+      decay: what multiplies the weight decay of a parameter.
+      rates, layer_decay: what multiplies its learning rate, see groups.rate_factors.
+      frozen: (regular expression, updates): the parameters stand still until so many updates are
+        done, with moments that begin then and without a part in the clip; -1 is for ever.
+      defaults: settings that nobody chose: one that this optimizer does not take is left out.
 
     Raises:
       UserError: for an unknown name or argument, and a rule that matches no parameter.
     """
     constructor = registry.lookup("optimizer", OPTIMIZERS, name)
-    if kwargs.get("weight_decay") and no_decay:
-        kwargs["mask"] = jax.tree.map(lambda hit: not hit, matching(params, no_decay))
-    chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    chain.append(
-        registry.call(
-            constructor, {"learning_rate": schedule, **kwargs}, what=f"optimizer ({name})"
-        )
+    for key in kwargs.keys() & _RESERVED:
+        raise UserError(f"optimizer ({name}): {key} is not set here but in {_RESERVED[key]}")
+    mask = groups.trainable(params, frozen)
+    learned = lambda tree: groups.split(tree, mask)[0]
+    decayed = bool(weight_decay and decay)
+    chosen = (lambda tree: _decayed(tree, decay)) if decayed else None
+
+    def make(schedule: optax.Schedule) -> optax.GradientTransformation:
+        settings = {"learning_rate": schedule, **kwargs}
+        before = []
+        if name not in _WITHOUT_DECAY:
+            settings |= {"weight_decay": weight_decay} | ({"mask": chosen} if decayed else {})
+        elif weight_decay:
+            before = [optax.add_decayed_weights(weight_decay, chosen)]
+        made = registry.call(constructor, settings, what=f"optimizer ({name})", defaults=defaults)
+        return optax.chain(*before, made) if before else made
+
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    until = learned(groups.thaw(params, frozen))
+    if any(jax.tree.leaves(until)):
+        tx = _in_turn(clip, make, schedule, until)
+    else:
+        tx = optax.chain(*clip, make(schedule))
+    factors = learned(groups.decay_factors(params, decay))
+    if weight_decay and set(jax.tree.leaves(factors)) - {0.0, 1.0}:
+        tx = _scaled_decay(tx, factors)
+    factors = learned(groups.rate_factors(params, rates, layer_decay))
+    if any(jnp.ndim(factor) or factor != 1.0 for factor in jax.tree.leaves(factors)):
+        tx = _scaled(tx, factors)
+    return tx
+
+
+def _decayed(tree: Any, decay: Rules) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: rules.first(decay, rules.path_name(path), 1.0) != 0, tree
     )
-    for pattern, updates in frozen:
-        chain.append(freeze(matching(params, pattern), updates))
-    return optax.chain(*chain)
 
 
-def freeze(mask, updates: int) -> optax.GradientTransformation:
-    """Zeroes the updates of the masked parameters until `updates` steps are done (-1: always)."""
+def _times(tree: Any, factors: Any) -> Any:
+    return jax.tree.map(lambda x, factor: x * jnp.asarray(factor, x.dtype), tree, factors)
 
-    def init(params):
-        del params
-        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
-    def update(changes, state, params=None):
-        del params
-        thawed = (state.count >= updates) & (updates >= 0)
-        changes = jax.tree.map(
-            lambda change, masked: jnp.where(thawed, change, 0) if masked else change, changes, mask
-        )
-        return changes, optax.ScaleByScheduleState(count=state.count + 1)
+def _scaled(tx: optax.GradientTransformation, factors: Any) -> optax.GradientTransformation:
+    """Multiplies the updates of each parameter, which multiplies its learning rate."""
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        changes, state = tx.update(gradient, state, params)
+        return _times(changes, factors), state
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def _scaled_decay(tx: optax.GradientTransformation, factors: Any) -> optax.GradientTransformation:
+    """Multiplies the weight decay of each parameter: an optimizer looks at them for that alone."""
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return tx.update(gradient, state, _times(params, factors))
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+class _InTurn(NamedTuple):
+    count: jax.Array  # updates that were made
+    groups: Any  # the states of the optimizers, one for all parameters that thaw at the same time
+
+
+def _in_turn(
+    clip: Sequence[optax.GradientTransformation],
+    make: Callable[[optax.Schedule], optax.GradientTransformation],
+    schedule: optax.Schedule,
+    until: Any,
+) -> optax.GradientTransformation:
+    """Optimizers that start one after the other, as the parameters thaw; one schedule for all.
+
+    `until` is a tree of ints: the updates for which a parameter stands still.
+    """
+    starts = sorted(set(jax.tree.leaves(until)))
+    # An optimizer counts from where it starts.
+    each = {n: make(lambda count, n=n: schedule(count + n)) for n in starts}
+    together = optax.multi_transform(each, until)
+    clip = optax.chain(optax.identity(), *clip)
+
+    def init(params: Any) -> _InTurn:
+        return _InTurn(jnp.zeros((), jnp.int32), together.init(params))
+
+    def update(gradient: Any, state: _InTurn, params: Any = None) -> tuple[Any, _InTurn]:
+        waits = {n: state.count < n for n in starts}
+        still = lambda tree: jax.tree.map(lambda x, n: jnp.where(waits[n], 0, x), tree, until)
+        gradient = clip.update(still(gradient), clip.init(params))[0]
+        changes, new = together.update(gradient, state.groups, params)
+        states = {
+            n: jax.tree.map(lambda a, b, n=n: jnp.where(waits[n], b, a), state_, before)
+            for (n, state_), before in zip(
+                new.inner_states.items(), state.groups.inner_states.values(), strict=True
+            )
+        }
+        return still(changes), _InTurn(state.count + 1, new._replace(inner_states=states))
 
     return optax.GradientTransformation(init, update)
-
-
-def path_name(path) -> str:
-    """A pytree path as text: 'encoder/layers/attention/qkv/kernel'."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def matching(params, pattern: str):
-    """A tree of bools: does the regular expression occur in the parameter's path?
-
-    Raises:
-      UserError: if it occurs in none, naming some paths.
-    """
-    hits = jax.tree_util.tree_map_with_path(
-        lambda path, _: re.search(pattern, path_name(path)) is not None, params
-    )
-    if not any(jax.tree.leaves(hits)):
-        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        raise UserError(f"no parameter matches {pattern!r}; there are {', '.join(paths[:8])}, ...")
-    return hits

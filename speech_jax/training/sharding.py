@@ -4,8 +4,8 @@ Axes: `data` (batch), `fsdp` (batch, and parameters split among its devices), `t
 feed-forward width, vocabulary). A batch is split over data and fsdp together.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,44 +13,15 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from speech_jax.errors import UserError
-from speech_jax.training.optim import path_name
+from speech_jax.rules import Rules, only, path_name
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# (regular expression over a parameter's path, mesh axes of its last dimensions). The first that
-# matches holds; dimensions in front, such as the layers of a scan, are not split.
-RULES = (
-    (r"attention/qkv?/kernel$", ("fsdp", None, "tensor", None)),
-    (r"attention/qkv?/bias$", (None, "tensor", None)),
-    (r"attention/(position|value)/kernel$", ("fsdp", "tensor", None)),
-    (r"attention/(content_bias|position_bias|value/bias)$", ("tensor", None)),
-    (r"attention/project/kernel$", ("tensor", None, "fsdp")),
-    (r"feed_forward(_\d)?/expand/kernel$", ("fsdp", "tensor")),
-    (r"feed_forward(_\d)?/expand/bias$", ("tensor",)),
-    (r"feed_forward(_\d)?/project/kernel$", ("tensor", "fsdp")),
-    (r"convolution/gate/kernel$", ("fsdp", None, "tensor")),
-    (r"convolution/gate/bias$", (None, "tensor")),
-    (r"convolution/depthwise/kernel$", (None, "tensor")),
-    (r"convolution/depthwise/bias$", ("tensor",)),
-    (r"convolution/project/kernel$", ("tensor", "fsdp")),
-    (r"subsampling/convolution_\d/kernel$", (None, None, None, "fsdp")),
-    (r"subsampling/project/kernel$", ("fsdp", None)),
-    (r"extractor/kernel_\d$", (None, None, "fsdp")),
-    (r"extractor/(bias|scale|shift)_\d$", ()),
-    (r"projection/kernel$", ("fsdp", None)),
-    (r"mask_embedding$", ()),
-    (r"position/direction$", (None, None, "fsdp")),
-    (r"position/magnitude$", ()),
-    (r"quantizer/codebook$", ()),
-    (r"(project_hidden|project_target|quantizer/project|codes)/kernel$", ("fsdp", None)),
-    (r"head/kernel$", ("fsdp", "tensor")),
-    (r"head/bias$", ("tensor",)),
-    (r"(scale|bias|mean|variance)$", ()),
-)
 
-
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh of all devices (or of `devices`); one axis may be -1, which takes what is left.
 
     Raises:
@@ -80,26 +51,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shard_params(params, mesh: Mesh, rules=RULES):
-    """The sharding of every parameter (arrays or shapes) by the first rule that matches its path.
+def shard_params(params: Any, mesh: Mesh, rules: Rules) -> Any:
+    """The sharding of every parameter (arrays or shapes), by the rule that matches its path.
 
-    A mesh axis is left out for a dimension that it does not divide (a vocabulary of 29 over 2).
+    A rule's value names the mesh axes of the last dimensions; dimensions in front, such as the
+    layers of a scan, are not split. An axis is left out for a dimension that it does not divide (a
+    vocabulary of 29 over 2).
+
+    Args:
+      rules: (regular expression, axes), see rules.py: those of a task, whose encoder has most.
 
     Raises:
-      UserError: for a parameter that no rule matches.
+      UserError: for a parameter that no rule matches, or several.
     """
 
-    def sharding(path, leaf):
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
         name = path_name(path)
-        for pattern, axes in rules:
-            if re.search(pattern, name):
-                return NamedSharding(mesh, _spec(leaf.shape, axes, mesh, name))
-        raise UserError(f"no sharding rule matches parameter {name} {leaf.shape}: add one")
+        axes = only(rules, name, "sharding")
+        return NamedSharding(mesh, _spec(leaf.shape, axes, mesh, name))
 
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def _spec(shape, axes, mesh, name):
+def _spec(
+    shape: tuple[int, ...], axes: Sequence[str | None], mesh: Mesh, name: str
+) -> PartitionSpec:
     if len(axes) > len(shape):
         raise UserError(f"the sharding rule {axes} has more dimensions than {name} {shape}")
     axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
@@ -110,14 +86,21 @@ def _spec(shape, axes, mesh, name):
     return PartitionSpec(*fits)
 
 
-def shard_optimizer(tx: optax.GradientTransformation, params, shardings, mesh: Mesh):
-    """The sharding of the optimizer's state: moments as their parameters, counters replicated."""
+def shard_optimizer(
+    tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh
+) -> Any:
+    """The sharding of the optimizer's state: moments as their parameters, counters replicated.
+
+    `params` and `shardings` are those that the optimizer works on (groups.split).
+    """
+    masked = lambda x: isinstance(x, optax.MaskedNode)
     return optax.tree_utils.tree_map_params(
         tx,
-        lambda _, sharding: sharding,
+        lambda leaf, sharding: leaf if masked(leaf) else sharding,
         jax.eval_shape(tx.init, params),
         shardings,
         transform_non_params=lambda _: replicated(mesh),
+        is_leaf=masked,
     )
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from speech_jax.errors import UserError
+from speech_jax.training import groups
 
 
 class Loss(NamedTuple):
@@ -114,15 +115,17 @@ def make_step(
     gradients: Callable,
     tx: optax.GradientTransformation,
     *,
+    mask: Any = None,
     measured: str = "audio",
     ema_decay: float = 0.0,
     log_every: int = 1,
 ) -> Callable:
     """The update of a TrainState by a global batch: (state, batch) -> (state, sums, finite).
 
-    `gradients` is what `gradients` or a wrapper of it returns; `measured` is the field whose
-    lengths are added up. An update that is not finite is skipped: everything but the step and the
-    count of skipped updates stays as it was.
+    `gradients` is what `gradients` or a wrapper of it returns; it is of the parameters that learn
+    where `mask` (groups.trainable) says that others do not. `measured` is the field whose lengths
+    are added up. An update that is not finite is skipped: everything but the step and the count of
+    skipped updates stays as it was.
     """
 
     def step(state: TrainState, batch):
@@ -132,8 +135,10 @@ def make_step(
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss.sum) & jnp.isfinite(norm)
 
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        learned, still = groups.split(state.params, mask) if mask else (state.params, None)
+        updates, opt_state = tx.update(gradient, state.opt_state, learned)
+        learned = optax.apply_updates(learned, updates)
+        params = groups.join(learned, still) if mask else learned
         ema = {}
         if ema_decay:
             share = 1 - average_decay(ema_decay, state.step)

@@ -1,5 +1,6 @@
 """The audio of an utterance: int16 samples at the model's rate, with statistics of its features."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -18,7 +19,6 @@ from speech_jax.data.sources import Source, Utterance
 # The largest difference between the length that a source states and that of the decoded audio:
 # codecs, resampling and rounded manifests differ by milliseconds, a truncated file by more.
 LENGTH_TOLERANCE_SECONDS = 0.1
-STATISTICS = "features.json"
 # Utterances that feature statistics are measured on: enough for two moments.
 _MEASURED = 1000
 
@@ -110,7 +110,10 @@ class Audio:
         part = cls(name, **settings)
         if moments is None:
             return part
-        statistics = _load_statistics(known) if known and (known / STATISTICS).exists() else None
+        statistics = None
+        if known is not None:
+            with contextlib.suppress(FileNotFoundError):
+                statistics = _load_statistics(known / _file(name))
         statistics = statistics or _measure(source, part.sample_rate, moments, seed)
         return dataclasses.replace(part, statistics=statistics)
 
@@ -126,13 +129,13 @@ class Audio:
         **settings: Any,
     ) -> Self:
         del known, seed  # these are for `make`
-        statistics = _load_statistics(folder) if moments else None
+        statistics = _load_statistics(folder / _file(name)) if moments else None
         return cls(name, statistics=statistics, **settings)
 
     def save(self, folder: pathlib.Path) -> None:
         if self.statistics:
             lists = {name: np.asarray(values).tolist() for name, values in self.statistics.items()}
-            files.write_atomically(folder / STATISTICS, files.dump_json(lists))
+            files.write_atomically(folder / _file(self.name), files.dump_json(lists))
 
     def for_evaluation(self) -> Self:
         return dataclasses.replace(self, noise=None)
@@ -207,12 +210,20 @@ def _decode_noise(file: str, sample_rate: int) -> np.ndarray:
     return audio.decode(file, sample_rate)
 
 
-def _load_statistics(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    values = files.read_json(folder / STATISTICS)
+def _file(name: str) -> str:
+    return "features.json" if name == "audio" else f"{name}.features.json"
+
+
+def _load_statistics(path: pathlib.Path) -> dict[str, np.ndarray]:
+    values = files.read_json(path)
     try:
         found = {name: np.asarray(values[name], np.float32) for name in ("mean", "std")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise PartError(f"{folder / STATISTICS} holds no mean and std: bring it back") from error
+        good = found["mean"].shape == found["std"].shape and found["mean"].ndim == 1
+        good = good and np.isfinite([*found.values()]).all() and (found["std"] > 0).all()
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise PartError(f"{path} holds no mean and standard deviation of bands: bring it back")
     return found
 
 

@@ -244,14 +244,21 @@ def _locked(part: pathlib.Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             # Whoever held the lock may have renamed or removed the file that was waited for.
-            if not (part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat())):
+            if not _is_at(file, part):
                 continue
             try:
                 yield file
             finally:
-                if part.exists() and part.stat().st_size == 0:
-                    part.unlink()
+                if _is_at(file, part) and os.fstat(file.fileno()).st_size == 0:
+                    part.unlink(missing_ok=True)
             return
+
+
+def _is_at(file: BinaryIO, path: pathlib.Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _progress() -> rich.progress.Progress:

@@ -121,7 +121,7 @@ def _read_transcripts(path: str, transcripts: dict[str, str], problems: dict[str
     try:
         lines = base.read_text(pathlib.Path(path)).split("\n")
     except base.SourceError as error:
-        problems[path] = str(error).removeprefix(f"{path} ")
+        problems[path] = str(error).removeprefix(f"{path} ").removeprefix("is ")
         return
     for number, line in enumerate(lines, 1):
         name, *text = line.split(maxsplit=1)[:2] or [""]

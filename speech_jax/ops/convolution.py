@@ -1,0 +1,201 @@
+"""Convolutions over time, in the form that is fastest where they run, and their geometry.
+
+On CPU, strided, grouped and depthwise convolutions are written as matrix products and sums of
+shifted products: XLA's own, and above all their gradients, are several times slower there (figures
+beside each). Elsewhere they are XLA's. Both forms are tested against each other.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from speech_jax.ops import masking, partition
+
+_TIME = ("NWC", "WIO", "NWC")  # [B, T, C], [kernel, C in, C out]
+
+
+def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
+    """How many samples one frame sees, after convolutions in turn without padding."""
+    field = 1
+    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
+        field = (field - 1) * stride + kernel
+    return field
+
+
+def output_length(
+    lengths: int | np.ndarray | jax.Array, kernel: int, stride: int
+) -> int | np.ndarray | jax.Array:
+    """Frames after a convolution without padding: the whole windows that fit."""
+    frames = (lengths - kernel) // stride + 1
+    if isinstance(lengths, int):
+        return max(frames, 0)
+    return (np if isinstance(lengths, np.ndarray) else jnp).maximum(frames, 0)
+
+
+# ---- Strided -----------------------------------------------------------------------------------
+
+
+def strided(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
+    """[B, T, C] convolved with weight [K, C, D], no padding: [B, T', D]."""
+    kernel, channels, width = weight.shape
+    if partition.platform() != "cpu":
+        return lax.conv_general_dilated(x, weight, (stride,), "VALID", dimension_numbers=_TIME)
+    # One matrix product: its gradients are about twice as fast as those of lax.conv.
+    return jnp.matmul(windows(x, kernel, stride), weight.reshape(1, kernel * channels, width))
+
+
+def strided_and_normalized(
+    x: jax.Array,
+    frames: jax.Array,
+    weight: jax.Array,
+    stride: int,
+    scale: jax.Array,
+    shift: jax.Array,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """`strided` and a group norm with a group for each channel, over the first `frames` of a row.
+
+    The mean and variance over time of a convolution's output follow from the mean and covariance of
+    its windows [B, F, K], so the output [B, F, D], the largest array of the encoder, is written
+    once, normalized. A bias of the convolution would cancel.
+
+    Args:
+      x: [B, T, C]; frames: int [B]; weight: float32 [K, C, D]; scale, shift: float32 [D].
+      dtype: what the product runs in; statistics are float32.
+    """
+    kernel, channels, width = weight.shape
+    seen = windows(x, kernel, stride)  # [B, F, K C]
+    weight = weight.reshape(kernel * channels, width)
+    weight, bias = normalize_over_time(seen, frames, weight, scale, shift)
+    return jnp.matmul(seen.astype(dtype), weight.astype(dtype)) + bias.astype(dtype)[:, None]
+
+
+def windows(x: jax.Array, kernel: int, stride: int) -> jax.Array:
+    """[B, T, C] to the windows of a strided convolution [B, T', kernel * C].
+
+    By slices and a reshape, without a gather.
+    """
+    batch, length, channels = x.shape
+    frames = output_length(length, kernel, stride)
+    pieces = -(-kernel // stride)
+    needed = (frames + pieces - 1) * stride
+    x = jnp.pad(x[:, :needed], ((0, 0), (0, max(0, needed - length)), (0, 0)))
+    x = x.reshape(batch, frames + pieces - 1, stride * channels)
+    widths = [min(stride, kernel - piece * stride) * channels for piece in range(pieces)]
+    parts = [x[:, piece : piece + frames, :width] for piece, width in enumerate(widths)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def normalize_over_time(
+    seen: jax.Array,
+    frames: jax.Array,
+    weight: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Folds the norm over time of `seen @ weight` into the weight [B, K, D] and a bias [B, D].
+
+    Args:
+      seen: [B, F, K]; frames: int [B], the valid ones; weight: [K, D]; scale, shift: [D].
+    """
+    valid = masking.length_mask(frames, seen.shape[1])[:, :, None]
+    seen = seen.astype(jnp.float32)
+    count = jnp.maximum(frames, 1).astype(jnp.float32)[:, None]
+    mean = jnp.where(valid, seen, 0.0).sum(axis=1) / count  # [B, K]
+    centered = jnp.where(valid, seen - mean[:, None], 0.0)
+    exactly = {"precision": lax.Precision.HIGHEST}
+    covariance = jnp.einsum("btk,btl->bkl", centered, centered, **exactly) / count[:, :, None]
+    half = jnp.einsum("bkl,lc->bkc", covariance, weight, **exactly)
+    variance = jnp.maximum((half * weight[None]).sum(axis=1), 0.0)  # [B, D]
+    factor = scale[None] * lax.rsqrt(variance + 1e-5)
+    bias = shift[None] - jnp.einsum("bk,kc->bc", mean, weight, **exactly) * factor
+    return weight[None] * factor[:, None], bias
+
+
+# ---- Depthwise ---------------------------------------------------------------------------------
+
+
+def depthwise(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Each of D channels of [B, T, D] convolved on its own with weight [K, D], 'same' padding."""
+    kernel, width = weight.shape
+    frames, left = x.shape[1], (kernel - 1) // 2
+    sides = (left, kernel - 1 - left)
+    total = jnp.zeros((), x.dtype) if bias is None else bias[None, None]
+    if partition.platform() != "cpu":
+        return total + lax.conv_general_dilated(
+            x, weight[:, None], (1,), [sides], dimension_numbers=_TIME, feature_group_count=width
+        )
+    # A sum of shifted products, which XLA fuses into one pass over the data: its own grouped
+    # convolution takes a fifth longer, and 2.8 times as long inside a scan over layers.
+    padded = jnp.pad(x, ((0, 0), sides, (0, 0)))
+    for tap in range(kernel):
+        total = total + padded[:, tap : tap + frames] * weight[tap][None, None]
+    return total
+
+
+# ---- Grouped -----------------------------------------------------------------------------------
+
+
+def grouped(x: jax.Array, weight: jax.Array, groups: int) -> jax.Array:
+    """[B, T, D] convolved over time with weight [K, D / groups, D], 'same' padding."""
+    if partition.platform() != "cpu":
+        return _grouped(x, weight, groups)
+    return _grouped_on_cpu(x, weight, groups)
+
+
+def _grouped(x: jax.Array, weight: jax.Array, groups: int) -> jax.Array:
+    kernel = weight.shape[0]
+    return lax.conv_general_dilated(
+        x,
+        weight,
+        window_strides=(1,),
+        padding=[(kernel // 2, (kernel - 1) // 2)],
+        dimension_numbers=_TIME,
+        feature_group_count=groups,
+    )
+
+
+# XLA's gradient of the weight is some ten times slower on CPU than a matrix product.
+_grouped_on_cpu = jax.custom_vjp(_grouped, nondiff_argnums=(2,))
+
+
+def _grouped_forward(x: jax.Array, weight: jax.Array, groups: int) -> tuple:
+    return _grouped(x, weight, groups), (x, weight)
+
+
+def _grouped_backward(groups: int, residuals: tuple, gradient: jax.Array) -> tuple:
+    x, weight = residuals
+    _, input_vjp = jax.vjp(lambda x: _grouped(x, weight, groups), x)
+    return *input_vjp(gradient), _weight_gradient(x, gradient, weight.shape, groups)
+
+
+_grouped_on_cpu.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _weight_gradient(
+    x: jax.Array, gradient: jax.Array, shape: tuple[int, int, int], groups: int
+) -> jax.Array:
+    # Tap k = a + block * b of the gradient is sum over s of x[s + a] * gradient[s - block * b]:
+    # one product of `block` shifted copies of x and kernel / block shifted copies of gradient.
+    kernel, width, _ = shape
+    batch, frames, _ = x.shape
+    block = math.gcd(kernel, 16)
+    rest = kernel - block
+    x = jnp.pad(x, ((0, 0), (kernel // 2, (kernel - 1) // 2), (0, 0)))
+    gradient = jnp.pad(gradient, ((0, 0), (rest, rest), (0, 0)))
+
+    def shifted(array, offsets):
+        array = array.reshape(batch, -1, groups, width).transpose(2, 0, 1, 3)
+        copies = [array[:, :, offset : offset + frames + rest] for offset in offsets]
+        copies = jnp.concatenate(copies, axis=-1)  # [groups, B, T + rest, offsets * width]
+        return copies.reshape(groups, batch * (frames + rest), len(offsets) * width)
+
+    inputs = shifted(x, range(block))
+    outputs = shifted(gradient, range(rest, -1, -block))
+    product = jnp.einsum("gsi,gso->gio", inputs, outputs)
+    product = product.reshape(groups, block, width, kernel // block, width)
+    return product.transpose(3, 1, 2, 0, 4).reshape(shape)

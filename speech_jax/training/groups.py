@@ -1,0 +1,208 @@
+"""What of a model learns, how fast and with how much decay: rules to trees, and a table of them.
+
+A parameter that is frozen for ever is taken out of the tree that the optimizer and the gradient
+see: `split` puts None in its place, which a pytree does not count as a leaf. So it has no moments,
+no part in the norm that gradients are clipped by, and nothing is differentiated with respect to it:
+
+    mask = groups.trainable(params, config.optimizer.frozen)
+    make = lambda task: adversarial.gradients(task, adversary)
+    function = groups.gradients(make, task, mask)  # of all parameters, returns those that learn
+    gradient, loss = function(params, state, batch, rng, step)
+    learned, still = groups.split(params, mask)
+    updates, opt_state = tx.update(gradient, opt_state, learned)
+    params = groups.join(optax.apply_updates(learned, updates), still)
+
+Where nothing is frozen, `split` returns the tree as it is, and `still` without a leaf.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from speech_jax import rules
+from speech_jax.errors import UserError
+from speech_jax.rules import Rules, path_name
+
+# Biases, norms, and the magnitudes of a weight norm: pulled towards 0 they lose their meaning.
+NO_DECAY = r"\w*(bias|scale|shift)(_\d+)?|magnitude"
+
+FOREVER = -1
+
+
+def thaw(params: Any, frozen: Sequence[tuple[str, int]]) -> Any:
+    """A tree of ints: the updates for which each parameter stands still; -1 is for ever.
+
+    The first rule (regular expression, updates) that matches holds; without one it is 0.
+
+    Raises:
+      UserError: a rule that matches no parameter, or a number below -1.
+    """
+    rules.check_used(frozen, params, "optimizer.frozen")
+    for pattern, updates in frozen:
+        if updates < FOREVER:
+            raise UserError(
+                f"config.optimizer.frozen: {updates} updates for {pattern!r} must be -1 (for "
+                "ever) or more"
+            )
+    return _by_name(params, lambda name: int(rules.first(frozen, name, 0)))
+
+
+def trainable(params: Any, frozen: Sequence[tuple[str, int]]) -> Any:
+    """A tree of bools: False for what is frozen for ever. Raises as `thaw`."""
+    mask = jax.tree.map(lambda updates: updates != FOREVER, thaw(params, frozen))
+    if not any(jax.tree.leaves(mask)):
+        raise UserError(f"config.optimizer.frozen={tuple(frozen)} leaves nothing to train")
+    return mask
+
+
+def split(tree: Any, mask: Any) -> tuple[Any, Any]:
+    """(where the mask holds, where it does not): trees with None in place of the other's leaves."""
+    kept = jax.tree.map(lambda keep, x: x if keep else None, mask, tree)
+    rest = jax.tree.map(lambda keep, x: None if keep else x, mask, tree)
+    return kept, rest
+
+
+def join(learned: Any, still: Any) -> Any:
+    """The tree that was split."""
+    none = lambda x: x is None
+    return jax.tree.map(lambda a, b: b if a is None else a, learned, still, is_leaf=none)
+
+
+def gradients(make: Callable[[Any], Callable], task: Any, mask: Any) -> Callable:
+    """A gradient function of all parameters whose gradient is of those that learn.
+
+    `make(task)` returns a gradient function (training/step.py), which differentiates with respect
+    to whatever parameters it is given.
+    """
+
+    def function(
+        params: Any, state: Any, batch: Any, rng: jax.Array, step: jax.Array | int
+    ) -> tuple[Any, Any]:
+        learned, still = split(params, mask)
+        return make(_Held(task, still))(learned, state, batch, rng, step)
+
+    return function
+
+
+class _Held:
+    """A task of the parameters that learn, with the others held still."""
+
+    def __init__(self, task: Any, still: Any):
+        self._task, self._still = task, still
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._task, name)
+        if name not in ("loss", "logits"):
+            return found
+        return lambda learned, *rest: found(join(learned, self._still), *rest)
+
+
+def decay_factors(params: Any, decay: Rules) -> Any:
+    """A tree of what multiplies the weight decay of each parameter: the first rule's value, or 1.
+
+    Raises:
+      UserError: a factor below 0.
+    """
+    _check_factors(decay, "optimizer.decay")
+    return _by_name(params, lambda name: float(rules.first(decay, name, 1.0)))
+
+
+def rate_factors(params: Any, rates: Rules = (), layer_decay: float = 1.0) -> Any:
+    """A tree of what multiplies the learning rate of each parameter.
+
+    That is a float, or for the stacked layers of a scanned encoder an array [layers, 1, ...] that
+    broadcasts over the parameter. It is the first rule that matches, or 1, times `layer_decay` to
+    the power of how far a parameter lies below the head: 1 for the last layer, the number of layers
+    for the first, and one more for what is before the layers (ELECTRA, Clark et al. 2020).
+
+    Raises:
+      UserError: a rule that matches no parameter, a factor that is not above 0, or no layers.
+    """
+    rules.check_used(rates, params, "optimizer.rates")
+    _check_factors(rates, "optimizer.rates", above=True)
+    if layer_decay <= 0:
+        raise UserError(f"config.optimizer.layer_decay={layer_decay} must be greater than 0")
+    depth = _count_layers(params) if layer_decay != 1.0 else 0
+
+    def rate(path: tuple, leaf: Any) -> float | np.ndarray:
+        name = path_name(path)
+        factor = float(rules.first(rates, name, 1.0))
+        if not depth or not name.startswith("encoder/"):
+            return factor
+        if name.startswith("encoder/layers/"):
+            below = np.arange(depth, 0, -1).reshape(-1, *[1] * (len(leaf.shape) - 1))
+            return (factor * layer_decay**below).astype(np.float32)
+        layer = re.match(r"encoder/layer_(\d+)/", name)
+        below = depth - int(layer[1]) if layer else depth + 1
+        return factor * layer_decay**below
+
+    return jax.tree_util.tree_map_with_path(rate, params)
+
+
+def _count_layers(params: Any) -> int:
+    encoder = params.get("encoder", {})
+    if "layers" in encoder:
+        return jax.tree.leaves(encoder["layers"])[0].shape[0]
+    count = sum(name.startswith("layer_") for name in encoder)
+    if not count:
+        raise UserError("config.optimizer.layer_decay needs an encoder with layers: leave it at 1")
+    return count
+
+
+def _check_factors(factors: Rules, key: str, above: bool = False) -> None:
+    for pattern, value in factors:
+        if value < 0 or (above and value == 0):
+            cure = "greater than 0 (config.optimizer.frozen holds still)" if above else "0 or more"
+            raise UserError(f"config.{key}: the factor {value} of {pattern!r} must be {cure}")
+
+
+def _by_name(params: Any, function: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: function(path_name(path)), params)
+
+
+# ---- The table ---------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """Parameters of one part of a model that learn alike."""
+
+    group: str  # the first two names of their paths
+    parameters: int
+    trainable: str  # 'yes', 'no' or 'after N updates'
+    rate: str  # what multiplies the learning rate: '1', or '0.1 to 0.9' over stacked layers
+    decay: str  # what multiplies the weight decay
+
+
+def table(
+    params: Any,
+    *,
+    decay: Rules = (),
+    rates: Rules = (),
+    frozen: Sequence[tuple[str, int]] = (),
+    layer_decay: float = 1.0,
+) -> list[Row]:
+    """The rows of the table that a run's log begins with, in the order of the parameters."""
+    names_and_shapes = jax.tree_util.tree_leaves_with_path(params)
+    columns = (
+        thaw(params, frozen),
+        rate_factors(params, rates, layer_decay),
+        decay_factors(params, decay),
+    )
+    counts: dict[tuple[str, ...], int] = {}
+    for (path, leaf), until, rate, factor in zip(
+        names_and_shapes, *map(jax.tree.leaves, columns), strict=True
+    ):
+        group = "/".join(path_name(path).split("/")[:2][: max(1, len(path) - 1)])
+        when = {0: "yes", FOREVER: "no"}.get(until, f"after {until} updates")
+        learns = until != FOREVER
+        key = group, when, _span(rate) if learns else "", f"{factor:g}" if learns else ""
+        counts[key] = counts.get(key, 0) + leaf.size
+    return [Row(group, size, *rest) for (group, *rest), size in counts.items()]
+
+
+def _span(rate: float | np.ndarray) -> str:
+    low, high = np.min(rate), np.max(rate)
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"

@@ -1,0 +1,95 @@
+"""Convolutions in the form for CPU and in XLA's, forwards and back; their geometry."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from speech_jax.ops import convolution, partition
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def both_forms(monkeypatch, function, *arrays):
+    """What a function of the arrays and its gradients are on CPU, and in the form for a GPU."""
+    found = []
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(partition, "platform", lambda platform=platform: platform)
+        value, vjp = jax.vjp(jax.jit(lambda *arrays: function(*arrays)), *arrays)
+        found.append([value, *vjp(jnp.cos(value))])
+    return found
+
+
+def assert_same_numbers_by_other_means(monkeypatch, function, *arrays):
+    ours, theirs = both_forms(monkeypatch, function, *arrays)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+    assert any((a != b).any() for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(10, 5), (3, 2), (2, 2), (5, 3), (1, 1)])
+@pytest.mark.parametrize("length", [40, 43])
+def test_strided(kernel, stride, length, monkeypatch):
+    x, weight = normal(2, length, 3), normal(kernel, 3, 4)
+    run = lambda x, weight: convolution.strided(x, weight, stride)
+    ours, theirs = both_forms(monkeypatch, run, x, weight)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+    assert ours[0].shape[1] == convolution.output_length(length, kernel, stride)
+
+
+@pytest.mark.parametrize(("kernel", "groups"), [(32, 2), (16, 4), (7, 1), (24, 8)])
+def test_grouped(kernel, groups, monkeypatch):
+    x, weight = normal(2, 21, 16), normal(kernel, 16 // groups, 16)
+    run = lambda x, weight: convolution.grouped(x, weight, groups)
+    assert_same_numbers_by_other_means(monkeypatch, run, x, weight)
+
+
+@pytest.mark.parametrize("kernel", [5, 6, 31])
+def test_depthwise(kernel, monkeypatch):
+    x, weight, bias = normal(2, 21, 6), normal(kernel, 6), normal(6)
+    assert_same_numbers_by_other_means(monkeypatch, convolution.depthwise, x, weight, bias)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_the_form_is_that_of_the_devices_that_a_program_is_for(scanned):
+    """A mesh may be of another machine: preflight compiles here for a slice of a pod."""
+
+    def run(x, weight):
+        body = lambda x, _: (convolution.depthwise(x, weight, None), None)
+        return lax.scan(body, x, length=3)[0] if scanned else body(x, None)[0]
+
+    def primitives(platform):
+        device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+            return str(jax.make_jaxpr(run)(normal(1, 9, 4), normal(3, 4)))
+
+    assert "conv_general_dilated" in primitives("tpu")
+    assert "conv_general_dilated" not in primitives("cpu")
+    assert partition.platform() == "cpu"
+
+
+def test_group_norm_folded_into_the_convolution_is_a_group_norm():
+    x, weight = normal(2, 50, 10) + 3.0, normal(1, 10, 6)
+    scale, shift, frames = normal(6), normal(6), jnp.array([50, 31])
+    found = convolution.strided_and_normalized(x, frames, weight, 1, scale, shift, jnp.float32)
+    for row, count in enumerate([50, 31]):
+        plain = np.asarray(x[row, :count]) @ np.asarray(weight[0])
+        plain = (plain - plain.mean(0)) / np.sqrt(plain.var(0) + 1e-5)
+        plain = plain * np.asarray(scale) + np.asarray(shift)
+        np.testing.assert_allclose(found[row, :count], plain, atol=1e-4)
+
+
+def test_a_frame_sees_its_receptive_field():
+    kernels, strides = (10, 3, 2), (5, 2, 2)
+    field = convolution.receptive_field(kernels, strides)
+    for samples, frames in ((field - 1, 0), (field, 1), (field + 20, 2)):
+        for kernel, stride in zip(kernels, strides, strict=True):
+            samples = convolution.output_length(samples, kernel, stride)
+        assert samples == frames
