@@ -54,7 +54,7 @@ class Checkpoints:
         """Opens or creates `directory`; raises CheckpointError where that cannot be."""
         if keep < 1:
             raise ValueError(f"keep is {keep}: keep at least 1 checkpoint.")
-        self.directory = epath.Path(directory).absolute()  # orbax refuses relative paths
+        self.directory = _absolute(directory)
         self._keep, self._watched = keep, watched
         self._writing: int | None = None
         self._smallest: dict[str, jax.ShapeDtypeStruct] = {}
@@ -202,7 +202,7 @@ def load_best(directory: str | os.PathLike, under: Sequence[str]) -> dict[str, n
     damaged, the next best is used, and a warning says so. Changes nothing in `directory`. Raises
     CheckpointError where there is no good checkpoint, or it holds nothing under one of the names.
     """
-    directory = epath.Path(directory).absolute()
+    directory = _absolute(directory)
     try:
         steps = sorted(ocp.utils.checkpoint_steps(directory))
     except OSError as error:
@@ -229,6 +229,12 @@ def load_best(directory: str | os.PathLike, under: Sequence[str]) -> dict[str, n
 def _restored(path: epath.Path, abstract_state: Any) -> Restored:
     record, state = saved.read(path, abstract_state)
     return Restored(int(path.name), state, record["data"], record["stopper"])
+
+
+def _absolute(directory: str | os.PathLike) -> epath.Path:
+    """As orbax wants its paths; one of a bucket (gs://) is so already."""
+    path = epath.Path(directory)
+    return path if "://" in str(path) else path.absolute()
 
 
 class _Manager(ocp.CheckpointManager):

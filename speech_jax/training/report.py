@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -284,14 +285,22 @@ class Writer:
     _FLUSH_SECONDS = 30.0
 
     def __init__(self, metrics: pathlib.Path, tensorboard: pathlib.Path, step: int):
-        self._path, self._folder = metrics, tensorboard
+        self._metrics, self._folder = metrics, tensorboard
+        # Nothing can be appended to what is in a bucket: there, all of it is written anew.
+        self._scratch = tempfile.TemporaryDirectory() if files.is_remote(metrics) else None
         with self._errors(metrics):
             _truncate(metrics, step)
         with self._errors(tensorboard):
             tensorboard.mkdir(parents=True, exist_ok=True)
             # A name of its own: two may start within a second.
             name = f"events.out.tfevents.{time.time_ns() // 10**9}.{time.time_ns()}"
-            self._events = RecordWriter(str(tensorboard / name))
+            self._lines, self._events_path = metrics, tensorboard / name
+            if self._scratch:
+                self._lines = pathlib.Path(self._scratch.name, metrics.name)
+                self._events_path = pathlib.Path(self._scratch.name, name)
+                if metrics.exists():
+                    self._lines.write_bytes(metrics.read_bytes())
+            self._events = RecordWriter(str(self._events_path))
             self._add(0, file_version="brain.Event:2")
             if step:
                 start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -304,7 +313,7 @@ class Writer:
             name: value if value is not None and math.isfinite(value) else None
             for name, value in values.items()
         }
-        with self._errors(self._path), self._path.open("a", encoding="utf-8") as file:
+        with self._errors(self._metrics), self._lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
         with self._errors(self._folder):
             for name, value in numbers.items():
@@ -314,15 +323,25 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what TensorBoard's file holds back."""
+        """Writes what TensorBoard's file holds back, and what is in a bucket."""
         with self._errors(self._folder):
             self._events.flush()
+            if self._scratch:
+                (self._folder / self._events_path.name).write_bytes(self._events_path.read_bytes())
+        if self._scratch and self._lines.exists():
+            with self._errors(self._metrics):
+                self._metrics.write_bytes(self._lines.read_bytes())
         self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes."""
-        with self._errors(self._folder):
-            self._events.close()
+        try:
+            self.flush()
+        finally:
+            with self._errors(self._folder):
+                self._events.close()
+            if self._scratch:
+                self._scratch.cleanup()
 
     def _add(self, step: int, **content: Any) -> None:
         event = event_pb2.Event(wall_time=time.time(), step=step, **content)
