@@ -43,7 +43,7 @@ RANGES = {
     **dict.fromkeys(
         (
             "data.sample_rate", "data.max_seconds", "data.batch_seconds", "data.buckets",
-            "data.eval_buckets", "text.vocabulary_size", "features.mels", "features.window_ms",
+            "data.eval_buckets", "data.eval_max_seconds", "text.vocabulary_size", "features.mels", "features.window_ms",
             "features.hop_ms", "features.high_hz", "robustness.epsilons", "train.steps",
             "train.accumulate", "train.log_every", "train.eval_every", "checkpoint.every",
             "checkpoint.keep", "schedule.peak", "data.speeds", "model.width", "model.heads",
@@ -103,6 +103,7 @@ def default() -> ConfigDict:
     data.batch_seconds = 120.0  # audio in a global batch, padding included
     data.buckets = 6  # batch shapes, each compiled once
     data.eval_buckets = 3
+    data.eval_max_seconds = 120.0  # longer utterances of evaluation splits are refused by name
     data.speeds = (1.0,)  # speed perturbation: (0.9, 1.0, 1.1)
     data.noise_root = ""  # a folder of noise to add; empty: none
     data.noise_probability = 0.5
@@ -111,7 +112,7 @@ def default() -> ConfigDict:
 
     config.text = text = ConfigDict()
     text.tokenizer = "characters"  # or sentencepiece, trained on the training transcripts
-    text.normalizer = "librispeech"
+    text.normalizer = "words"  # keeps the letters of every script; english drops accents
     text.vocabulary_size = 1024  # of sentencepiece, the blank included
 
     config.features = features = ConfigDict()

@@ -171,8 +171,16 @@ def training_corpus(
 
 def evaluation_corpus(config: ConfigDict, split: str, parts: Mapping[str, Part]) -> pipeline.Corpus:
     """All utterances of a split: none is left out for its length or for what it lacks."""
+    source = open_splits(config, split)
+    longest = max(source.utterances, key=lambda utterance: utterance.duration, default=None)
+    if longest and longest.duration > config.data.eval_max_seconds:
+        raise UserError(
+            f"utterance {longest.id} of {split} lasts {longest.duration:.0f} s, and "
+            f"config.data.eval_max_seconds={config.data.eval_max_seconds:g}: cut it into "
+            "utterances (a manifest's rows take an offset and a duration), or raise that setting"
+        )
     parts = {name: part.for_evaluation() for name, part in parts.items()}
-    return pipeline.make_corpus(open_splits(config, split), parts, on_error=config.data.on_error)
+    return pipeline.make_corpus(source, parts, on_error=config.data.on_error)
 
 
 def training_plan(
@@ -216,10 +224,8 @@ def training_batches(config: ConfigDict, corpus: pipeline.Corpus, plan: Plan, st
     )
 
 
-def evaluation_batches(
-    config: ConfigDict, corpus: pipeline.Corpus, task: Task, mesh: Mesh
-) -> Iterator[dict[str, np.ndarray]]:
-    """One pass over a corpus, this process's rows; the last batch may hold filler rows."""
+def evaluation_plan(config: ConfigDict, corpus: pipeline.Corpus, task: Task, mesh: Mesh) -> Plan:
+    """One pass over a corpus, by length."""
     data = config.data
     budget = data.batch_seconds * data.sample_rate
     if "samples" in corpus.lengths:
@@ -231,14 +237,21 @@ def evaluation_batches(
         rows_multiple=sharding.batch_shards(mesh),
         round_to=_round_to(config, task),
     )
+    return Plan(corpus.lengths, task.along, buckets, shuffle=False, stretched=corpus.stretched)
+
+
+def evaluation_batches(
+    config: ConfigDict, corpus: pipeline.Corpus, plan: Plan
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of a plan, this process's rows; the last one may hold filler rows."""
     return pipeline.batches(
         corpus,
-        Plan(corpus.lengths, task.along, buckets, shuffle=False, stretched=corpus.stretched),
+        plan,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         repeat=False,
-        on_error=data.on_error,
-        threads=data.threads,
+        on_error=config.data.on_error,
+        threads=config.data.threads,
     )
 
 
