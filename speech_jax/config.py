@@ -43,7 +43,8 @@ RANGES = {
     **dict.fromkeys(
         (
             "data.sample_rate", "data.max_seconds", "data.batch_seconds", "data.buckets",
-            "data.eval_buckets", "data.eval_max_seconds", "text.vocabulary_size", "features.mels", "features.window_ms",
+            "data.eval_buckets", "data.eval_max_seconds",
+            "text.vocabulary_size", "features.mels", "features.window_ms",
             "features.hop_ms", "features.high_hz", "robustness.epsilons", "train.steps",
             "train.accumulate", "train.log_every", "train.eval_every", "checkpoint.every",
             "checkpoint.keep", "schedule.peak", "data.speeds", "model.width", "model.heads",

@@ -263,7 +263,8 @@ def test_neighbours_and_padding_change_nothing(run):
 
 
 def _first(config, corpus, task) -> dict[str, np.ndarray]:
-    batches = experiment.evaluation_batches(config, corpus, task, sharding.make_mesh(**config.mesh))
+    plan = experiment.evaluation_plan(config, corpus, task, sharding.make_mesh(**config.mesh))
+    batches = experiment.evaluation_batches(config, corpus, plan)
     try:
         return next(batches)
     finally:
