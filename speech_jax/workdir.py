@@ -45,15 +45,6 @@ _GONE = {"optimizer.no_decay": "(bias|scale)$"}
 # Values that switch something off: a setting that has one, and that is gone since, is not missed.
 _OFF = (None, False, 0, "", "none", [], {})
 
-# What parts have learned, in the folder of a run: they know the names (data/parts/).
-_LEARNED = (
-    "features.json",
-    "tokenizer.json",
-    "*.features.json",
-    "*.tokenizer.json",
-    "*.classes.json",
-)
-
 
 class WorkdirError(UserError):
     """A workdir that this run cannot use; the message says which one would do."""
@@ -125,8 +116,8 @@ class Workdir:
     def prepare(self, splits: Iterable[str]) -> None:
         """Makes the folders and tries every file that will be written, `splits`' predictions too.
 
-        Where no run was recorded, what a start that failed has learned is removed: it may be of
-        other settings.
+        Where no run was recorded, the plan of a start that failed is removed: it may be of other
+        settings.
 
         Raises:
           WorkdirError: one of them cannot be written.
@@ -140,8 +131,7 @@ class Workdir:
                 with self._writes(folder):
                     folder.mkdir(exist_ok=True)
             if not self.config.exists():
-                for path in (self.plan, *(p for name in _LEARNED for p in self.folder.glob(name))):
-                    path.unlink(missing_ok=True)
+                self.plan.unlink(missing_ok=True)
         _barrier("workdir")
 
     def record(self, config: ConfigDict) -> None:
