@@ -70,9 +70,7 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
     What comes back for a bucket is an epath.Path, with the methods of a pathlib.Path.
     """
     if "://" in os.fspath(path):
-        from etils import epath
-
-        return epath.Path(path)
+        return _in_bucket(os.fspath(path))
     try:
         return pathlib.Path(path).expanduser().absolute()
     except RuntimeError as error:
@@ -82,3 +80,21 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
 def is_remote(path: pathlib.Path) -> bool:
     """Whether a path is of a bucket: no file system, so that nothing can be appended or locked."""
     return "://" in os.fspath(path)
+
+
+def _in_bucket(path: str) -> Any:
+    import fsspec
+    from etils import epath
+
+    kind = path.partition("://")[0]
+    # Others write there too (tensorstore, the other hosts): what was listed once does not last.
+    fsspec.config.conf.setdefault(kind, {})["use_listings_cache"] = False
+    try:
+        epath.Path(path).exists()
+    except (ImportError, ValueError) as error:
+        extra = ": pip install 'speech_jax[gcs]'" if kind == "gs" else ""
+        raise UserError(f"{path} cannot be used here ({error}){extra}") from error
+    except Exception as error:  # of the storage's client: no credentials, no bucket, no network
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be reached ({type(error).__name__}: {why})") from error
+    return epath.Path(path)

@@ -6,6 +6,7 @@ All processes of a run call the methods together; the first one writes.
 import contextlib
 import datetime
 import fcntl
+import glob
 import hashlib
 import os
 import pathlib
@@ -62,6 +63,8 @@ class Workdir:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = files.expand(folder)
+        if files.is_remote(self.folder) and glob.has_magic(str(folder)):
+            raise WorkdirError(f"{folder}: the storage's client takes [, ] * and ? for patterns")
         self.config = self.folder / "config.json"
         self.plan = self.folder / "plan.json"
         self.checkpoints = self.folder / "checkpoints"
@@ -273,7 +276,8 @@ class _Heartbeat:
     def __enter__(self) -> Self:
         before = self._read()
         if before:
-            logging.warning("%s: looking whether %s is still there", self._path, before)
+            owner = before.partition("\n")[0]
+            logging.warning("%s: looking whether %s is still there", self._path, owner)
             for _ in range(round(3 * self.SECONDS)):
                 time.sleep(1)
                 if self._read() not in (before, ""):
