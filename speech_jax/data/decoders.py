@@ -435,7 +435,8 @@ def _open_other(
         ) from None
     try:
         # Under one name, so that no content makes FFmpeg open other files.
-        container = stack.enter_context(av.open(file, format=demuxer, metadata_errors="ignore"))
+        lenient = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+        container = stack.enter_context(av.open(file, format=demuxer, **lenient))
     except Exception as error:
         raise UnsupportedError(
             f"{name}: damaged or no {title} that PyAV can read ({_reason(error)}): restore it, or "
