@@ -346,8 +346,9 @@ class Setup:
         adversary = make_adversary(config)
         mask = groups.trainable(self.abstract.params, config.optimizer.get("frozen", ()))
         make = lambda task: adversarial.gradients(task, adversary)
+        gradients = groups.gradients(make, self.task, mask, self._cast)
         step = steps.make_step(
-            steps.accumulate(groups.gradients(make, self.task, mask), config.train.accumulate),
+            steps.accumulate(gradients, config.train.accumulate),
             self.tx,
             mask=mask,
             measured=steps.measured(self.fields),
@@ -357,6 +358,14 @@ class Setup:
         return jax.jit(
             step, out_shardings=(self.shardings, everywhere, everywhere), donate_argnums=0
         )
+
+    def _cast(self, params: Any) -> Any:
+        """The parameters with the encoder's in the type that it computes in."""
+        encoder = getattr(self.task, "encoder", None)
+        if encoder is None:
+            return params
+        cast = models.cast(params["encoder"], encoder.dtype, encoder.float32)
+        return {**params, "encoder": cast}
 
     def compile(self, buckets: Sequence[Bucket]) -> dict[tuple, Program]:
         """Compiles the step for every batch shape, keyed by `batch.signature`."""
