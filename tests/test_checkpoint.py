@@ -237,6 +237,17 @@ def test_a_part_of_the_state_alone_on_the_host(mesh, saved):
         load_best(saved / "elsewhere", ["params"])
 
 
+def test_a_step_that_was_saved_before_it_was_evaluated_gets_its_score(mesh, tmp_path):
+    with Checkpoints(tmp_path, watched=WER) as checkpoints:
+        save(checkpoints, 1, mesh, wer=0.5)
+        save(checkpoints, 2, mesh)  # told to leave in the evaluation
+    with Checkpoints(tmp_path, watched=WER) as checkpoints:
+        save(checkpoints, 2, mesh, wer=0.1)
+        checkpoints.save(2, make_state(mesh, 7), data={}, stopper={}, config={}, metrics={"wer": 0})
+        save(checkpoints, 3, mesh, wer=0.4)
+    assert best(tmp_path) == 2
+
+
 @pytest.mark.parametrize("name", ["[x]", "*", "a?b", "{x} %20 é"])
 def test_a_directory_of_any_name(mesh, tmp_path, name):
     with Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
