@@ -116,8 +116,16 @@ def left(flags: argparse.Namespace) -> float:
     return flags.end - time.monotonic()
 
 
-def choose_ctc(name: str) -> None:
-    """Has every loss of this process computed by one implementation of ops/ctc.py."""
-    from speech_jax.ops import ctc
+def choose(what: str) -> None:
+    """Has this process compute by chosen means: LOSS or LOSS+shifted.
 
-    ctc.ctc_loss = functools.partial(ctc.ctc_loss, implementation=name)
+    LOSS is an implementation of ops/ctc.py; with 'shifted', depthwise convolutions are sums of
+    shifted products.
+    """
+    from benchmarks.hardware import shifted
+    from speech_jax.ops import convolution, ctc
+
+    loss, _, form = what.partition("+")
+    ctc.ctc_loss = functools.partial(ctc.ctc_loss, implementation=loss)
+    if form == "shifted":
+        convolution.depthwise = shifted.depthwise

@@ -4,13 +4,16 @@ import time
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from benchmarks.hardware import recipe
 from configs import finetune_wav2vec2, librispeech
-from speech_jax import experiment, train
-from speech_jax.data.plan import Bucket
-from speech_jax.training import costs, optim, sharding
+from speech_jax import experiment
+from speech_jax.data.batch import Bucket
+from speech_jax.preflight import assumed
+from speech_jax.tasks import Task
+from speech_jax.training import costs, sharding
 
 RATE = 16_000
 
@@ -36,38 +39,46 @@ def config_of(name: str, tiny: bool, **changes: object) -> ConfigDict:
     return config
 
 
-class Model:
-    """A model in training: its state on the device, and its step for batches of any size."""
-
-    def __init__(self, config: ConfigDict, vocabulary_size: int):
-        self.config = config
-        self.mesh = sharding.make_mesh(**config.mesh)
-        self.task = experiment.make_task(config, vocabulary_size)
-        schedule = optim.make_schedule(steps=config.train.steps, **config.schedule)
-        probe = train.batch_shapes(make_bucket(1, 2.0, 8), self.mesh)
-        made = train.abstract_state(config, self.task, schedule, self.mesh, probe)
-        self.abstract, self._init, self._tx = made
-        self.parameters = sum(x.size for x in jax.tree.leaves(self.abstract.params))
-        self.state = None
-
-    def start(self) -> None:
-        """Puts a fresh state on the device."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        self.state = jax.jit(self._init, out_shardings=shardings)()
-
-    def trace(self, rows: int, seconds: float, labels_per_second: float) -> "Step":
-        """The step on full rows of so many seconds, traced and lowered."""
-        bucket = make_bucket(rows, seconds, round(seconds * labels_per_second))
-        shapes = train.batch_shapes(bucket, self.mesh)
-        step = train.jit_step(self.config, self.task, self._tx, self.abstract, self.mesh)
-        with jax.set_mesh(self.mesh):
-            traced = step.trace(self.abstract, shapes)
-            return Step(self, rows, seconds, shapes, traced)
+def make_task(config: ConfigDict, vocabulary_size: int) -> tuple[Task, experiment.Fields]:
+    """The task, and the arrays of its batches."""
+    parts = assumed.make_parts(config, vocabulary_size)
+    return experiment.make_task(config, parts), assumed.fields_of(parts)
 
 
 def make_bucket(rows: int, seconds: float, labels: int) -> Bucket:
     """The shape of a batch of full rows."""
-    return Bucket(samples=round(seconds * RATE), labels=labels, rows=rows)
+    return Bucket(rows, (("samples", round(seconds * RATE)), ("labels", labels)))
+
+
+def make_batch(
+    fields: experiment.Fields, bucket: Bucket, mesh: Mesh, vocabulary_size: int = 29
+) -> dict[str, np.ndarray]:
+    """A full batch of noise."""
+    return noise(experiment.batch_shapes(fields, bucket, mesh), vocabulary_size)
+
+
+class Model:
+    """A model in training: its state on the device, and its step for batches of any size."""
+
+    def __init__(self, config: ConfigDict, vocabulary_size: int):
+        self.mesh = sharding.make_mesh(**config.mesh)
+        task, fields = make_task(config, vocabulary_size)
+        bucket = make_bucket(1, 2.0, 8)
+        self.setup = experiment.make_setup(config, task, fields, self.mesh, bucket)
+        self.parameters = self.setup.parameters
+        self.state = None
+
+    def start(self) -> None:
+        """Puts a fresh state on the device."""
+        self.state = self.setup.fresh_state()
+
+    def trace(self, rows: int, seconds: float, labels_per_second: float) -> "Step":
+        """The step on full rows of so many seconds, traced and lowered."""
+        bucket = make_bucket(rows, seconds, round(seconds * labels_per_second))
+        shapes = self.setup.batch(bucket)
+        with jax.set_mesh(self.mesh):
+            traced = self.setup.step().trace(self.setup.abstract, shapes)
+            return Step(self, rows, seconds, shapes, traced)
 
 
 class Step:

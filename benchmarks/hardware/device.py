@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks.hardware import Table, median_seconds, run_part
-from benchmarks.report import _versions as versions
+from speech_jax.versions import versions
 
 
 def run(table: Table, flags: argparse.Namespace) -> None:

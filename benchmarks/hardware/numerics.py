@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.hardware import Table, choose_ctc, left, run_part
-from benchmarks.hardware.build import config_of, make_bucket, noise
-from speech_jax import experiment, train
+from benchmarks.hardware import Table, choose, left, run_part
+from benchmarks.hardware.build import config_of, make_batch, make_bucket, make_task
 from speech_jax.ops import features
 from speech_jax.training import sharding
 
@@ -27,7 +26,7 @@ WAIT = 60.0  # seconds for the reference
 
 def run(table: Table, flags: argparse.Namespace) -> None:
     """Stores the reference, or compares with it."""
-    choose_ctc(flags.ctc)
+    choose(flags.ctc)
     if flags.only == "reference":
         for name in MODELS:
             np.savez(flags.work / f"{name}.part.npz", *evaluate(name, "float32", "highest"))
@@ -55,9 +54,9 @@ def evaluate(name: str, dtype: str, precision: str) -> list[np.ndarray]:
     config = config_of(name, tiny=True, dtype=dtype, dropout=0.0)
     if "input_dropout" in config.model:
         config.model.input_dropout = 0.0
-    task = experiment.make_task(config, VOCABULARY)
+    task, fields = make_task(config, VOCABULARY)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    batch = noise(train.batch_shapes(make_bucket(4, 3.0, 24), mesh), VOCABULARY)
+    batch = make_batch(fields, make_bucket(4, 3.0, 24), mesh, VOCABULARY)
     batch["audio_length"] = np.asarray([48_000, 40_000, 33_333, 20_000], np.int32)
     batch["audio"] *= np.arange(48_000) < batch["audio_length"][:, None]
     shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), batch))

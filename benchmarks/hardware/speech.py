@@ -13,7 +13,10 @@ import time
 import soundfile
 
 from benchmarks.hardware import Table, run_part
+from benchmarks.hardware.shapes import BATCH_SECONDS
 from speech_jax.data import audio, pipeline, sources
+from speech_jax.data.parts.audio import Audio
+from speech_jax.data.plan import Plan
 
 RATE = 16_000
 SPLITS = ("train-clean-5", "dev-clean-5")
@@ -66,9 +69,12 @@ def loader_rate(root: pathlib.Path, flags: argparse.Namespace, speeds, threads: 
         on_error="skip",
         cache=str(flags.work / "cache"),
     )
-    corpus = pipeline.encode_corpus(source, None, sample_rate=RATE, on_error="skip")
-    buckets = pipeline.corpus_buckets(corpus, count=3, batch_seconds=320, speeds=speeds)
-    batches = pipeline.batches(corpus, buckets, speeds=speeds, threads=threads, on_error="skip")
+    corpus = pipeline.make_corpus(source, {"audio": Audio(sample_rate=RATE)}, on_error="skip")
+    buckets = corpus.buckets(
+        along="samples", count=3, budget=BATCH_SECONDS * RATE, round_to=RATE // 10, speeds=speeds
+    )
+    plan = Plan(corpus.lengths, "samples", buckets, speeds=speeds, stretched=corpus.stretched)
+    batches = pipeline.batches(corpus, plan, threads=threads, on_error="skip")
     next(batches)
     start, end = time.perf_counter(), time.perf_counter() + (1 if flags.tiny else 4)
     samples = 0

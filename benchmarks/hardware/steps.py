@@ -3,7 +3,8 @@
 All programs are compiled first, some at once; then each is timed on full rows of noise. MFU is of
 the analytic FLOPs of matrix products and convolutions (training/costs.py), forward and backward
 without recomputation, over the data sheet's bfloat16 rate; front end, CTC, clipping and AdamW are
-in the time and not in the FLOPs. --only names the models, joined by commas.
+in the time and not in the FLOPs. Models `+shifted` have their depthwise convolutions as sums of
+shifted products. --only names the models, joined by commas.
 """
 
 import argparse
@@ -12,9 +13,10 @@ import time
 
 import jax
 
-from benchmarks.hardware import Table, alone, choose_ctc, left, median_seconds, run_part
+from benchmarks.hardware import Table, alone, choose, left, median_seconds, run_part, shifted
 from benchmarks.hardware.build import Model, Step, config_of
 from benchmarks.hardware.shapes import ROW_SECONDS, SIZES
+from speech_jax.ops import convolution
 from speech_jax.training import costs
 
 THREADS = 6  # programs compiled at once
@@ -22,14 +24,17 @@ THREADS = 6  # programs compiled at once
 
 def run(table: Table, flags: argparse.Namespace) -> None:
     """Compiles in the background and times what is ready, in the order of SIZES."""
-    choose_ctc(flags.ctc)
+    choose(flags.ctc)
+    usual = convolution.depthwise
     names = flags.only.split(",") if flags.only else list(SIZES)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         waiting, states = [], {}
         for name in names:
             with table.attempt(name):
                 started = time.perf_counter()
-                model = Model(config_of(name, flags.tiny), vocabulary(name))
+                convolution.depthwise = shifted.depthwise if name.endswith("+shifted") else usual
+                kind = name.removesuffix("+shifted")
+                model = Model(config_of(kind, flags.tiny), vocabulary(kind))
                 states[name] = pool.submit(model.start)
                 waiting += [
                     (name, step, pool.submit(step.compile)) for step in _trace(model, name, flags)

@@ -14,7 +14,9 @@ import numpy as np
 from jax import lax
 
 from benchmarks.hardware import Table, alone, left, median_seconds, run_part
-from speech_jax.models import layers, wav2vec2
+from benchmarks.hardware.shifted import depthwise as shifted
+from speech_jax.models import layers
+from speech_jax.ops import convolution
 
 OTHER = ("rotary", "dropout", "quarter", "separable", "hash", "random")  # not the same function
 
@@ -143,12 +145,7 @@ def depthwise(batch: int, frames: int, width: int, kernel: int = 31):
     """[B, T, D] with [K, D]."""
 
     def ours(x, weight):
-        left = (kernel - 1) // 2
-        padded = jnp.pad(x, ((0, 0), (left, kernel - 1 - left), (0, 0)))
-        total = jnp.zeros((), x.dtype)
-        for tap in range(kernel):
-            total = total + padded[:, tap : tap + frames] * weight[tap][None, None]
-        return total
+        return convolution.depthwise(x, weight, None)
 
     def grouped(x, weight):
         return lax.conv_general_dilated(
@@ -172,7 +169,8 @@ def depthwise(batch: int, frames: int, width: int, kernel: int = 31):
         return out[:, :, 0].transpose(0, 2, 1)
 
     variants = {
-        "ours (shifted products)": ours,
+        "ours": ours,
+        "shifted products": lambda x, weight: shifted(x, weight, None),
         "lax.conv, grouped": grouped,
         "lax.conv, grouped, channels first": channels_first,
     }
@@ -233,11 +231,11 @@ def extractor(batch: int, samples: int, channels: int):
 
         return function
 
-    def ours(x, weight, stride):
-        windows = wav2vec2._windows(x, weight.shape[0], stride)
-        return jnp.matmul(windows, weight.reshape(-1, weight.shape[2]))
+    def product(x, weight, stride):
+        seen = convolution.windows(x, weight.shape[0], stride)
+        return jnp.matmul(seen, weight.reshape(-1, weight.shape[2]))
 
-    def convolution(x, weight, stride):
+    def plain(x, weight, stride):
         return lax.conv_general_dilated(
             x, weight, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
         )
@@ -257,8 +255,9 @@ def extractor(batch: int, samples: int, channels: int):
         for i, (kernel, width) in enumerate(zip(kernels, widths, strict=True))
     ]
     variants = {
-        "ours (windows and a product)": through(ours),
-        "lax.conv": through(convolution),
+        "ours": through(convolution.strided),
+        "windows and a product": through(product),
+        "lax.conv": through(plain),
         "lax.conv, as images": through(images),
     }
     return variants, (_normal(9, batch, samples, 1), *weights)
@@ -278,8 +277,9 @@ def positional(batch: int, frames: int, width: int, kernel: int, groups: int):
         )
 
     variants = {
-        "ours (its own weight gradient)": lambda x, w: wav2vec2.grouped_convolution(x, w, groups),
+        "ours": lambda x, w: convolution.grouped(x, w, groups),
         "lax.conv": plain,
+        "the CPU's weight gradient": lambda x, w: convolution._grouped_on_cpu(x, w, groups),
     }
     scale = (kernel * width / groups) ** -0.5
     weight = _normal(1, kernel, width // groups, width, scale=scale)
