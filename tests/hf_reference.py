@@ -25,7 +25,7 @@ from speech_jax.bundle import huggingface as hf
 from speech_jax.bundle.format import Bundle
 from speech_jax.bundle.names import architecture
 from speech_jax.ops import ctc
-from speech_jax.tasks import pretrain
+from speech_jax.tasks import contrastive
 from speech_jax.tasks.recognize import CTCModel
 
 try:
@@ -205,7 +205,7 @@ def make_draws(batch, config, seed: int = 0):
             negatives[row, frame] = rng.choice(others, negatives.shape[2])
     shape = (config["num_codevector_groups"], config["num_codevectors_per_group"])
     noise = rng.gumbel(size=(*mask.shape, *shape)).astype(np.float32)
-    return pretrain.Draws(mask, mask, negatives, noise)
+    return contrastive.Draws(mask, mask, negatives, noise)
 
 
 def their_pretraining(model, batch, draws):
@@ -245,7 +245,7 @@ def our_pretraining(model: Bundle, config, batch, draws):
     arguments = model.config.task.to_dict()
     assert arguments.pop("name") == "contrastive"
     arguments |= {"negatives": config["num_negatives"], "penalty_weight": 0.0}
-    task = pretrain.Contrastive(
+    task = contrastive.Contrastive(
         models.make_encoder(**(model.config.model.to_dict() | quiet)),
         frontend=None,
         **(arguments | {"feature_dropout": 0.0}),

@@ -194,6 +194,16 @@ GOOD = {
         vocabulary([" " if s == "|" else s for s in GUIDE], 11, word_delimiter_token=None),
         GUIDE_IDS,
     ),
+    "no delimiter, and ids without a symbol": (
+        vocabulary([*"abcdefghi ", None, "[PAD]"], 11, word_delimiter_token=None),
+        GUIDE_IDS,
+    ),
+    "a delimiter in brackets": (
+        vocabulary([*"abcdefghi", "[SPACE]", "[UNK]", "[PAD]"], 11,
+            word_delimiter_token="[SPACE]"),
+        GUIDE_IDS,
+    ),
+    "an empty symbol": (vocabulary([*"abcdefghi|", "", "[PAD]"], 11), None),
     "a space and a delimiter": (
         vocabulary([*"abcdefgh |", "[UNK]", "[PAD]"], 11, **GUIDE_TOKENS),
         GUIDE_IDS,

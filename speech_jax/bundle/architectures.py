@@ -246,7 +246,8 @@ def _of_head(head: str, params: Mapping[str, Any], labels: list[str] | None) -> 
         if head == "ctc":
             return {"vocab_size": len(params["head"]["bias"])}
         if head == "classification":
-            labels = labels or [f"LABEL_{i}" for i in range(len(params["classifier"]["bias"]))]
+            if labels is None or len(labels) != len(params["classifier"]["bias"]):
+                labels = [f"LABEL_{i}" for i in range(len(params["classifier"]["bias"]))]
             return {
                 "classifier_proj_size": len(params["projector"]["bias"]),
                 "use_weighted_layer_sum": "layer_weights" in params,

@@ -32,6 +32,8 @@ from speech_jax.bundle.format import Bundle, appearing
 from speech_jax.bundle.names import HEADS, WIDTH, architecture
 from speech_jax.bundle.schema import FLAG, TEXT, ModelFolderError, one_of, optional, several, whole
 from speech_jax.bundle.tensors import read_safetensors, read_tensors, to_float32
+from speech_jax.data.parts import Part
+from speech_jax.data.parts.audio import Audio, Crop
 from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.text import CharacterTokenizer
@@ -69,11 +71,11 @@ def read(folder: str | os.PathLike) -> Bundle:
       ModelFolderError: for a missing or damaged file, an architecture that is not ours, a missing
         or left-over tensor, a shape that does not fit the configuration.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).expanduser()
     files = {
         name: schema.read(folder / name, checks)
         for name, checks in _SCHEMAS.items()
-        if name == "config.json" or (folder / name).exists()
+        if name == "config.json" or os.path.exists(folder / name)
     }
     return _assembled(files, read_tensors(folder), folder)
 
@@ -88,28 +90,42 @@ def _assembled(
     extractor = _extractor(files, folder)
     order, symbols = _blank_first(config, files, folder) if head == "ctc" else ([], None)
     params = convert(tensors, config, head, folder)
-    parts = {}
+    ours = _configuration(config, head, params, extractor)
+    with ours.unlocked():
+        ours.source = json.dumps(files, ensure_ascii=False)
+    parts: dict[str, Part] = {"audio": Audio(sample_rate=ours.data.sample_rate)}
     if head == "ctc":
         params["head"] = _reordered(params["head"], order)
         if tokenizer := vocabulary.tokenizer(files, symbols):
             parts["labels"] = Transcript(tokenizer=tokenizer, name="labels")
+            ours.text.normalizer = tokenizer.normalizer
     elif head == "classification":
         classes = tuple(architectures.class_names(config, where))
         parts["target"] = Category(classes=classes, name="target", tag="label")
-    task, changes = _TASKS[head], _of_task(head, params)
-    bundle = defaults.default()
-    with bundle.unlocked():
-        settings = architectures.encoder_settings(config)
-        bundle.model = models.settings(**settings, variant="large", scan=False)
-        known = task in tasks.TASKS
-        bundle.task = tasks.settings(task, **changes) if known else {"name": task, **changes}
-        bundle.source = json.dumps(files, ensure_ascii=False)
-    bundle.data.sample_rate = extractor.get("sampling_rate", 16_000)
-    bundle.features.normalize = "utterance" if extractor.get("do_normalize", True) else "none"
-    if "labels" in parts:
-        bundle.text.normalizer = parts["labels"].tokenizer.normalizer
+    elif head == "pretraining":
+        parts["audio"] = Crop(sample_rate=ours.data.sample_rate, longest=ours.data.max_seconds)
     state = params.pop("state", {})
-    return Bundle(config=bundle, parts=parts, params=params, state=state)
+    return Bundle(config=ours, parts=parts, params=params, state=state)
+
+
+def _configuration(
+    config: Mapping[str, Any], head: str, params: Mapping[str, Any], extractor: Mapping[str, Any]
+) -> ConfigDict:
+    """The defaults, and what a complete config.json and the extractor say."""
+    task, changes = _TASKS[head], {}
+    if head == "pretraining":
+        groups, codes, width = params["quantizer"]["codebook"].shape
+        changes = {"groups": groups, "codes": codes, "code_features": groups * width}
+        changes["final_features"] = len(params["project_target"]["bias"])
+    known = task in tasks.TASKS
+    ours = defaults.default()
+    with ours.unlocked():
+        settings = architectures.encoder_settings(config)
+        ours.model = models.settings(**settings, variant="large", scan=False)
+        ours.task = tasks.settings(task, **changes) if known else {"name": task, **changes}
+    ours.data.sample_rate = extractor.get("sampling_rate", 16_000)
+    ours.features.normalize = "utterance" if extractor.get("do_normalize", True) else "none"
+    return ours
 
 
 def _extractor(files: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
@@ -139,20 +155,6 @@ def _blank_first(
 def _reordered(head: Mapping[str, np.ndarray], order: Any) -> dict[str, np.ndarray]:
     """A CTC head with its outputs in another order."""
     return {name: np.ascontiguousarray(value[..., order]) for name, value in head.items()}
-
-
-def _of_task(head: str, params: Mapping[str, Any]) -> dict[str, int]:
-    """The settings of the task that are in the parameters' shapes."""
-    if head != "pretraining":
-        return {}
-    groups, codes, width = params["quantizer"]["codebook"].shape
-    final = len(params["project_target"]["bias"])
-    return {
-        "groups": groups,
-        "codes": codes,
-        "code_features": groups * width,
-        "final_features": final,
-    }
 
 
 def convert(
@@ -212,7 +214,7 @@ def read_model_folder(folder: str | os.PathLike) -> Bundle:
 
     Raises ModelFolderError for a missing or damaged file, or weights that do not fit.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).expanduser()
     said = schema.read(folder / "model.json", _MODEL)
     flat = read_safetensors(folder / "params.safetensors")
     try:
@@ -319,8 +321,12 @@ def _files(
     if not (config.get("mask_time_prob", 0.05) or config.get("mask_feature_prob", 0.0)):
         config["mask_time_prob"] = 0.05
     config |= {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
-    target = bundle.parts.get("target")
-    config |= architectures.from_settings(settings, head, params, target and list(target.classes))
+    labels = None
+    if head == "classification":
+        target = bundle.parts.get("target")
+        known = architectures.class_names(config, "config.source")
+        labels = list(target.classes) if target else known
+    config |= architectures.from_settings(settings, head, params, labels)
     files = {"config.json": config, **_extractor_files(bundle.config, source)}
     if head == "ctc":
         config["pad_token_id"], made = _tokenizer_files(bundle, source, config["vocab_size"])

@@ -5,8 +5,8 @@ are those of a state dict. `encoder` is a name of models.ENCODERS, `head` one of
 """
 
 import re
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from speech_jax import models
 
 # The setting of our encoders that is the width of their residual stream.
 WIDTH = next(k for k in ("width", "features") if k in models.settings("wav2vec2", "base"))
+
+Settings = Mapping[str, Any]  # of an encoder
 
 # What settings were called in model folders from before there were bundles.
 BEFORE = {WIDTH: "features"}
@@ -70,7 +72,9 @@ class Entry(NamedTuple):
     dump: Callable[[np.ndarray], tuple[np.ndarray, ...]]  # the inverse
 
 
-def entries(settings, head, groups=None, weighted=False) -> Iterator[Entry]:
+def entries(
+    settings: Settings, head: str, groups: int | None = None, weighted: bool = False
+) -> Iterator[Entry]:
     """All entries of a model: `settings` of its encoder, `groups` of its quantizer's codebooks."""
     start = prefix(head, settings["name"])
     for entry in _encoder(settings):
@@ -102,7 +106,7 @@ def entries(settings, head, groups=None, weighted=False) -> Iterator[Entry]:
 
 
 def is_unused(name: str, encoder: str) -> bool:
-    """Whether nothing that is not given otherwise depends on a tensor of theirs.
+    """Whether a tensor of theirs changes no output.
 
     Their Conformer has a positional convolution that it never applies, and batch norm counts its
     updates.
@@ -127,7 +131,7 @@ def split_weight_norm(tensors: dict[str, np.ndarray], start: str) -> None:
     tensors |= {f"{name}_g": norm, f"{name}_v": np.where(norm > 0, weight, np.ones_like(weight))}
 
 
-def unused(settings, head) -> dict[str, np.ndarray]:
+def unused(settings: Settings, head: str) -> dict[str, np.ndarray]:
     """Those tensors, as theirs asks for them with the settings of `unused_config`."""
     if settings["name"] != "wav2vec2_conformer":
         return {}
@@ -147,7 +151,7 @@ def unused(settings, head) -> dict[str, np.ndarray]:
     return {f"{start}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def unused_config(settings) -> dict[str, int]:
+def unused_config(settings: Settings) -> dict[str, int]:
     """Settings of theirs that make the convolution that it never applies a small one."""
     return {"num_conv_pos_embeddings": 1, "num_conv_pos_embedding_groups": settings[WIDTH]}
 
@@ -155,7 +159,7 @@ def unused_config(settings) -> dict[str, int]:
 # ---- Encoders ----------------------------------------------------------------------------------
 
 
-def _encoder(settings) -> Iterator[Entry]:
+def _encoder(settings: Settings) -> Iterator[Entry]:
     for index in range(len(settings["conv_channels"])):
         theirs = f"feature_extractor.conv_layers.{index}"
         yield _transposed(f"extractor/kernel_{index}", f"{theirs}.conv.weight", (2, 1, 0))
@@ -178,7 +182,7 @@ def _encoder(settings) -> Iterator[Entry]:
         yield from layer(f"layer_{index}", f"encoder.layers.{index}", settings)
 
 
-def _positional_convolution(ours, theirs):
+def _positional_convolution(ours: str, theirs: str) -> Iterator[Entry]:
     yield Entry(
         f"{ours}/magnitude",
         (f"{theirs}.weight_g",),
@@ -189,7 +193,7 @@ def _positional_convolution(ours, theirs):
     yield _same(f"{ours}/bias", f"{theirs}.bias")
 
 
-def _transformer_layer(ours, theirs, settings):
+def _transformer_layer(ours: str, theirs: str, settings: Settings) -> Iterator[Entry]:
     attention, heads = f"{theirs}.attention", settings["heads"]
     projections = [f"{attention}.{name}_proj" for name in "qkv"]
     yield from _several_to_heads(f"{ours}/attention/qkv", projections, heads)
@@ -200,7 +204,7 @@ def _transformer_layer(ours, theirs, settings):
     yield from _norm(f"{ours}/feed_forward_norm", f"{theirs}.final_layer_norm")
 
 
-def _conformer_layer(ours, theirs, settings):
+def _conformer_layer(ours: str, theirs: str, settings: Settings) -> Iterator[Entry]:
     for number in (1, 2):
         branch = f"{ours}/feed_forward_{number}"
         yield from _norm(f"{branch}/norm", f"{theirs}.ffn{number}_layer_norm")
@@ -233,7 +237,7 @@ def _conformer_layer(ours, theirs, settings):
     yield from _norm(f"{ours}/norm", f"{theirs}.final_layer_norm")
 
 
-def _conformer_attention(ours, theirs, settings):
+def _conformer_attention(ours: str, theirs: str, settings: Settings) -> Iterator[Entry]:
     heads, query, key, value = settings["heads"], *(f"{theirs}.linear_{name}" for name in "qkv")
     if settings["attention"] == "rotary_input":
         yield from _several_to_heads(f"{ours}/qk", [query, key], heads)
@@ -253,7 +257,7 @@ def _conformer_attention(ours, theirs, settings):
     yield from _from_heads(f"{ours}/project", f"{theirs}.linear_out", heads)
 
 
-def _statistics(settings):
+def _statistics(settings: Settings) -> Iterator[Entry]:
     if settings["name"] != "wav2vec2_conformer":
         return
     for index in range(settings["num_layers"]):
@@ -266,26 +270,26 @@ def _statistics(settings):
 # ---- Layouts -----------------------------------------------------------------------------------
 
 
-def _same(ours, theirs):
+def _same(ours: str, theirs: str) -> Entry:
     return Entry(ours, (theirs,), lambda x: x, lambda x: (x,))
 
 
-def _transposed(ours, theirs, order):
+def _transposed(ours: str, theirs: str, order: tuple[int, ...]) -> Entry:
     inverse = tuple(np.argsort(order))
     return Entry(ours, (theirs,), lambda x: x.transpose(order), lambda x: (x.transpose(inverse),))
 
 
-def _dense(ours, theirs):
+def _dense(ours: str, theirs: str) -> Iterator[Entry]:
     yield _transposed(f"{ours}/kernel", f"{theirs}.weight", (1, 0))
     yield _same(f"{ours}/bias", f"{theirs}.bias")
 
 
-def _norm(ours, theirs):
+def _norm(ours: str, theirs: str) -> Iterator[Entry]:
     yield _same(f"{ours}/layer/scale", f"{theirs}.weight")
     yield _same(f"{ours}/layer/bias", f"{theirs}.bias")
 
 
-def _several_to_heads(ours, theirs, heads):
+def _several_to_heads(ours: str, theirs: Sequence[str], heads: int) -> Iterator[Entry]:
     """Theirs n layers of [heads * width, D], ours one of [D, n, heads, width]."""
     count = len(theirs)
     yield Entry(
@@ -302,24 +306,24 @@ def _several_to_heads(ours, theirs, heads):
     )
 
 
-def _to_heads(ours, theirs, heads, turns=1):
+def _to_heads(ours: str, theirs: str, heads: int, turns: int = 1) -> Entry:
     """Theirs [heads * width, D], ours [D, heads, width].
 
     The D inputs that are `turns` groups in ours one after the other take turns in theirs.
     """
 
-    def load(x):
+    def load(x: np.ndarray) -> np.ndarray:
         rows = x.T.reshape(-1, turns, len(x)).swapaxes(0, 1)
         return rows.reshape(x.shape[1], heads, -1)
 
-    def dump(x):
+    def dump(x: np.ndarray) -> tuple[np.ndarray]:
         rows = x.reshape(turns, -1, x[0].size).swapaxes(0, 1)
         return (rows.reshape(x.shape[0], -1).T,)
 
     return Entry(ours, (theirs,), load, dump)
 
 
-def _from_heads(ours, theirs, heads):
+def _from_heads(ours: str, theirs: str, heads: int) -> Iterator[Entry]:
     """Theirs [D, heads * width], ours [heads, width, D]."""
     yield Entry(
         f"{ours}/kernel",

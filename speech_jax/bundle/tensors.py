@@ -5,6 +5,7 @@ before the bytes are there.
 """
 
 import math
+import os
 import pathlib
 import pickle
 import zipfile
@@ -23,9 +24,9 @@ from speech_jax.bundle.schema import ModelFolderError, short
 def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of a model by name, of one file or several, safetensors or torch archives."""
     for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", _read_torch)):
-        if (folder / name).exists():
+        if os.path.exists(folder / name):
             return read(folder / name)
-        if (folder / f"{name}.index.json").exists():
+        if os.path.exists(folder / f"{name}.index.json"):
             return _read_parts(folder / f"{name}.index.json", read)
     raise ModelFolderError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 

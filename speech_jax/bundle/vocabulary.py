@@ -67,7 +67,7 @@ def symbols(files: Files, size: int, blank: int, where: object) -> list[str | No
         return None
     found: dict[int, str] = {}
     for name, ids in _ids(files, where):
-        for symbol, index in ids.items():
+        for symbol, index in ids:
             if index >= size and name != "vocab.json":
                 continue  # a token of the tokenizer alone, which the model never says
             if index >= size:
@@ -92,25 +92,26 @@ def symbols(files: Files, size: int, blank: int, where: object) -> list[str | No
     return [found.get(index) for index in range(size)]
 
 
-def _ids(files: Files, where: object) -> Iterator[tuple[str, dict[str, int]]]:
-    """(file, {symbol: id}) of all files that give ids."""
+def _ids(files: Files, where: object) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+    """(file, [(symbol, id), ...]) of all files that give ids."""
     for name in ("vocab.json", "added_tokens.json"):
-        for symbol, index in files.get(name, {}).items():
+        ids = list(files.get(name, {}).items())
+        for symbol, index in ids:
             if not _ID.fits(index):
                 raise ModelFolderError(
                     f"{where}/{name}: {short(symbol)} has the id {short(index)}, which is not "
                     f"{_ID.words}"
                 )
-        yield name, files.get(name, {})
-    name, added = "tokenizer_config.json", {}
+        yield name, ids
+    name, ids = "tokenizer_config.json", []
     for key, token in files.get(name, {}).get("added_tokens_decoder", {}).items():
         if not re.fullmatch("[0-9]{1,9}", key) or not isinstance(content(token), str):
             raise ModelFolderError(
                 f"{where}/{name}: added_tokens_decoder has {short(key)}: {short(token)}, which is "
                 "no id with a token"
             )
-        added[content(token)] = int(key)
-    yield name, added
+        ids.append((content(token), int(key)))
+    yield name, ids
 
 
 def _declared(files: Files) -> dict[str, str]:
@@ -135,15 +136,17 @@ def tokenizer(files: Files, in_order: list[str | None] | None) -> text.Character
         return None
     if config.get("tokenizer_class") not in (None, *_OURS):
         return None
-    delimiter = content(config.get("word_delimiter_token", "|"))
+    delimiter = content(config.get("word_delimiter_token", "|"))  # None: they have no spaces
     special = {*_declared(files).values()} - {delimiter}
-    if delimiter in in_order:
+    if delimiter not in (None, " ") and delimiter in in_order:
         special.add(" ")  # their texts have the delimiter where there was a space
     alphabet = []
     for index, symbol in enumerate(in_order[1:]):
-        if symbol == delimiter:
+        if symbol is None or symbol in special:
+            alphabet.append(_private(index, in_order))
+        elif symbol == delimiter:
             alphabet.append(" ")
-        elif symbol is None or symbol in special - {delimiter} or _MARK.fullmatch(symbol):
+        elif _MARK.fullmatch(symbol):
             alphabet.append(_private(index, in_order))
         else:
             alphabet.append(symbol)

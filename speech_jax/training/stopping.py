@@ -143,11 +143,13 @@ class Interruption:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if number == signal.SIGINT:
-            if signal.SIGINT in self._received:
-                os._exit(130)
-            with contextlib.suppress(OSError):  # print could meet itself in a signal's handler
-                os.write(2, b"\ninterrupted: saves and leaves; Ctrl-C again leaves at once\n")
-            if jax.distributed.is_initialized():
-                os.kill(os.getpid(), signal.SIGTERM)  # which tells the other processes
-        self._received.append(number)
+        again = number in self._received
+        self._received.append(number)  # first of all: the next one may come at any time
+        if number != signal.SIGINT:
+            return
+        if again:
+            os._exit(130)
+        with contextlib.suppress(OSError):  # print could meet itself in a signal's handler
+            os.write(2, b"\ninterrupted: saves and leaves; Ctrl-C again leaves at once\n")
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)  # which tells the other processes

@@ -53,10 +53,11 @@ def open_split(
         raise base.SourceError(f"the manifest {manifest} is empty; write one JSON object a line")
     other = [key for key in TEXT_KEYS if key in keys and key != text_key]
     if other and text_key not in keys:
-        raise base.SourceError(
-            f"manifest {manifest}: no line has a {text_key!r}, but {other[0]!r} is there: rename "
-            f"it to 'text', or set data.arguments.text_key to {other[0]!r}"
-        )
+        logging.warning(
+            "manifest %s: no line has a %r, so that there are no transcripts, but %r is there: "
+            "rename it to 'text', or set data.arguments.text_key to %r",
+            manifest, text_key, other[0], other[0],
+        )  # fmt: skip
     if nested:
         logging.warning(
             "manifest %s: lists and objects cannot be tags, and are left out: %s",
