@@ -384,3 +384,15 @@ def test_jobsets_agree_with_themselves_and_with_main(name):
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
     assert any(argument.startswith("--workdir=/share/") for argument in container["args"])
+
+
+def test_the_image_holds_the_project_and_nothing_else():
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    lines = [line for line in lines if not line.startswith("#")]
+    assert lines[0] == "*", "what is not named must stay outside"
+    taken = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    assert all((ROOT / name).exists() for name in taken)
+    # What is installed, and what the image starts.
+    assert {"speech_jax", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"} <= taken
+    assert {"launch", "configs"} <= taken
+    assert not {".git", "runs", "tests"} & taken
