@@ -66,17 +66,24 @@ def open_training(config: ConfigDict) -> sources.Source:
 
 
 def make_parts(
-    config: ConfigDict, folder: pathlib.Path, source: sources.Source | None = None
+    config: ConfigDict,
+    folder: pathlib.Path,
+    source: sources.Source | None = None,
+    *,
+    whole: bool = True,
 ) -> dict[str, Part]:
     """The parts of the configured task by their name in a batch.
 
     Those that `folder` holds are restored; where there is a `source`, the others are made of it
-    and saved in `folder`. All processes of a run call this together.
+    and saved in `folder`. All processes of a run call this together. With `whole` off, what the
+    folder lacks is left out: such a model is good for starting from alone.
 
     Raises:
       PartError: `source` lacks what a part learns from.
       UserError: without a source, the folder lacks what a part has learned.
     """
+    if not whole and config.task.name not in tasks.TASKS:
+        return {}
     made = {}
     for name, kind in tasks.constructor(config.task.name).parts.items():
         constructor = part_kinds.constructor(kind)
@@ -88,6 +95,8 @@ def make_parts(
             made[name] = constructor.restore(folder, name, **settings)
             continue
         except FileNotFoundError as error:
+            if not whole:
+                continue
             if source is None:
                 lost = pathlib.Path(str(error.filename or error)).name
                 raise UserError(f"{folder} holds no {lost}: train there first") from error
@@ -249,6 +258,11 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
     arguments = dict(config.task)
     name = arguments.pop("name")
     constructor = tasks.constructor(name)
+    if lacking := [part for part in constructor.parts if part not in parts]:
+        raise UserError(
+            f"the model has no {lacking[0]!r}, which its task {name!r} needs: it can be started "
+            "from (config.init.folder), not used"
+        )
     accepted = inspect.signature(constructor).parameters
     if "encoder" in accepted:
         arguments["encoder"] = models.make_encoder(**config.model)
