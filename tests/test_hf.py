@@ -1,5 +1,6 @@
 """Hugging Face folders in and out: golden files always, transformers where it is installed."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -13,7 +14,7 @@ import safetensors.numpy
 import hf_reference
 import speech_jax
 from speech_jax import bundle as bundles
-from speech_jax import models
+from speech_jax import models, tasks
 from speech_jax.bundle import huggingface as hf
 from speech_jax.bundle import tensors
 from speech_jax.bundle.format import Bundle
@@ -243,7 +244,8 @@ def test_round_trip_is_bit_equal(kind, head, tmp_path):
     assert_bundles_equal(back, model)
     bundles.save(back, tmp_path / "ours")
     again = bundles.open(tmp_path / "ours")
-    assert_bundles_equal(again, model)
+    parts = model.parts if TASKS[head] in tasks.TASKS else {}  # no such task yet: nor its parts
+    assert_bundles_equal(again, dataclasses.replace(model, parts=parts))
     hf.write(again, tmp_path / "again")
     for path in (tmp_path / "theirs").iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
