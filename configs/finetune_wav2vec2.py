@@ -44,6 +44,7 @@ def get_config(labels: str = "100h"):
         config.data.train_splits += ",train-clean-360,train-other-500"
     config.data.eval_splits = "dev-clean,dev-other"
     config.data.batch_seconds = 1_600.0
+    config.text.normalizer = "english"
     config.model = models.settings(
         "wav2vec2",
         "base",
@@ -70,6 +71,7 @@ def _for_two_cores():
     config.data.batch_seconds = 32.0
     config.data.buckets = 2
     config.data.eval_buckets = 2
+    config.text.normalizer = "english"
     # Nothing stands still: an extractor of half an hour's pretraining is not yet good enough.
     config.model = models.settings("wav2vec2", "tiny")
     config.optimizer.weight_decay = 0.0

@@ -37,6 +37,7 @@ def get_config(model: str = ""):
     config.data.speeds = (0.9, 1.0, 1.1)
     config.data.batch_seconds = 2_400.0
     config.text.tokenizer = "sentencepiece"
+    config.text.normalizer = "english"
     config.model = models.settings("conformer", size, dtype="bfloat16")
     config.schedule.peak = PEAK[size]
     config.train.steps = 150_000

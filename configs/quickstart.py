@@ -19,7 +19,9 @@ def get_config():
     config.data.buckets = 3
     config.data.eval_buckets = 1
     # A hundred words: as pieces they need little spelling, and few frames.
-    config.text.update({"tokenizer": "sentencepiece", "vocabulary_size": 112})
+    config.text.update(
+        {"tokenizer": "sentencepiece", "vocabulary_size": 112, "normalizer": "english"}
+    )
     config.model = models.settings("conformer", "tiny", subsampling=8)
     config.optimizer.weight_decay = 1e-2
     config.schedule = {"name": "cosine", "peak": 2e-3, "warmup": 250}

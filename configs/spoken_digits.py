@@ -23,7 +23,9 @@ def get_config():
     # The recordings are of telephone rate: what is above half of it is the codec's, not theirs.
     config.features.high_hz = 4_000.0
     # Ten words: as pieces they need no spelling, and few frames.
-    config.text.update({"tokenizer": "sentencepiece", "vocabulary_size": 27})
+    config.text.update(
+        {"tokenizer": "sentencepiece", "vocabulary_size": 27, "normalizer": "english"}
+    )
     config.model = models.settings("conformer", "tiny", subsampling=8)
     config.optimizer.weight_decay = 1e-2
     config.schedule = {"name": "cosine", "peak": 2e-3, "warmup": 250}

@@ -24,10 +24,10 @@ from speech_jax.training.adversarial import NORMS, SPACES, Adversary
 
 # What a value must be, beside having the type of its default.
 CHOICES = {
-    "data.source": tuple(SOURCES),
+    "data.source": SOURCES,
     "data.on_error": ("raise", "skip"),
     "text.tokenizer": ("characters", "sentencepiece"),
-    "text.normalizer": tuple(NORMALIZERS),
+    "text.normalizer": NORMALIZERS,
     "features.normalize": ("utterance", "global", "none"),
     "robustness.space": SPACES,
     "robustness.norm": NORMS,
@@ -43,7 +43,8 @@ RANGES = {
     **dict.fromkeys(
         (
             "data.sample_rate", "data.max_seconds", "data.batch_seconds", "data.buckets",
-            "data.eval_buckets", "text.vocabulary_size", "features.mels", "features.window_ms",
+            "data.eval_buckets", "data.eval_max_seconds",
+            "text.vocabulary_size", "features.mels", "features.window_ms",
             "features.hop_ms", "features.high_hz", "robustness.epsilons", "train.steps",
             "train.accumulate", "train.log_every", "train.eval_every", "checkpoint.every",
             "checkpoint.keep", "schedule.peak", "data.speeds", "model.width", "model.heads",
@@ -103,6 +104,7 @@ def default() -> ConfigDict:
     data.batch_seconds = 120.0  # audio in a global batch, padding included
     data.buckets = 6  # batch shapes, each compiled once
     data.eval_buckets = 3
+    data.eval_max_seconds = 120.0  # longer utterances of evaluation splits are refused by name
     data.speeds = (1.0,)  # speed perturbation: (0.9, 1.0, 1.1)
     data.noise_root = ""  # a folder of noise to add; empty: none
     data.noise_probability = 0.5
@@ -111,7 +113,7 @@ def default() -> ConfigDict:
 
     config.text = text = ConfigDict()
     text.tokenizer = "characters"  # or sentencepiece, trained on the training transcripts
-    text.normalizer = "librispeech"
+    text.normalizer = "words"  # keeps the letters of every script; english drops accents
     text.vocabulary_size = 1024  # of sentencepiece, the blank included
 
     config.features = features = ConfigDict()
@@ -250,7 +252,7 @@ def check(config: ConfigDict) -> None:
     for key, known in CHOICES.items():
         value = _get(config, key)
         if value is not None and value not in known:
-            near = difflib.get_close_matches(str(value), known, n=1)
+            near = difflib.get_close_matches(str(value), list(known), n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise UserError(f"config.{key}={value!r}{hint}: it must be one of {', '.join(known)}")
     for key, (demand, fits) in RANGES.items():

@@ -69,14 +69,15 @@ def make_parts(
     config: ConfigDict,
     folder: pathlib.Path,
     source: sources.Source | None = None,
-    *,
+    fresh: bool = False,
     whole: bool = True,
 ) -> dict[str, Part]:
     """The parts of the configured task by their name in a batch.
 
     Those that `folder` holds are restored; where there is a `source`, the others are made of it
-    and saved in `folder`. All processes of a run call this together. With `whole` off, what the
-    folder lacks is left out: such a model is good for starting from alone.
+    and saved in `folder`. In a folder that is `fresh` all are made: what a start that failed has
+    left there may be of other settings. All processes of a run call this together. With `whole`
+    off, what the folder lacks is left out: such a model is good for starting from alone.
 
     Raises:
       PartError: `source` lacks what a part learns from.
@@ -91,15 +92,16 @@ def make_parts(
         known = inspect.signature(constructor.make).parameters
         for key in config.parts.get(name, {}):
             registry.lookup(f"setting of config.parts.{name}", known, key)
-        try:
-            made[name] = constructor.restore(folder, name, **settings)
-            continue
-        except FileNotFoundError as error:
-            if not whole:
+        if not fresh:
+            try:
+                made[name] = constructor.restore(folder, name, **settings)
                 continue
-            if source is None:
-                lost = pathlib.Path(str(error.filename or error)).name
-                raise UserError(f"{folder} holds no {lost}: train there first") from error
+            except FileNotFoundError as error:
+                if not whole:
+                    continue
+                if source is None:
+                    lost = pathlib.Path(str(error.filename or error)).name
+                    raise UserError(f"{folder} holds no {lost}: train there first") from error
         if jax.process_index() == 0:
             constructor.make(source, name, **settings).save(folder)
         barrier(f"part {name}")
@@ -152,7 +154,7 @@ def training_corpus(
 ) -> pipeline.Corpus:
     """The utterances of `source` that can be trained on; the others are counted in the log."""
     data = config.data
-    if data.noise_root:
+    if data.noise_root and "audio" in parts:
         noise = open_noise(
             data.noise_root, probability=data.noise_probability, snr_db=data.noise_snr_db
         )
@@ -175,8 +177,16 @@ def training_corpus(
 
 def evaluation_corpus(config: ConfigDict, split: str, parts: Mapping[str, Part]) -> pipeline.Corpus:
     """All utterances of a split: none is left out for its length or for what it lacks."""
+    source = open_splits(config, split)
+    longest = max(source.utterances, key=lambda utterance: utterance.duration, default=None)
+    if longest and longest.duration > config.data.eval_max_seconds:
+        raise UserError(
+            f"utterance {longest.id} of {split} lasts {longest.duration:.0f} s, and "
+            f"config.data.eval_max_seconds={config.data.eval_max_seconds:g}: cut it into "
+            "utterances (a manifest's rows take an offset and a duration), or raise that setting"
+        )
     parts = {name: part.for_evaluation() for name, part in parts.items()}
-    return pipeline.make_corpus(open_splits(config, split), parts, on_error=config.data.on_error)
+    return pipeline.make_corpus(source, parts, on_error=config.data.on_error)
 
 
 def training_plan(
@@ -220,10 +230,8 @@ def training_batches(config: ConfigDict, corpus: pipeline.Corpus, plan: Plan, st
     )
 
 
-def evaluation_batches(
-    config: ConfigDict, corpus: pipeline.Corpus, task: Task, mesh: Mesh
-) -> Iterator[dict[str, np.ndarray]]:
-    """One pass over a corpus, this process's rows; the last batch may hold filler rows."""
+def evaluation_plan(config: ConfigDict, corpus: pipeline.Corpus, task: Task, mesh: Mesh) -> Plan:
+    """One pass over a corpus, by length."""
     data = config.data
     budget = data.batch_seconds * data.sample_rate
     if "samples" in corpus.lengths:
@@ -235,14 +243,21 @@ def evaluation_batches(
         rows_multiple=sharding.batch_shards(mesh),
         round_to=_round_to(config, task),
     )
+    return Plan(corpus.lengths, task.along, buckets, shuffle=False, stretched=corpus.stretched)
+
+
+def evaluation_batches(
+    config: ConfigDict, corpus: pipeline.Corpus, plan: Plan
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of a plan, this process's rows; the last one may hold filler rows."""
     return pipeline.batches(
         corpus,
-        Plan(corpus.lengths, task.along, buckets, shuffle=False, stretched=corpus.stretched),
+        plan,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         repeat=False,
-        on_error=data.on_error,
-        threads=data.threads,
+        on_error=config.data.on_error,
+        threads=config.data.threads,
     )
 
 
@@ -340,10 +355,11 @@ class Setup:
         """The step as one jitted function; it gives its state's memory to the next one."""
         config, everywhere = self.config, sharding.replicated(self.mesh)
         adversary = make_adversary(config)
-        mask = groups.trainable(self.abstract.params, config.optimizer.frozen)
+        mask = groups.trainable(self.abstract.params, config.optimizer.get("frozen", ()))
         make = lambda task: adversarial.gradients(task, adversary)
+        gradients = groups.gradients(make, self.task, mask, self._cast)
         step = steps.make_step(
-            steps.accumulate(groups.gradients(make, self.task, mask), config.train.accumulate),
+            steps.accumulate(gradients, config.train.accumulate),
             self.tx,
             mask=mask,
             measured=steps.measured(self.fields),
@@ -353,6 +369,14 @@ class Setup:
         return jax.jit(
             step, out_shardings=(self.shardings, everywhere, everywhere), donate_argnums=0
         )
+
+    def _cast(self, params: Any) -> Any:
+        """The parameters with the encoder's in the type that it computes in."""
+        encoder = getattr(self.task, "encoder", None)
+        if encoder is None:
+            return params
+        cast = models.cast(params["encoder"], encoder.dtype, encoder.float32)
+        return {**params, "encoder": cast}
 
     def compile(self, buckets: Sequence[Bucket]) -> dict[tuple, Program]:
         """Compiles the step for every batch shape, keyed by `batch.signature`."""
@@ -385,7 +409,9 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
     tx = optim.make_optimizer(
         schedule=schedule, params=params, defaults=default().optimizer, **config.optimizer
     )
-    learned = lambda tree: groups.split(tree, groups.trainable(params, config.optimizer.frozen))[0]
+    learned = lambda tree: groups.split(
+        tree, groups.trainable(params, config.optimizer.get("frozen", ()))
+    )[0]
     sums = jax.eval_shape(task.loss, params, model_state, probe)[2]["sums"]
 
     def init() -> steps.TrainState:

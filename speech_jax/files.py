@@ -15,6 +15,9 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     The file gets the rights that the process's umask gives. Raises OSError, and UnicodeError for
     text that UTF-8 cannot hold; whatever stood at `path` is then as it was.
     """
+    if is_remote(path):
+        path.write_bytes(text.encode())  # an object of a bucket appears whole or not at all
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -43,7 +46,7 @@ def read_json(path: pathlib.Path, kind: type = dict) -> Any:
       UserError: it cannot be read, is no JSON, or is JSON of another type.
     """
     try:
-        value = json.loads(path.read_text("utf-8-sig"))
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -62,8 +65,36 @@ def read_json(path: pathlib.Path, kind: type = dict) -> Any:
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:
-    """A path that a user gives, absolute: ~ and ~name are home folders."""
+    """A path that a user gives, absolute: ~ and ~name are home folders, gs:// is a bucket.
+
+    What comes back for a bucket is an epath.Path, with the methods of a pathlib.Path.
+    """
+    if "://" in os.fspath(path):
+        return _in_bucket(os.fspath(path))
     try:
         return pathlib.Path(path).expanduser().absolute()
     except RuntimeError as error:
         raise UserError(f"{path}: there is no such home folder") from error
+
+
+def is_remote(path: pathlib.Path) -> bool:
+    """Whether a path is of a bucket: no file system, so that nothing can be appended or locked."""
+    return "://" in os.fspath(path)
+
+
+def _in_bucket(path: str) -> Any:
+    import fsspec
+    from etils import epath
+
+    kind = path.partition("://")[0]
+    # Others write there too (tensorstore, the other hosts): what was listed once does not last.
+    fsspec.config.conf.setdefault(kind, {})["use_listings_cache"] = False
+    try:
+        epath.Path(path).exists()
+    except (ImportError, ValueError) as error:
+        extra = ": pip install 'speech_jax[gcs]'" if kind == "gs" else ""
+        raise UserError(f"{path} cannot be used here ({error}){extra}") from error
+    except Exception as error:  # of the storage's client: no credentials, no bucket, no network
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be reached ({type(error).__name__}: {why})") from error
+    return epath.Path(path)

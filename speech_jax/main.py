@@ -45,7 +45,6 @@ def main(argv: list[str]) -> None:
     """Checks the flags, joins the other processes, runs the mode."""
     if len(argv) > 1:
         raise app.UsageError(f"not a flag: {argv[1]} (did you mean --{argv[1].lstrip('-')}?)")
-    _keep_memory()
     # Only now, so that --help and a wrong flag answer at once.
     import jax
 
@@ -64,6 +63,8 @@ def main(argv: list[str]) -> None:
         if not _WORKDIR.value:
             raise UserError(f"--mode={_MODE.value} needs a --workdir")
         _join_processes(jax)
+        if jax.default_backend() == "cpu":
+            _keep_memory()
         workdir = Workdir(_WORKDIR.value)
         if _MODE.value == "evaluate":
             train.evaluate(_CONFIG.value, workdir)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,10 @@ from speech_jax import bundle, experiment, files, versions
 from speech_jax.bundle import start
 from speech_jax.config import split_names
 from speech_jax.data.batch import signature
+from speech_jax.data.parts import Part
+from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.plan import Plan
+from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
 from speech_jax.evaluators.loop import Evaluation
 from speech_jax.tasks import Task
@@ -48,9 +51,10 @@ def run(config: ConfigDict, workdir: Workdir) -> dict | None:
 
 def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> dict | None:
     started = time.monotonic()
-    if config.optimizer.frozen and not config.init.folder:
+    frozen = config.optimizer.get("frozen")
+    if frozen and not config.init.folder:
         raise TrainingError(
-            f"config.optimizer.frozen={config.optimizer.frozen} would hold random weights still: "
+            f"config.optimizer.frozen={frozen} would hold random weights still: "
             "name what to start from in config.init.folder"
         )
     eval_splits = split_names(config.data.eval_splits)
@@ -63,7 +67,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     # ---- Data ----------------------------------------------------------------------------------
     mesh = sharding.make_mesh(**config.mesh)
     source = experiment.open_training(config)
-    parts = experiment.make_parts(config, workdir.folder, source)
+    parts = experiment.make_parts(config, workdir.folder, source, fresh=not workdir.config.exists())
     task = experiment.make_task(config, parts)
     corpus = experiment.training_corpus(config, source, parts, task)
     plan, note = _plan(config, workdir, corpus, task, mesh)
@@ -75,6 +79,9 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     # ---- Step ----------------------------------------------------------------------------------
     setup = experiment.make_setup(config, task, corpus.fields, mesh, plan.buckets[0])
     programs = setup.compile(plan.buckets)
+    longest = plan.buckets[-1].size(task.along)
+    for split in splits:
+        evaluation.check_memory(split, setup.abstract.params, setup.abstract.model_state, longest)
     peak = costs.peak_flops() * jax.device_count()
     interruption.check()
 
@@ -106,8 +113,9 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     )
     report.from_dict(data.get("totals", {}))
     report.say(_opening(corpus, parts, setup, first))
-    if note:
-        report.say(note)
+    for line in (note, *_lost(parts, source)):
+        if line:
+            report.say(line)
 
     # ---- Loop ----------------------------------------------------------------------------------
     def save(step: int, scores: dict[str, float], pending: bool = False) -> None:
@@ -232,6 +240,20 @@ def _opening(corpus, parts, setup, first: int) -> str:
             f"from update {first}",
         ]
     )
+
+
+def _lost(parts: Mapping[str, Part], source: Source) -> Iterator[str]:
+    """What the normalizers of transcripts drop of the training data, in a line each."""
+    for name, part in parts.items():
+        if isinstance(part, Transcript):
+            lost = part.dropped(source.utterances)
+            if lost:
+                total = sum(lost.values())
+                most = ", ".join(f"{character!r} {n}" for character, n in lost.most_common(8))
+                yield (
+                    f"the normalizer of {name} drops {total} letters, marks or numbers of the "
+                    f"training texts: {most} (config.text.normalizer='words' keeps them)"
+                )
 
 
 def _device() -> str:

@@ -6,13 +6,16 @@ All processes of a run call the methods together; the first one writes.
 import contextlib
 import datetime
 import fcntl
+import glob
 import hashlib
 import os
 import pathlib
 import re
 import socket
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 from absl import logging
@@ -42,15 +45,6 @@ _GONE = {"optimizer.no_decay": "(bias|scale)$"}
 # Values that switch something off: a setting that has one, and that is gone since, is not missed.
 _OFF = (None, False, 0, "", "none", [], {})
 
-# What parts have learned, in the folder of a run: they know the names (data/parts/).
-_LEARNED = (
-    "features.json",
-    "tokenizer.json",
-    "*.features.json",
-    "*.tokenizer.json",
-    "*.classes.json",
-)
-
 
 class WorkdirError(UserError):
     """A workdir that this run cannot use; the message says which one would do."""
@@ -69,6 +63,8 @@ class Workdir:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = files.expand(folder)
+        if files.is_remote(self.folder) and glob.has_magic(str(folder)):
+            raise WorkdirError(f"{folder}: the storage's client takes [, ] * and ? for patterns")
         self.config = self.folder / "config.json"
         self.plan = self.folder / "plan.json"
         self.checkpoints = self.folder / "checkpoints"
@@ -92,6 +88,12 @@ class Workdir:
         if jax.process_index():
             yield
             return
+        now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        owner = f"process {os.getpid()} on {socket.gethostname()} since {now}"
+        if files.is_remote(self.folder):
+            with self._writes(self.lock), _Heartbeat(self.lock, owner):
+                yield
+            return
         with self._writes(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.lock.open("a+", encoding="utf-8")
@@ -100,26 +102,22 @@ class Workdir:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise WorkdirError(
-                    f"{self.folder} is in use by {file.read(200).strip() or 'another run'}: wait "
-                    "for it, stop it, or use another --workdir"
-                ) from None
+                raise _in_use(self.folder, file.read(200)) from None
             except OSError as error:
                 logging.warning(
                     "%s cannot be locked (%s): see that no other run is in it", self.folder, error
                 )
             with contextlib.suppress(OSError):  # a full disk is reported where it matters
                 file.truncate(0)
-                now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-                file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+                file.write(f"{owner}\n")
                 file.flush()
             yield
 
     def prepare(self, splits: Iterable[str]) -> None:
         """Makes the folders and tries every file that will be written, `splits`' predictions too.
 
-        Where no run was recorded, what a start that failed has learned is removed: it may be of
-        other settings.
+        Where no run was recorded, the plan of a start that failed is removed: it may be of other
+        settings.
 
         Raises:
           WorkdirError: one of them cannot be written.
@@ -133,8 +131,7 @@ class Workdir:
                 with self._writes(folder):
                     folder.mkdir(exist_ok=True)
             if not self.config.exists():
-                for path in (self.plan, *(p for name in _LEARNED for p in self.folder.glob(name))):
-                    path.unlink(missing_ok=True)
+                self.plan.unlink(missing_ok=True)
         _barrier("workdir")
 
     def record(self, config: ConfigDict) -> None:
@@ -246,11 +243,68 @@ class Workdir:
         try:
             yield
         except (OSError, ValueError) as error:  # a name that the file system cannot have, too
+            if isinstance(error, UserError):
+                raise
             why = getattr(error, "strerror", None) or error
             raise WorkdirError(
                 f"cannot write {path} ({why}): make room or give the rights to write, or use "
                 "another --workdir"
             ) from error
+
+
+def _in_use(folder: pathlib.Path, owner: str) -> WorkdirError:
+    owner = owner.partition("\n")[0] or "another run"
+    return WorkdirError(
+        f"{folder} is in use by {owner}: wait for it, stop it, or use another --workdir"
+    )
+
+
+class _Heartbeat:
+    """A lock in a bucket: an object that its owner writes anew all the time, and removes.
+
+    One that stands still for a while was left by a run that died. Two runs that start within a
+    second of each other are not kept apart.
+    """
+
+    SECONDS = 10.0  # between two beats; one that is three beats late is dead
+
+    def __init__(self, path: pathlib.Path, owner: str):
+        self._path, self._owner, self._beats = path, owner, 0
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._go, daemon=True)
+
+    def __enter__(self) -> Self:
+        before = self._read()
+        if before:
+            owner = before.partition("\n")[0]
+            logging.warning("%s: looking whether %s is still there", self._path, owner)
+            for _ in range(round(3 * self.SECONDS)):
+                time.sleep(1)
+                if self._read() not in (before, ""):
+                    raise _in_use(self._path.parent, before)
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leaving.set()
+        self._thread.join()
+        with contextlib.suppress(Exception):  # the next run finds it still
+            self._path.unlink()
+
+    def _read(self) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return self._path.read_bytes().decode("utf-8", "replace")
+        return ""
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._path.write_bytes(f"{self._owner}\n{self._beats}\n".encode())
+
+    def _go(self) -> None:
+        while not self._leaving.wait(self.SECONDS):
+            with contextlib.suppress(Exception):  # a bucket that is away for a moment
+                self._beat()
 
 
 def _file_name(split: str) -> str:
@@ -273,7 +327,7 @@ def _try(path: pathlib.Path) -> None:
         raise IsADirectoryError(0, "it is a folder", str(path))
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text("é", "utf-8")
+        scratch.write_bytes(b"tried")
     finally:
         scratch.unlink(missing_ok=True)
 

@@ -76,6 +76,7 @@ class Frames:
 
     count = 0
     stretched = ()
+    longest = float("inf")
 
     @property
     def fields(self) -> Fields:

@@ -1,6 +1,7 @@
 """Downloading and unpacking archives, against a real server on this machine."""
 
 import contextlib
+import gzip
 import hashlib
 import http.server
 import io
@@ -8,9 +9,11 @@ import pathlib
 import random
 import re
 import resource
+import shutil
 import socket
 import tarfile
 import threading
+import time
 
 import pytest
 
@@ -236,28 +239,31 @@ def test_the_split_is_found_wherever_the_archive_has_it(tmp_path, prefix):
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["split"]
 
 
+LINK = "link, device or sparse"
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (member("../outside.txt"), r"'\.\./outside\.txt' would be .* outside the destination"),
+        (member("../outside.txt"), r"'\.\./outside\.txt' would .* outside the dest"),
         (member("split/../../outside.txt"), "outside the destination"),
         (member("/tmp/outside.txt"), "'/tmp/outside.txt' points outside"),
         (
             member("split/link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
-            "link, device or sparse",
+            LINK,
         ),
         (
             member("split/link", type=tarfile.SYMTYPE, linkname="../../outside"),
-            "link, device or sparse",
+            LINK,
         ),
         (
             member("split/link", type=tarfile.LNKTYPE, linkname="../outside"),
-            "link, device or sparse",
+            LINK,
         ),
-        (member("split/pipe", type=tarfile.FIFOTYPE), "link, device or sparse"),
+        (member("split/pipe", type=tarfile.FIFOTYPE), LINK),
         (
             member("split/device", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
-            "link, device or sparse",
+            LINK,
         ),
     ],
 )
@@ -296,3 +302,100 @@ def test_a_split_that_is_there_is_not_touched(tmp_path):
         pack(tmp_path / "a.tar.gz", member("split/1/2/1-2.trans.txt")), tmp_path / "split"
     )
     assert files(tmp_path) == ["a.tar.gz", "split", "split/mine"]
+
+
+def tar(count: int, start: int = 0) -> bytes:
+    """A plain archive of two members for each of `count` chapters."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as out:
+        for number in range(start, start + count):
+            for name in (f"{number}-1.trans.txt", f"{number}-1-0.flac"):
+                info, content = member(f"split/{number}/1/{name}")
+                out.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def sparse() -> bytes:
+    """An archive whose last member is 200 MiB of zeros in no bytes (GNU's sparse format)."""
+    header = bytearray(member("split/1/1/s", bytes(512))[0].tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = b"S"
+    header[386:410] = b"%011o\0%011o\0" % (0, 512)
+    header[483:495] = b"%011o\0" % (200 << 20)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return tar(1)[:2048] + bytes(header) + bytes(1536)
+
+
+def flipped() -> bytes:
+    data = bytearray(tar(20))
+    data[512 * 40 + 5] ^= 1
+    return bytes(data)
+
+
+def odd(name: str, **headers: str) -> bytes:
+    """An archive of one member with PAX headers of its own."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as out:
+        info, content = member(name)
+        info.pax_headers = {key.replace("_", "."): value for key, value in headers.items()}
+        out.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+BROKEN = {
+    "one bit of a header": (flipped(), "no header at byte 20,480"),
+    "cut between members": (tar(20)[: 512 * 40], "no header at byte"),
+    "cut in a header": (tar(20)[: 512 * 40 + 100], "no header at byte"),
+    "cut in a file": (tar(20)[: 512 * 41 + 5], "is damaged"),
+    "a second archive": (tar(3) + tar(3, 50), "another archive, or something else, follows"),
+    "sparse": (sparse(), LINK),
+    "a sparse map of letters": (odd("split/1/1/a", GNU_sparse_map="a,b"), "is damaged"),
+    "a sparse size of letters": (odd("split/1/1/a", GNU_sparse_size="x"), "is damaged"),
+    "1,500 folders deep": (odd("split/" + "n/" * 1500 + "a"), "is damaged|cannot unpack"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_archive_that_is_not_whole_is_an_error_and_nothing_unpacked(tmp_path, name):
+    content, message = BROKEN[name]
+    file = tmp_path / "a.tar.gz"
+    file.write_bytes(gzip.compress(content))
+    with pytest.raises(archive.ArchiveError, match=message) as caught:
+        archive.extract(file, tmp_path / "root" / "split")
+    assert "\n" not in str(caught.value)
+    assert files(tmp_path) == ["a.tar.gz", "root"]
+
+
+def test_an_archive_larger_than_the_room_is_refused_before_it_is_full(tmp_path, monkeypatch):
+    file = pack(tmp_path / "a.tar.gz", member("split/1/1/1-1.trans.txt", bytes(5000)))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4999))
+    with pytest.raises(archive.ArchiveError, match=r"cannot write .* needs more\); make room"):
+        archive.extract(file, tmp_path / "root" / "split")
+    assert files(tmp_path) == ["a.tar.gz", "root"]
+
+
+def test_of_several_that_want_a_split_one_unpacks_it(tmp_path, monkeypatch):
+    file = pack(tmp_path / "a.tar.gz", member("split/1/2/1-2.trans.txt"))
+    unpacked, errors = [], []
+    unpack = archive._unpack
+
+    def slowly(*args):
+        unpacked.append(1)
+        time.sleep(0.2)
+        unpack(*args)
+
+    def fetch():
+        try:
+            archive.extract(file, tmp_path / "root" / "split")
+        except Exception as error:
+            errors.append(error)
+
+    monkeypatch.setattr(archive, "_unpack", slowly)
+    threads = [threading.Thread(target=fetch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(unpacked), errors) == (1, [])
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["split"]

@@ -1,11 +1,13 @@
 """What every encoder passes. A new one is a row in CASES."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speech_jax import models
+from speech_jax import models, rules
 
 SMALL = {"width": 16, "num_layers": 2, "heads": 2, "kernel": 5, "dropout": 0.1}
 WAVEFORM = {
@@ -69,9 +71,20 @@ class Case:
         self.gradient = jax.jit(jax.grad(train_loss))
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@functools.cache
+def make_case(name):
+    return Case(*CASES[name])
+
+
+@pytest.fixture(params=CASES, ids=str)
 def case(request):
-    return Case(*CASES[request.param])
+    return make_case(request.param)
+
+
+@pytest.fixture(params=[name for name in CASES if name.startswith("wav2vec2")], ids=str)
+def listener(request):
+    """An encoder of waveforms, which masks its own frames."""
+    return make_case(request.param)
 
 
 def test_output_lengths_are_what_comes_out(case):
@@ -107,6 +120,49 @@ def test_every_parameter_learns(case):
         # A constant added to every key moves no softmax.
         if "'qk" not in name:
             assert np.abs(leaf).max() > 0, path
+
+
+def test_one_rule_of_sharding_is_of_each_parameter(case):
+    for name in rules.names(case.params):
+        axes = rules.only(case.encoder.rules, name, "sharding")
+        assert set(axes) <= {"fsdp", "tensor", None}
+
+
+def test_what_the_contract_names_is_there(case):
+    hidden, _ = case.apply(case.params, case.inputs, case.lengths)
+    assert hidden.shape[2] == case.encoder.width
+    assert case.encoder.listens in ("log_mel", "waveform")
+    assert "tiny" in case.encoder.VARIANTS
+    # Lengths on the host stay there: the batch plan asks for all of a corpus.
+    known = case.encoder.output_lengths(np.asarray(case.known))
+    assert isinstance(known, np.ndarray)
+    assert known.tolist() == [int(case.encoder.output_lengths(length)) for length in case.known]
+
+
+def test_geometry_is_what_a_frame_sees(listener):
+    """A change at either end of a window changes its frame, before the layers mix frames."""
+    window, hop = listener.encoder.geometry()
+    extract = jax.jit(
+        lambda inputs: listener.encoder.apply(
+            {"params": listener.params}, inputs, listener.lengths, method="extract"
+        )[0]
+    )
+    before, frame = extract(listener.inputs), 3
+    for offset, seen in ((-1, False), (0, True), (window - 1, True), (window, False)):
+        # The group norm lets the whole utterance through, at a few parts in a thousand.
+        changed = extract(listener.inputs.at[0, frame * hop + offset].add(30.0))
+        assert (np.abs(changed - before)[0, frame].max() > 1.0) == seen
+
+
+def test_a_mask_hides_frames(listener):
+    mask = jnp.ones((3, listener.encoder.output_lengths(listener.size)), bool)
+    variables = {"params": listener.params, **listener.state}
+    run = jax.jit(
+        lambda inputs: listener.encoder.apply(variables, inputs, listener.lengths, True, mask=mask)[
+            0
+        ]
+    )
+    np.testing.assert_array_equal(run(listener.inputs), run(2 * listener.inputs))
 
 
 def test_dropout_is_by_key(case):

@@ -1,5 +1,6 @@
 """Prepared data: what is written, what is read back, the command, and Beam."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -162,9 +163,10 @@ def test_prepared_data_is_not_prepared_again(tmp_path, corpus):
         prepare.prepare(open_prepared(tmp_path / "out"), "train", tmp_path / "other")
 
 
-@pytest.mark.parametrize(
-    "damage", [None, "", "[1]", '["x", 1.0, "", {}]\n', '["x", 1.0, "", {"a": 1}]\n' * 14]
-)
+DAMAGED_INDEXES = [None, "", "[1]", '["x", 1.0, "", {}]\n', "[" * 9000, '["x", 1, "", {}]\n' * 14]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGED_INDEXES, '["x", 1.0, "", {"a": 1}]\n' * 14])
 def test_the_index_is_made_again_where_it_is_missing_or_damaged(tmp_path, corpus, damage):
     prepare.prepare(corpus, "train", tmp_path / "out")
     index = folder_of(tmp_path / "out") / "index.jsonl"
@@ -175,6 +177,82 @@ def test_the_index_is_made_again_where_it_is_missing_or_damaged(tmp_path, corpus
         index.write_text(damage)
     assert open_prepared(tmp_path / "out").utterances == corpus.utterances
     assert index.read_text() == whole
+
+
+class OldUtterances(prepare.Utterances, skip_registration=True):
+    """What was written when speaker and label were columns and there were no other tags."""
+
+    name = "utterances"
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        info = super()._info()
+        features = {name: info.features[name] for name in info.features if name != "tags"}
+        features |= {name: tfds.features.Text() for name in ("speaker", "label")}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _shard_iterators_per_split(self, dl_manager):
+        def as_it_was(shard):
+            for key, example in shard():
+                tags = json.loads(example.pop("tags"))
+                yield key, example | {key: tags.get(key, "") for key in ("speaker", "label")}
+
+        shards = [functools.partial(as_it_was, shard) for shard in self._shards]
+        return {"train": shards}
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_data_that_an_older_version_prepared_opens_and_can_be_replaced(
+    tmp_path, corpus, monkeypatch, indexed
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "Utterances", OldUtterances)
+        prepare.prepare(corpus, "train", tmp_path / "out")
+    folder = tmp_path / "out" / "utterances" / "train" / "1.0.0"
+    index = folder / "index.jsonl"
+    rows = [
+        [u.id, u.duration, u.text, u.tags.get("speaker", ""), u.tags.get("label", "")]
+        for u in corpus.utterances
+    ]
+    index.write_text("".join(json.dumps(row) + "\n" for row in rows)) if indexed else index.unlink()
+    assert_same(open_prepared(tmp_path / "out"), corpus)
+    assert prepare.prepare(corpus, "train", tmp_path / "out") is None
+    prepare.prepare(corpus, "train", tmp_path / "out", overwrite=True)
+    assert_same(open_prepared(tmp_path / "out"), corpus)
+    assert [path.name for path in folder.parent.iterdir()] == ["1.1.0"]
+
+
+def test_segments_and_any_tags_are_prepared(tmp_path):
+    samples = np.random.default_rng(0).normal(0, 2000, RATE).astype(np.int16)
+    soundfile.write(tmp_path / "call.wav", samples, RATE)
+    rows = [
+        {"audio_filepath": "call.wav", "offset": 0.5 * i, "duration": 0.5, "translation": "é"}
+        for i in (0, 1)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = sources.open_source("manifest", root=tmp_path, split="train")
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        prepare.prepare(source, "train", out, workers=workers)
+        prepared = open_prepared(out)
+        assert prepared.utterances[0].tags == {"translation": "é"}
+        np.testing.assert_array_equal(audio.decode(prepared.open(1), RATE), samples[8000:])
+        assert_same(prepared, source)
+
+
+def test_two_manifests_of_one_name_and_a_split_that_is_there_are_said(tmp_path, corpus):
+    other = tmp_path / "data" / "other" / "train.jsonl"
+    other.parent.mkdir()
+    soundfile.write(other.parent / "z.wav", np.ones(RATE), RATE)
+    other.write_text('{"audio_filepath": "z.wav", "text": "Z"}')
+    arguments = ["--source=manifest", f"--root={tmp_path}/data", f"--out={tmp_path}/out"]
+    failed = run(*arguments, f"--splits=train,{other}", "--workers=1", check=False)
+    assert failed.returncode == 1
+    assert "would be prepared as 'train', which another split" in failed.stderr
+    again = run(*arguments, "--splits=train", "--workers=1")
+    assert "is left as it is; --overwrite replaces it" in again.stdout
 
 
 def test_missing_and_damaged_shards_are_errors(tmp_path, corpus):

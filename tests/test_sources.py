@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import pathlib
@@ -11,13 +12,16 @@ import subprocess
 import sys
 import tarfile
 import threading
+import unicodedata
 
 import numpy as np
 import pytest
 import soundfile
+from absl import logging
 
 from speech_jax.data import audio, sources
-from speech_jax.data.sources import archive
+from speech_jax.data.sources import archive, pieces
+from speech_jax.errors import UserError
 
 # Apache Beam keeps protobuf below 7, whose version 6 warns of how TFDS reads its metadata.
 pytestmark = pytest.mark.filterwarnings(r"ignore:label\(\) is deprecated:DeprecationWarning")
@@ -52,6 +56,59 @@ def write_manifest(source: sources.Source, path: pathlib.Path, **extra) -> None:
             file.write(json.dumps(row | extra) + "\n")
 
 
+def make_segments(source: sources.Source, root: pathlib.Path) -> sources.Source:
+    """Opens a manifest of segments of one recording: all utterances, end to end."""
+    spoken = [audio.decode(source.open(i), RATE) for i in range(len(source.utterances))]
+    soundfile.write(root / "call.flac", np.concatenate(spoken), RATE)
+    offset, rows = 0, []
+    for utterance, samples in zip(source.utterances, spoken, strict=True):
+        row = {"audio_filepath": "call.flac", "offset": offset / RATE, "text": utterance.text}
+        rows.append(row | {"id": utterance.id, "duration": len(samples) / RATE} | utterance.tags)
+        offset += len(samples)
+    (root / "segments.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return sources.open_source("manifest", root=root, split="segments")
+
+
+def write_kaldi(source: sources.Source, folder: pathlib.Path, segments=()) -> None:
+    """Writes a Kaldi data folder; `segments` are (utterance, recording, begin, end)."""
+    folder.mkdir()
+    files = {"wav.scp": [], "text": [], "utt2spk": []}
+    for index, utterance in enumerate(source.utterances):
+        files["wav.scp"].append(f"{utterance.id} {os.path.relpath(source.open(index), folder)}")
+        files["text"].append(f"{utterance.id}\t{utterance.text} ")
+        files["utt2spk"].append(f"{utterance.id} {utterance.tags['speaker']}\r")
+    if segments:
+        files["segments"] = [" ".join(map(str, segment)) for segment in segments]
+    for name, lines in files.items():
+        (folder / name).write_text("".join(f"{line}\n" for line in lines))
+
+
+def write_common_voice(source: sources.Source, root: pathlib.Path) -> None:
+    """Writes root/dev.tsv and root/clips."""
+    (root / "clips").mkdir()
+    lines = ["client_id\tpath\tsentence\tup_votes\tage"]
+    for index, utterance in enumerate(source.utterances):
+        path = pathlib.Path(source.open(index))
+        (root / "clips" / path.name).write_bytes(path.read_bytes())
+        lines.append(f"{utterance.tags['speaker']}\t{path.name}\t{utterance.text}\t\t")
+    (root / "dev.tsv").write_text("\n".join(lines) + "\n")
+
+
+def write_parquet(source: sources.Source, path: pathlib.Path, group=5, **columns) -> None:
+    """Writes what `datasets.Dataset.to_parquet` does, some rows to a group."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = []
+    for index, utterance in enumerate(source.utterances):
+        file = pathlib.Path(source.open(index))
+        sound = {"bytes": file.read_bytes(), "path": file.name}
+        row = {"audio": sound, "sentence": utterance.text}
+        rows.append(row | {"speaker_id": int(utterance.tags["speaker"])} | columns)
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, path, row_group_size=group)
+
+
 def open_folder(root, split="train", **kwargs):
     return sources.open_source("librispeech", root=root, split=split, **kwargs)
 
@@ -83,6 +140,18 @@ def make_source(kind: str, root: pathlib.Path) -> sources.Source:
     if kind == "manifest":
         write_manifest(source, root / "train.jsonl")
         return sources.open_source("manifest", root=root, split="train")
+    if kind == "segments":
+        return make_segments(source, root)
+    if kind == "kaldi":
+        write_kaldi(source, root / "kaldi")
+        return sources.open_source("kaldi", root=root, split="kaldi")
+    if kind == "common_voice":
+        write_common_voice(source, root)
+        return sources.open_source("common_voice", root=root, split="dev")
+    if kind == "parquet":
+        pytest.importorskip("pyarrow", reason="the extra 'parquet' is not installed")
+        write_parquet(source, root / "train-00000-of-00001.parquet")
+        return sources.open_source("parquet", root=root, split="train")
     if kind == "prepared":
         pytest.importorskip("tensorflow_datasets", reason="the extra 'tfds' is not installed")
         from speech_jax.data import prepare
@@ -101,7 +170,16 @@ def make_source(kind: str, root: pathlib.Path) -> sources.Source:
 
 
 KINDS = ["folder flac", "folder wav", "folder opus", "archive", "manifest", "prepared"]
-KINDS += ["synthetic", "concatenated", "real opus", "real flac"]
+KINDS += [
+    "segments",
+    "kaldi",
+    "common_voice",
+    "parquet",
+    "synthetic",
+    "concatenated",
+    "real opus",
+    "real flac",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -161,10 +239,19 @@ def test_a_pickled_source_is_the_same(source):
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_stream_that_there_is_not_is_named(source):
+    name = source.utterances[0].id
+    with pytest.raises(sources.SourceError, match=f"'{name}' has no stream 'video'; it has audio"):
+        source.open(0, "video")
+
+
 # ---- The same data in every form ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["archive", "manifest", "prepared"])
+SAME = ["archive", "manifest", "prepared", "segments", "kaldi", "common_voice", "parquet"]
+
+
+@pytest.mark.parametrize("kind", SAME)
 def test_every_form_of_a_corpus_gives_the_same_utterances(tmp_path, kind):
     write_corpus(tmp_path / "plain", "train")
     folder = open_folder(tmp_path / "plain")
@@ -215,10 +302,8 @@ def test_a_manifest_takes_what_nemo_writes(tmp_path):
     (tmp_path / "b").mkdir()
     text = "\ufeff" + "\n\n".join(json.dumps(row) for row in rows)
     (tmp_path / "dev.jsonl").write_text(text, "utf-8")
-    expected = (
-        sources.Utterance("a", 0.5, "ONE"),
-        sources.Utterance("b", 0.5, tags={"speaker": "12"}),
-    )
+    second = sources.Utterance("b", 0.5, tags={"speaker": "12"})
+    expected = (sources.Utterance("a", 0.5, "ONE"), second)
     for root, split in [(tmp_path, "dev"), (tmp_path, "dev.jsonl"), (".", tmp_path / "dev.jsonl")]:
         opened = sources.open_source("manifest", root=root, split=str(split))
         assert opened.utterances == expected
@@ -351,7 +436,7 @@ def test_a_split_of_which_nothing_is_left_is_an_error(tmp_path):
         ('{"audio_filepath": "a.wav", "duration": NaN}', "duration is nan"),
         ('{"audio_filepath": "a.wav", "duration": "1"}', "duration is '1'"),
         ('{"audio_filepath": "a.wav", "text": ["ONE"]}', "text is \\['ONE'\\]"),
-        ('{"audio_filepath": "good.wav", "offset": 1.5}', "offset 1.5 and duration .* lead beyond"),
+        ('{"audio_filepath": "good.wav", "offset": 1.5}', "offset 1.5 and duration .* lead"),
         ('{"audio_filepath": "good.wav", "offset": -1}', "offset is -1; it must be seconds, 0 or"),
         ('{"audio_filepath": "good.wav", "offset": "1"}', "offset is '1'"),
         (
@@ -418,9 +503,7 @@ def test_absent_data_is_an_error_that_says_what_there_is(tmp_path):
     assert "does not exist" in message("manifest", root=tmp_path / "no")
     assert "no split" in message(split="")
     assert "needs root" in message(root="")
-    assert "librispeech, manifest, prepared, synthetic, kaldi, common_voice, parquet" in message(
-        "tfrecord"
-    )
+    assert f"known: {', '.join(sources.SOURCES)}" in message("tfrecord")
     assert "on_error is 'ignore'" in message(on_error="ignore")
 
 
@@ -506,3 +589,215 @@ def test_a_split_named_twice_is_an_error(tmp_path):
     assert sources.concatenate([source]) is source
     with pytest.raises(sources.SourceError, match="'103-2-0000' is in more than one split"):
         sources.concatenate([source, source])
+
+
+# ---- Segments, streams, Kaldi, Common Voice and Parquet ----------------------------------------
+
+
+def test_segments_are_cut_exactly(tmp_path):
+    rng = np.random.default_rng(0)
+    call = rng.normal(0, 2000, 3 * RATE).astype(np.int16)
+    soundfile.write(tmp_path / "call.flac", call, RATE)
+    cuts = [(0, 0.5), (0.5, 1.0), (1.23456, 0.7), (2.5, None), (0, None)]
+    with open(tmp_path / "train.jsonl", "w") as file:
+        for number, (offset, seconds) in enumerate(cuts):
+            row = {"audio_filepath": "call.flac", "offset": offset, "id": str(number)}
+            file.write(json.dumps(row | ({"duration": seconds} if seconds else {})) + "\n")
+    source = sources.open_source("manifest", root=tmp_path, split="train")
+    for index, (offset, seconds) in enumerate(cuts):
+        seconds = 3 - offset if seconds is None else seconds
+        assert source.utterances[index].duration == seconds
+        expected = call[round(offset * RATE) : round((offset + seconds) * RATE)]
+        np.testing.assert_array_equal(audio.decode(source.open(index), RATE), expected)
+
+
+def test_segments_without_ids_are_named_by_their_place(tmp_path):
+    soundfile.write(tmp_path / "call.wav", np.ones(RATE), RATE)
+    rows = [{"audio_filepath": "call.wav", "offset": 0.5 * i, "duration": 0.5} for i in (0, 1)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = sources.open_source("manifest", root=tmp_path, split="train")
+    assert [u.id for u in source.utterances] == ["call@0.000-0.500", "call@0.500-1.000"]
+
+
+def test_a_stated_duration_that_disagrees_is_named(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+    soundfile.write(tmp_path / "a.wav", np.ones(RATE), RATE)
+    (tmp_path / "train.jsonl").write_text('{"audio_filepath": "a.wav", "duration": 5}')
+    source = sources.open_source("manifest", root=tmp_path, split="train")
+    assert source.utterances[0].duration == 1
+    assert "a states 5 s and lasts 1.00 s" in caplog.text
+    assert "offset" in caplog.text
+
+
+def test_other_keys_are_tags_and_other_files_are_streams(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.ones(RATE), RATE)
+    row = {"audio_filepath": "a.wav", "lang": "de", "age": 5, "noisy": True, "none": None}
+    rows = [row | {"id": "a", "video_filepath": "a.mp4"}, row | {"id": "b", "words": "ONE TWO"}]
+    rows[1]["text"] = ""
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = sources.open_source("manifest", root=tmp_path, split="train")
+    tags = {"language": "de", "age": "5", "noisy": "true"}
+    assert source.utterances[0].tags == tags | {"video_filepath": "a.mp4"}
+    assert source.utterances[1].tags == tags | {"words": "ONE TWO"}
+    assert source.open(0, "video") == str(tmp_path / "a.mp4")
+    with pytest.raises(sources.SourceError, match="'b' has no stream 'video'; it has audio"):
+        source.open(1, "video")
+    with pytest.raises(sources.SourceError, match="'a' has no stream 'lips'; it has audio, video"):
+        sources.select(source, [0]).open(0, "lips")
+
+
+def test_transcripts_under_another_key_are_named(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.ones(RATE), RATE)
+    row = {"audio_filepath": "a.wav", "sentence": "ONE"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    with pytest.raises(sources.SourceError, match="no line has a 'text', but 'sentence' is there"):
+        sources.open_source("manifest", root=tmp_path, split="train")
+    source = sources.open_source("manifest", root=tmp_path, split="train", text_key="sentence")
+    assert source.utterances[0].text == "ONE"
+
+
+def test_an_argument_that_a_source_does_not_take_is_named(tmp_path):
+    write_corpus(tmp_path, "train")
+    with pytest.raises(UserError, match=r"'downlod' \(did you mean 'download'\?\)"):
+        open_folder(tmp_path, downlod=False)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_in_either_unicode_form_are_found(tmp_path, form):
+    other = "NFD" if form == "NFC" else "NFC"
+    name = "é-ü-1"
+    chapter = tmp_path / "train" / "1" / unicodedata.normalize(form, "ö")
+    chapter.mkdir(parents=True)
+    file = chapter / f"{unicodedata.normalize(form, name)}.flac"
+    soundfile.write(file, np.ones(800), RATE)
+    line = f"{unicodedata.normalize(other, name)} ONE"
+    (chapter / "a.trans.txt").write_text(line, "utf-8")
+    source = open_folder(tmp_path)
+    assert [u.id for u in source.utterances] == [unicodedata.normalize("NFC", name)]
+    stated = unicodedata.normalize(other, os.path.relpath(file, tmp_path))
+    (tmp_path / "m.jsonl").write_text(json.dumps({"audio_filepath": stated}), "utf-8")
+    source = sources.open_source("manifest", root=tmp_path, split="m")
+    assert source.open(0) == str(file)
+
+
+def test_kaldi_segments_commands_and_archives(tmp_path):
+    write_corpus(tmp_path / "corpus", "train")
+    corpus = open_folder(tmp_path / "corpus")
+    first, second = (utterance.id for utterance in corpus.utterances[:2])
+    segments = [("x", first, 0, 0.1), ("y", first, 0.1, -1), ("z", "absent", 0, 1)]
+    segments += [("w", second, 5, 6), ("v", second, 1, 0.5), ("u", "cat", 0, 1), ("t", "ark", 0, 1)]
+    folder = tmp_path / "kaldi"
+    write_kaldi(corpus, folder, segments)
+    (folder / "text").write_text("".join(f"{name[0]} ONE\n" for name in segments))
+    with open(folder / "wav.scp", "a") as scp:
+        scp.write("cat sph2pipe a.sph |\nark raw.ark:17\n")
+    source = sources.open_source("kaldi", root=tmp_path, split="kaldi", on_error="skip")
+    whole = audio.decode(corpus.open(0), RATE)
+    assert [utterance.id for utterance in source.utterances] == ["x", "y"]
+    np.testing.assert_array_equal(audio.decode(source.open(0), RATE), whole[:1600])
+    np.testing.assert_array_equal(audio.decode(source.open(1), RATE), whole[1600:])
+    why = "; ".join(f"{name}: {reason}" for name, reason in source.skipped.items())
+    for part in ("z: its recording 'absent'", "w: offset 5 and duration 1 lead beyond the end"):
+        assert part in why
+    for part in ("v: '", "cat: a command, which is not run", "ark: part of an archive"):
+        assert part in why
+    with pytest.raises(sources.SourceError, match=r"no Kaldi data folder .* has kaldi"):
+        sources.open_source("kaldi", root=tmp_path, split="train")
+
+
+def test_common_voice_tags_and_bad_lines(tmp_path):
+    write_corpus(tmp_path, "train")
+    write_common_voice(open_folder(tmp_path), tmp_path)
+    table = tmp_path / "dev.tsv"
+    lines = table.read_text().splitlines()
+    lines[1] = lines[1][:-1] + "2\tfifties"
+    lines += ["1\tabsent.mp3\tONE\t\t", "1\ta.mp3", "1\ta.mp3\t\t\t"]
+    table.write_text("\r\n".join(lines), "utf-8-sig")
+    source = sources.open_source("common_voice", root=tmp_path, split="dev", on_error="skip")
+    assert source.utterances[0].tags == {"speaker": "103", "up_votes": "2", "age": "fifties"}
+    why = " ".join(source.skipped.values())
+    for part in ("no such file", "2 values for 5 columns", "without path or sentence"):
+        assert part in why
+    table.write_text("a\tb\n")
+    with pytest.raises(sources.SourceError, match=r"dev\.tsv is no table of Common Voice"):
+        sources.open_source("common_voice", root=tmp_path, split="dev")
+
+
+def test_parquet_of_several_files_is_measured_once(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow", reason="the extra 'parquet' is not installed")
+    write_corpus(tmp_path, "train")
+    corpus = open_folder(tmp_path)
+    (tmp_path / "hf" / "data").mkdir(parents=True)
+    for shard in range(2):
+        part = sources.select(corpus, range(6 * shard, 6 * shard + 6))
+        path = tmp_path / "hf" / "data" / f"dev-0000{shard}-of-00002.parquet"
+        write_parquet(part, path, locale="en", words=[1], noisy=False)
+
+    def open_it():
+        return sources.open_source("parquet", root=tmp_path / "hf", split="dev")
+
+    source = open_it()
+    assert [u.id for u in source.utterances] == [u.id for u in corpus.utterances]
+    expected = {"speaker": "103", "language": "en", "noisy": "false"}
+    assert source.utterances[0].tags == expected
+    monkeypatch.setattr(audio, "duration", None)
+    assert open_it() == source
+
+
+def test_parquet_that_cannot_be_used_is_named(tmp_path):
+    pytest.importorskip("pyarrow", reason="the extra 'parquet' is not installed")
+    import pyarrow.parquet
+
+    def message(rows=None, content=None, **kwargs) -> str:
+        path = tmp_path / "train.parquet"
+        if rows is not None:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(sources.SourceError) as caught:
+            sources.open_source("parquet", root=tmp_path, split="train", **kwargs)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "there is no train.parquet" in message()
+    assert "damaged or no Parquet" in message(content=b"PAR1 and no more")
+    assert "no column 'audio' of audio files" in message([{"a": 1}])
+    rows = [{"audio": {"bytes": b"RIFF", "path": "a.wav"}, "text": "A"}]
+    assert "row 0: not audio" in message(rows)
+    assert "no column 'words'" in message(rows, text_key="words")
+    rows = [{"audio": {"bytes": None, "path": "a.wav"}, "text": "A"}]
+    assert "row 0: holds no audio, only its path" in message(rows)
+
+
+# ---- Pieces ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [0, 1.5])
+@pytest.mark.parametrize("duration", [0.5, 10, 10.01, 600, 12345.678])
+def test_pieces_cover_a_recording_with_the_overlap(duration, overlap):
+    cut = pieces.pieces("a.wav", duration, 10, overlap=overlap)
+    assert cut[0].offset == 0
+    assert cut[-1].offset + cut[-1].duration == pytest.approx(duration)
+    assert all(0 < piece.duration <= 10 + 1e-9 for piece in cut)
+    for one, other in itertools.pairwise(cut):
+        assert one.offset + one.duration - other.offset == pytest.approx(overlap, abs=1e-9)
+    fewer = (len(cut) - 1) * (10 - overlap) + overlap
+    assert fewer < duration or len(cut) == 1
+
+
+def test_quiet_pieces_end_in_pauses():
+    rng = np.random.default_rng(0)
+    words, gap = [], np.zeros(RATE // 2, np.int16)
+    for _ in range(40):
+        words += [rng.normal(0, 3000, rng.integers(RATE // 2, 2 * RATE)).astype(np.int16), gap]
+    samples = np.concatenate(words)
+    cut = pieces.quiet_pieces("a.wav", samples, RATE, 10)
+    assert len(cut) > 3
+    assert cut[0].offset == 0
+    assert cut[-1].offset + cut[-1].duration == pytest.approx(len(samples) / RATE)
+    for one, other in itertools.pairwise(cut):
+        assert one.offset + one.duration == pytest.approx(other.offset)
+        assert 2 < one.duration <= 10
+        end = round(other.offset * RATE)
+        assert not samples[end - 500 : end + 500].any()
+    assert len(pieces.quiet_pieces("a.wav", samples[: 9 * RATE], RATE, 10)) == 1

@@ -1,5 +1,6 @@
 import os
 import string
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -97,12 +98,102 @@ def test_stated_alphabet_gives_the_ids():
         ("upper", "straße", "STRASSE"),
         ("lower", "ÉTÉ", "été"),
         ("librispeech", "He’d well-nigh met Zoë, at 5!", "HE'D WELL NIGH MET ZOE AT 5"),
+        ("words", "He’d well-nigh met Zoë, at 5!", "he'd well nigh met zoë at 5"),
+        ("words", "नमस्ते दुनिया।", "नमस्ते दुनिया"),
+        ("words", "தமிழ் மொழி", "தமிழ் மொழி"),
+        ("words", "กินข้าว", "กินข้าว"),
+        ("words", "Işık ışık, İyi", "işık ışık i\u0307yi"),
+        ("words", "كِتَابٌ؟", "كِتَابٌ"),
+        ("words", "می\u200cخواهم", "می\u200cخواهم"),
+        ("english", "rock_and—roll", "ROCK AND ROLL"),
         ("librispeech", "rock_and—roll", "ROCK AND ROLL"),
     ],
 )
 def test_normalizers(name, written, normal):
     assert text.normalize(written, name) == normal
     assert text.normalize(normal, name) == normal
+
+
+# Words that differ by marks and letters which a normalizer for English drops.
+LANGUAGES = {
+    "Hindi": "कल कला की कि",
+    "Bengali": "কর করা করি",
+    "Tamil": "கல் கால் கலை",
+    "Thai": "ขาว ข้าว ข่าว",
+    "Burmese": "က ကာ ကို",
+    "Khmer": "ក កា កី",
+    "Japanese": "パンダ バンダ かぎ かき",
+    "Korean": "한국어 학교",
+    "Chinese": "你好 世界",
+    "Russian": "мой мои ёж еж",
+    "German": "schön schon maße masse",
+    "Turkish": "ölü olu ılık ilik",
+    "Vietnamese": "má mà mã ma",
+    "French": "péché pêche",
+    "Polish": "łaska laska",
+    "Greek": "πότε ποτέ",
+    "Arabic": "كِتَاب كُتَّاب",
+    "Hebrew": "שָׁלוֹם שלום",
+    "Amharic": "ሰላም ሰለም",
+    "Yoruba": "ọkọ oko ọ̀kọ̀",
+    "Persian": "می\u200cخواهم میخواهم",
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_language_loses_letters_or_marks(language):
+    written = unicodedata.normalize("NFC", LANGUAGES[language])
+    normal = text.normalize(f"{written}!", "words")
+    assert normal == written
+    assert text.normalize(unicodedata.normalize("NFD", written), "words") == written
+    assert not text.dropped([written, written.upper()], "words")
+    tokenizer = text.make_tokenizer("characters", [written], normalizer="words")
+    assert tokenizer.decode(tokenizer.encode(written)) == written
+
+
+def test_what_a_normalizer_drops_is_counted():
+    lost = text.dropped(["schön, schön", "Ça va?", "ok 5"], "english")
+    assert lost == {"\u0308": 2, "\u0327": 1}
+    assert text.dropped(["दुनिया"], "english").total() == 3
+    assert not text.dropped(["HE'S — “here”, at 5:30!", "straße"], "english")
+    assert not text.dropped([], "english")
+
+
+def test_a_tokenizer_of_an_older_version_opens(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    old = '{"kind": "characters", "normalizer": "librispeech", "alphabet": " ABC"}'
+    path.write_text(old)
+    assert text.load_tokenizer(path).encode("c b ä") == [4, 1, 3, 1, 2]
+
+
+def test_a_tokenizer_can_be_read_by_whom_the_umask_lets(tokenizer, tmp_path):
+    before = os.umask(0o022)
+    try:
+        tokenizer.save(tmp_path / "tokenizer.json")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "tokenizer.json").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "5", "{}", '{"kind": 5}', '{"kind": "characters"}', "[" * 9000),
+        '{"kind": "words", "alphabet": "A"}',
+        '{"kind": "characters", "alphabet": 5}',
+        '{"kind": "characters", "alphabet": "AA"}',
+        '{"kind": "characters", "alphabet": "A", "normalizer": "gone"}',
+        '{"kind": "characters", "alphabet": "A", "more": "B"}',
+        '{"kind": "sentencepiece", "model": "AAAA"}',
+        '{"kind": "sentencepiece", "model": "!"}',
+        '{"kind": "sentencepiece"}',
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_an_error_of_one_line(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(text.TextError) as caught:
+        text.load_tokenizer(tmp_path / "tokenizer.json")
+    assert "\n" not in str(caught.value)
 
 
 def test_errors():

@@ -96,7 +96,6 @@ def configure(name: str, root: pathlib.Path):
     config.task = tasks.settings(name, width=3)
     config.parts = CASES[name].get("parts", {})
     config.text.normalizer = "none"
-    config.optimizer.no_decay = "kernel$"
     config.schedule = {"name": "constant", "peak": 1e-1, "warmup": 1}
     config.train.update({"steps": STEPS, "eval_every": 3, "log_every": 1})
     config.checkpoint.every = 2
@@ -264,7 +263,8 @@ def test_neighbours_and_padding_change_nothing(run):
 
 
 def _first(config, corpus, task) -> dict[str, np.ndarray]:
-    batches = experiment.evaluation_batches(config, corpus, task, sharding.make_mesh(**config.mesh))
+    plan = experiment.evaluation_plan(config, corpus, task, sharding.make_mesh(**config.mesh))
+    batches = experiment.evaluation_batches(config, corpus, plan)
     try:
         return next(batches)
     finally:

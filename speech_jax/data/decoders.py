@@ -32,7 +32,7 @@ RATES = (2_000, 768_000)
 SLACK = 0.1
 
 _BLOCK = 1 << 20  # values (samples times channels) that are decoded at once
-_PREROLL = 0.5  # seconds before a position from which MP3's decoder gets its state again
+_PREROLL = 2.0  # seconds before a position from which lossy decoders get their state again
 # Encodings whose samples soundfile converts to int16 without a choice of scale; the others are
 # floating point (float WAV, Opus, Vorbis, MP3) and full scale is 1.0.
 _INTEGER = frozenset({"PCM_16", "PCM_24", "PCM_32", "PCM_S8", "PCM_U8", "ULAW", "ALAW"})
@@ -142,7 +142,11 @@ def _open(file: BinaryIO, name: str, size: int, stack: contextlib.ExitStack) -> 
     try:
         sound = stack.enter_context(_Sound(_handle(file), closefd=False))
     except Exception as error:
-        return _open_other(file, name, error, stack)
+        file.seek(0)
+        mended = _with_end_mark(file, size)
+        if mended is None:
+            return _open_other(file, name, error, stack)
+        sound = stack.enter_context(_Sound(_Memory(mended), closefd=False))
     kind, log = sound.format, sound.extra_info
     stated, least = sound.frames, 0
     if kind == "MP3" and (stream := _without_length(file, size)):
@@ -152,8 +156,8 @@ def _open(file: BinaryIO, name: str, size: int, stack: contextlib.ExitStack) -> 
     elif mended := _mended(file, size, kind, stated, log):
         if kind == "OGG":
             warn_once(f"{name}: its last page has no end mark; it is used as far as it goes")
-        sound = stack.enter_context(_Sound(mended, closefd=False))
-        stated = sound.frames
+        sound = stack.enter_context(_Sound(_Memory(mended), closefd=False))
+        stated, log = sound.frames, sound.extra_info
     elif kind == "NIST" and (count := re.search(rb"sample_count -i (\d+)", _head(file))):
         stated = max(stated, int(count[1][:12]))
     return _SoundDecoder(sound, name, size, file, kind, log, stated, least)
@@ -263,12 +267,25 @@ class _SoundDecoder:
             self._judge_rest(self._size - self._file.tell(), _TAIL, position)
 
 
-def _handle(file: BinaryIO) -> int | BinaryIO:
+def _handle(file: BinaryIO) -> "int | _Memory":
     """What soundfile opens: the descriptor of a file, read without Python, or the stream."""
     try:
         return file.fileno()
-    except (OSError, AttributeError):  # in memory
-        return file
+    except (OSError, AttributeError):
+        return _Memory(file)
+
+
+class _Memory:
+    """A stream that stays where it is when it is asked to go before its start, as files do."""
+
+    def __init__(self, file: BinaryIO):
+        self._seek, self.read, self.tell = file.seek, file.read, file.tell
+        if hasattr(file, "readinto"):
+            self.readinto = file.readinto
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> None:
+        with contextlib.suppress(ValueError):
+            self._seek(offset, whence)
 
 
 def _head(file: BinaryIO, start: int = 0) -> bytes:
@@ -364,14 +381,16 @@ def _mended(file: BinaryIO, size: int, kind: str, frames: int, log: str) -> _Men
 
 
 def _with_end_mark(file: BinaryIO, size: int) -> _Mended | None:
-    """Returns an Ogg with the mark of its last page, None where that page is cut."""
+    """Returns an Ogg with the mark of its last page, None where it has one or that page is cut."""
+    if _head(file)[:4] != b"OggS":
+        return None
     start = max(0, size - 70_000)  # a page has 65,307 bytes at most
     file.seek(start)
     tail = file.read()
     file.seek(0)
     at = tail.rfind(b"OggS")
     page = bytearray(tail[at:])
-    if at < 0 or len(page) < 27 or len(page) != 27 + page[26] + sum(page[27 : 27 + page[26]]):
+    if len(page) < 27 or len(page) != 27 + page[26] + sum(page[27 : 27 + page[26]]) or page[5] & 4:
         return None
     page[5] |= 4
     page[22:26] = bytes(4)
@@ -430,7 +449,8 @@ def _open_other(
 class _AvDecoder:
     """What FFmpeg reads, from the first sound stream, in order."""
 
-    floating, seeks = True, False
+    # Lengths in headers leave out the padding of the last frame, or count what is not heard.
+    floating, seeks, frames = True, False, None
 
     def __init__(self, container, name: str, av):
         self._container, self._name = container, name
@@ -441,9 +461,6 @@ class _AvDecoder:
         self._promised = seconds
         if container.duration and len(container.streams) == 1:
             self._promised = max(seconds, container.duration / av.time_base)
-        # MPEG-4's tables are exact; Matroska's duration counts what a decoder leaves out.
-        exact = seconds and "mov" in container.format.name
-        self.frames = round(seconds * self.rate) if exact else None
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         position = 0

@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 import grain
 import numpy as np
 
-from speech_jax.data import audio
 from speech_jax.data.batch import Bucket, Example, Fields, collate, size_names
 from speech_jax.data.parts import Part, PartError
 from speech_jax.data.plan import Plan, PlannedBatch, choose_buckets, exact_speed, stretched_length
@@ -166,9 +165,8 @@ def make_corpus(
             )
         left_out[name] = reason
 
-    heard = parts.get("audio")
     for index, utterance in enumerate(source.utterances):
-        seconds = heard.seconds(utterance) if heard else utterance.duration
+        seconds = min([utterance.duration, *(part.longest for part in parts.values())])
         if seconds < min_seconds:
             left_out[utterance.id] = f"too short: {seconds:.2f} s"
         elif seconds > max_seconds:
@@ -236,7 +234,7 @@ def batches(
       process_index: this host.
       process_count: number of hosts; it must divide every bucket's rows.
       repeat: False for evaluation: one epoch, then StopIteration.
-      on_error: audio that cannot be loaded raises ('raise'), or its row becomes filler and
+      on_error: an utterance that cannot be loaded raises ('raise'), or its row becomes filler and
         `corpus.skipped` names it ('skip').
       threads: batches loaded at the same time, which is also how many wait in memory; 0 loads in
         the caller.
@@ -245,7 +243,7 @@ def batches(
       A grain iterator with `get_state`, `set_state` and `close`.
 
     Raises:
-      ValueError: arguments that do not fit together. While iterating: audio.AudioError for audio
+      ValueError: arguments that do not fit together. While iterating: UserError for an utterance
         that cannot be loaded.
     """
     for bucket in plan.buckets:
@@ -314,7 +312,7 @@ def _load(
         rng = np.random.default_rng([seed, epoch, 2, index])
         try:
             loaded.append((index, _example(corpus, index, rng, float(exact_speed(speed)))))
-        except audio.AudioError as error:
+        except UserError as error:  # what a part, a source or a decoder says of this utterance
             if on_error == "raise":
                 raise
             corpus.skip(corpus.source.utterances[index].id, str(error))

@@ -86,7 +86,9 @@ def choose_buckets(
         raise ValueError("no utterances to choose buckets for")
 
     edges, inverse, counts = np.unique(
-        -(-lengths[along] // round_to) * round_to, return_inverse=True, return_counts=True
+        np.maximum(-(-lengths[along] // round_to), 1) * round_to,
+        return_inverse=True,
+        return_counts=True,
     )
     longest = {name: _running_maximum(values, inverse) for name, values in lengths.items()}
     longest = {

@@ -26,7 +26,7 @@ from speech_jax.data.sources import Utterance
 from speech_jax.errors import UserError
 from speech_jax.evaluators import Evaluator, Row
 from speech_jax.tasks import Task
-from speech_jax.training import sharding
+from speech_jax.training import costs, sharding
 
 # Batches that may be on the device, or on their way back, while the next one is loaded.
 _WAITING = 2
@@ -78,6 +78,25 @@ class Evaluation:
             self._corpora[split] = found
         return self._corpora[split]
 
+    def check_memory(self, split: str, params, state, fits: int) -> None:
+        """Raises UserError where the longest utterances of a split do not fit in memory.
+
+        `params` and `state` may be shapes; batches up to the length `fits` are known to fit.
+        """
+        corpus = self.corpus(split)
+        plan = experiment.evaluation_plan(self._config, corpus, self._task, self._mesh)
+        if plan.buckets[-1].size(self._task.along) <= fits:
+            return
+        batch = experiment.batch_shapes(corpus.fields, plan.buckets[-1], self._mesh)
+        with jax.set_mesh(self._mesh):
+            program = self._predict.lower(params, state, batch).compile()
+        longest = corpus.source.utterances[corpus.index[corpus.lengths[self._task.along].argmax()]]
+        costs.check_memory(
+            program,
+            f"evaluating utterance {longest.id} of {split} ({longest.duration:.0f} s)",
+            "cut it into utterances, lower config.data.batch_seconds or take a smaller model",
+        )
+
     def run(self, params, state, split: str, predictions: pathlib.Path | None = None) -> Score:
         """Measures a split; the lines of its utterances go to the file `predictions`.
 
@@ -86,7 +105,8 @@ class Evaluation:
         """
         corpus = self.corpus(split)
         reader = _Reader(self._task.evaluator(self._parts), corpus, keep=predictions is not None)
-        batches = experiment.evaluation_batches(self._config, corpus, self._task, self._mesh)
+        plan = experiment.evaluation_plan(self._config, corpus, self._task, self._mesh)
+        batches = experiment.evaluation_batches(self._config, corpus, plan)
         waiting = collections.deque()
         with (
             contextlib.closing(batches),

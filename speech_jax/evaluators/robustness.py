@@ -113,7 +113,8 @@ def _measure(config, mesh, model, task, corpus, recognize) -> dict[tuple, Errors
         for utterance, example, row in by_utterance(corpus, {"index": index}, found):
             errors.add(utterance, example, row)
 
-    with contextlib.closing(experiment.evaluation_batches(config, corpus, task, mesh)) as batches:
+    plan = experiment.evaluation_plan(config, corpus, task, mesh)
+    with contextlib.closing(experiment.evaluation_batches(config, corpus, plan)) as batches:
         for batch in batches:
             count("clean", None, batch, _UNTOUCHED)
             for name, attack in ATTACKS.items():

@@ -8,7 +8,6 @@ neighbours (tests/test_encoders.py has the contract, a row for each encoder). It
     listens          'waveform' (inputs [B, T]) or 'log_mel' (inputs [B, F, M])
     output_lengths   how many frames come out for so many inputs
     rules            of sharding, one for each of its parameters (training/sharding.py)
-    float32          rules (expressions alone) of the parameters that `cast` leaves in float32
     VARIANTS         settings of its published sizes, by name
 
 and, where it listens to the waveform and can be pretrained by masks, `geometry()`, the samples that
@@ -17,15 +16,13 @@ a frame sees and those from frame to frame, and an argument `mask` bool [B, T'] 
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from speech_jax import registry, rules
+from speech_jax import registry
 
 ENCODERS = {
     "conformer": "speech_jax.models.conformer:Conformer",
@@ -73,27 +70,6 @@ def listens(name: str) -> str:
 def _constructor(name: str) -> type[nn.Module]:
     module, _, attribute = registry.lookup("encoder", ENCODERS, name).partition(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-def cast(params: Any, dtype: Any, float32: Sequence[str]) -> Any:
-    """Parameters in what the arithmetic runs in, but for those that it wants in float32.
-
-    A module casts its parameters where it uses them, which is after they have been gathered from
-    the devices that they are split over. Cast at the top of a step, inside of what is
-    differentiated, they are gathered in half the bytes; the numbers are the same. With a dtype of
-    float32 nothing is done.
-
-    Args:
-      params: of an encoder; float32: its `float32`, expressions for the ends of paths.
-    """
-    if jnp.dtype(dtype) == jnp.float32:
-        return params
-
-    def one(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = rules.path_name(path)
-        return leaf if any(rules.matches(p, name) for p in float32) else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from speech_jax.errors import UserError
 from speech_jax.models import layers
 from speech_jax.ops import masking, partition
+from speech_jax.rules import Rules
 
 
 class Conformer(nn.Module):
@@ -43,13 +44,12 @@ class Conformer(nn.Module):
     dtype: Any = "float32"
 
     listens: ClassVar = "log_mel"
-    rules: ClassVar[layers.Rules] = (
+    rules: ClassVar[Rules] = (
         *layers.RULES,
         (r"subsampling/convolution_\d/kernel", (None, None, None, "fsdp")),
         (r"subsampling/project/kernel", ("fsdp", None)),
         (r"subsampling/(convolution_\d|project)/bias", ()),
     )
-    float32: ClassVar = layers.FLOAT32
     # S, M, L: table 1 of the paper. Tiny is for two CPU cores.
     VARIANTS: ClassVar = {
         "tiny": {

@@ -18,13 +18,13 @@ import numpy as np
 
 from speech_jax.errors import UserError
 from speech_jax.ops import convolution, masking
+from speech_jax.rules import Rules
 
 Dtype = Any
-# (regular expression for the end of a parameter's path, mesh axes of its last dimensions): see
-# training/sharding.py.
-Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
-# Of the modules below, under the names that the encoders give them.
+# How the parameters of the modules below lie on a mesh, by the names that the encoders give them:
+# (regular expression for the end of a path, mesh axes of the last dimensions). See rules.py and
+# training/sharding.py.
 RULES: Rules = (
     (r"layer/(scale|bias)", ()),
     (r"attention/qkv?/kernel", ("fsdp", None, "tensor", None)),
@@ -43,8 +43,6 @@ RULES: Rules = (
     (r"convolution/project/kernel", ("tensor", "fsdp")),
     (r"(attention|feed_forward(_\d)?|convolution)/project/bias", ()),
 )
-# Parameters that the arithmetic wants in float32, whatever `dtype` is (models.cast).
-FLOAT32 = (r"layer/(scale|bias)", r"middle_norm/(scale|bias)")
 
 
 class FeedForward(nn.Module):

@@ -18,6 +18,7 @@ from jax import lax
 from speech_jax.errors import UserError
 from speech_jax.models import layers
 from speech_jax.ops import convolution, masking, partition
+from speech_jax.rules import Rules
 
 _normal = nn.initializers.normal(0.02)
 
@@ -74,7 +75,7 @@ class Wav2Vec2(nn.Module):
     dtype: Any = "float32"
 
     listens: ClassVar = "waveform"
-    rules: ClassVar[layers.Rules] = (
+    rules: ClassVar[Rules] = (
         *layers.RULES,
         (r"extractor/kernel_\d", (None, None, "fsdp")),
         (r"extractor/(bias|scale|shift)_\d", ()),
@@ -83,12 +84,6 @@ class Wav2Vec2(nn.Module):
         (r"mask_embedding", ()),
         (r"position/direction", (None, None, "fsdp")),
         (r"position/(magnitude|bias)", ()),
-    )
-    # The group norm is folded into the first convolution, and the weight norm is of all taps.
-    float32: ClassVar = (
-        *layers.FLOAT32,
-        r"extractor/(kernel|scale|shift)_0",
-        r"position/(direction|magnitude)",
     )
     # Base and Large: table 7 of fairseq's release. Tiny is for two CPU cores.
     VARIANTS: ClassVar = {

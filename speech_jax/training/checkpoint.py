@@ -12,8 +12,10 @@ a run call its functions together, on a directory that all of them see; one run 
 
 import contextlib
 import dataclasses
+import functools
 import logging as std_logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
@@ -54,7 +56,7 @@ class Checkpoints:
         """Opens or creates `directory`; raises CheckpointError where that cannot be."""
         if keep < 1:
             raise ValueError(f"keep is {keep}: keep at least 1 checkpoint.")
-        self.directory = epath.Path(directory).absolute()  # orbax refuses relative paths
+        self.directory = _absolute(directory)
         self._keep, self._watched = keep, watched
         self._writing: int | None = None
         self._smallest: dict[str, jax.ShapeDtypeStruct] = {}
@@ -70,7 +72,7 @@ class Checkpoints:
                 create_directories_asynchronously=False,
             ),
         )
-        logging.get_absl_logger().addFilter(_not_an_orbax_error)
+        _quieten()
         try:
             self._manager = _Manager(
                 self.directory,
@@ -202,7 +204,7 @@ def load_best(directory: str | os.PathLike, under: Sequence[str]) -> dict[str, n
     damaged, the next best is used, and a warning says so. Changes nothing in `directory`. Raises
     CheckpointError where there is no good checkpoint, or it holds nothing under one of the names.
     """
-    directory = epath.Path(directory).absolute()
+    directory = _absolute(directory)
     try:
         steps = sorted(ocp.utils.checkpoint_steps(directory))
     except OSError as error:
@@ -229,6 +231,12 @@ def load_best(directory: str | os.PathLike, under: Sequence[str]) -> dict[str, n
 def _restored(path: epath.Path, abstract_state: Any) -> Restored:
     record, state = saved.read(path, abstract_state)
     return Restored(int(path.name), state, record["data"], record["stopper"])
+
+
+def _absolute(directory: str | os.PathLike) -> epath.Path:
+    """As orbax wants its paths; one of a bucket (gs://) is so already."""
+    path = epath.Path(directory)
+    return path if "://" in str(path) else path.absolute()
 
 
 class _Manager(ocp.CheckpointManager):
@@ -314,6 +322,24 @@ def _by_score(
     return sorted(steps, key=lambda step: (step in scores, sign * scores.get(step, 0.0), step))
 
 
+def _quieten() -> None:
+    """Keeps what orbax raises from being shown as pages of traceback as well.
+
+    It logs them itself; asyncio logs each task that failed beside the first one; and those that end
+    after their loop was closed for that are exceptions that nobody can catch.
+    """
+    for logger in (logging.get_absl_logger(), std_logging.getLogger("asyncio")):
+        logger.addFilter(_not_an_orbax_error)
+    before = sys.unraisablehook
+    if getattr(before, "func", None) is not _unless_late:
+        sys.unraisablehook = functools.partial(_unless_late, before)
+
+
 def _not_an_orbax_error(record: std_logging.LogRecord) -> bool:
-    """A log filter: orbax logs pages of traceback for an error that it then raises."""
-    return record.levelno < std_logging.ERROR or "orbax" not in record.pathname
+    is_orbax = "orbax" in record.pathname or "/orbax/" in record.getMessage()
+    return record.levelno < std_logging.ERROR or not is_orbax
+
+
+def _unless_late(hook: Callable[[Any], None], raised: Any) -> None:
+    if str(raised.exc_value) != "Event loop is closed":
+        hook(raised)

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -284,14 +286,24 @@ class Writer:
     _FLUSH_SECONDS = 30.0
 
     def __init__(self, metrics: pathlib.Path, tensorboard: pathlib.Path, step: int):
-        self._path, self._folder = metrics, tensorboard
+        self._metrics, self._folder = metrics, tensorboard
+        # Nothing can be appended to what is in a bucket: there, all of it is written anew.
+        self._scratch = tempfile.TemporaryDirectory() if files.is_remote(metrics) else None
         with self._errors(metrics):
-            _truncate(metrics, step)
+            lines = _truncate(metrics, step)
+            self._last = json.loads(lines[-1]) if lines else {}
+            self._start = sum(len(line) + 1 for line in lines[:-1])
         with self._errors(tensorboard):
             tensorboard.mkdir(parents=True, exist_ok=True)
             # A name of its own: two may start within a second.
             name = f"events.out.tfevents.{time.time_ns() // 10**9}.{time.time_ns()}"
-            self._events = RecordWriter(str(tensorboard / name))
+            self._lines, self._events_path = metrics, tensorboard / name
+            if self._scratch:
+                self._lines = pathlib.Path(self._scratch.name, metrics.name)
+                self._events_path = pathlib.Path(self._scratch.name, name)
+                if metrics.exists():
+                    self._lines.write_bytes(metrics.read_bytes())
+            self._events = RecordWriter(str(self._events_path))
             self._add(0, file_version="brain.Event:2")
             if step:
                 start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -299,13 +311,22 @@ class Writer:
         self.flush()
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """One line of JSON, and one point in each plot; null, and none, for what is not finite."""
+        """One line of JSON for each step, and one point in each plot.
+
+        What is not finite is null in the line, and no point.
+        """
         numbers = {
             name: value if value is not None and math.isfinite(value) else None
             for name, value in values.items()
         }
-        with self._errors(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        line = {"step": step, **numbers}
+        with self._errors(self._metrics), self._lines.open("ab") as file:
+            if step == self._last.get("step"):  # the scores come after the figures of training
+                line = self._last | line
+                file.truncate(self._start)
+            self._start = file.seek(0, os.SEEK_END)
+            file.write(json.dumps(line).encode() + b"\n")
+        self._last = line
         with self._errors(self._folder):
             for name, value in numbers.items():
                 if value is not None:
@@ -314,15 +335,25 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what TensorBoard's file holds back."""
+        """Writes what TensorBoard's file holds back, and what is in a bucket."""
         with self._errors(self._folder):
             self._events.flush()
+            if self._scratch:
+                (self._folder / self._events_path.name).write_bytes(self._events_path.read_bytes())
+        if self._scratch and self._lines.exists():
+            with self._errors(self._metrics):
+                self._metrics.write_bytes(self._lines.read_bytes())
         self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes."""
-        with self._errors(self._folder):
-            self._events.close()
+        try:
+            self.flush()
+        finally:
+            with self._errors(self._folder):
+                self._events.close()
+            if self._scratch:
+                self._scratch.cleanup()
 
     def _add(self, step: int, **content: Any) -> None:
         event = event_pb2.Event(wall_time=time.time(), step=step, **content)
@@ -339,19 +370,19 @@ class Writer:
             ) from error
 
 
-def _truncate(path: pathlib.Path, step: int) -> None:
-    """Drops the lines after `step`, and a line that a kill has left unfinished.
+def _truncate(path: pathlib.Path, step: int) -> list[bytes]:
+    """Drops the lines after `step`, and a line that a kill has left unfinished; returns the rest.
 
     A file that is damaged otherwise is kept aside.
     """
     if not path.exists():
-        return
+        return []
     data = path.read_bytes()
     kept, broken = [], []
     for line in data.splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line.decode())
+            if json.loads(line.decode())["step"] <= step:
+                kept.append(line)
         except (ValueError, TypeError, KeyError, RecursionError):
             broken.append(line)
     if broken and not (len(broken) == 1 and data.endswith(broken[0])):
@@ -361,4 +392,5 @@ def _truncate(path: pathlib.Path, step: int) -> None:
             "%s has %d damaged lines: they are left out, and all of it is in %s",
             path, len(broken), aside,
         )  # fmt: skip
-    files.write_atomically(path, "".join(line + "\n" for line in kept))
+    files.write_atomically(path, "".join(line.decode() + "\n" for line in kept))
+    return kept

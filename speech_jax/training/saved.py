@@ -13,7 +13,7 @@ import concurrent.futures
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,17 +102,20 @@ def _together(read: Callable[[], Any]) -> Any:
 
 def _digests(path: epath.Path) -> dict[str, str]:
     """Returns {file: SHA-256} for all files of a checkpoint's two items."""
-    files = [
-        folder / name
-        for item in ("record", "state")
-        for folder, _, names in (path / item).walk()
-        for name in names
-    ]
+    files = [file for item in ("record", "state") for file in _files(path / item)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
         digests = list(pool.map(_digest, files))
     return {
         str(file.relative_to(path)): digest for file, digest in zip(files, digests, strict=True)
     }
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():  # epath's walk loses the gs:// of a bucket
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
 
 
 def _digest(file: epath.Path) -> str:

@@ -39,6 +39,8 @@ class Part(Protocol):
     count: int
     # The dimensions that get shorter when an utterance is played faster.
     stretched: tuple[str, ...]
+    # Seconds of an utterance that are taken at most; what is longer is cropped.
+    longest: float
 
     @classmethod
     def make(cls, source: Source, name: str, **settings: Any) -> Self:
@@ -70,7 +72,11 @@ class Part(Protocol):
     def load(
         self, source: Source, index: int, rng: np.random.Generator, speed: float
     ) -> dict[str, np.ndarray]:
-        """The arrays of utterance `index` by field; none for a part that it may lack."""
+        """The arrays of utterance `index` by field; none for a part that it may lack.
+
+        Raises:
+          UserError: they cannot be loaded.
+        """
         ...
 
     def read(self, row: Mapping[str, np.ndarray]) -> str:

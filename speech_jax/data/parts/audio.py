@@ -77,6 +77,7 @@ class Audio:
     statistics: Mapping[str, np.ndarray] | None = None
 
     count = 0
+    longest = float("inf")
 
     @property
     def fields(self) -> Fields:
@@ -141,14 +142,11 @@ class Audio:
         return dataclasses.replace(self, noise=None)
 
     def sizes(self, utterance: Utterance) -> dict[str, int]:
-        samples = int(np.ceil(np.round(self.seconds(utterance) * self.sample_rate, 3)))
+        seconds = min(utterance.duration, self.longest)
+        samples = int(np.ceil(np.round(seconds * self.sample_rate, 3)))
         if samples < 1:
             raise PartError(f"too short: {utterance.duration:.2f} s")
         return {self._dimension: samples}
-
-    def seconds(self, utterance: Utterance) -> float:
-        """How much of an utterance is heard at a time."""
-        return utterance.duration
 
     def load(
         self, source: Source, index: int, rng: np.random.Generator, speed: float
@@ -188,9 +186,6 @@ class Crop(Audio):
     """
 
     longest: float = float("inf")
-
-    def seconds(self, utterance: Utterance) -> float:
-        return min(utterance.duration, self.longest)
 
     def for_evaluation(self) -> Self:
         return dataclasses.replace(self, noise=None, longest=float("inf"))

@@ -29,6 +29,7 @@ class Category:
     strict: bool = True
 
     stretched = ()
+    longest = float("inf")
 
     @property
     def fields(self) -> Fields:

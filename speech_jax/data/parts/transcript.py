@@ -2,7 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -29,6 +30,7 @@ class Transcript:
     strict: bool = True
 
     stretched = ()
+    longest = float("inf")
 
     @property
     def fields(self) -> Fields:
@@ -78,6 +80,11 @@ class Transcript:
     def text(self, utterance: Utterance) -> str:
         """The text of an utterance, normalized as the vocabulary is."""
         return self.tokenizer.normalize(_text(utterance, self.tag))
+
+    def dropped(self, utterances: Iterable[Utterance]) -> Counter[str]:
+        """Counts the letters, marks and numbers of texts that the normalizer loses."""
+        texts = (_text(utterance, self.tag) for utterance in utterances)
+        return text.dropped(texts, self.tokenizer.normalizer)
 
     def sizes(self, utterance: Utterance) -> dict[str, int]:
         """The number of labels, and of the frames that a CTC alignment of them takes at least.

@@ -1,0 +1,41 @@
+"""What an encoder listens to, and settings that it would not hear of; numbers are in test_features."""
+
+import numpy as np
+import pytest
+
+from speech_jax.errors import UserError
+from speech_jax.models.frontend import FrontEnd, check_used
+
+LOG_MEL = {"sample_rate": 16_000, "mels": 20, "window_ms": 25.0, "hop_ms": 10.0}
+
+
+def test_lengths_on_the_host_stay_there():
+    samples = np.asarray([0, 399, 400, 16_000])
+    frames = FrontEnd("log_mel", LOG_MEL).lengths(samples)
+    assert isinstance(frames, np.ndarray)
+    assert frames.tolist() == [0, 0, 1, 98]
+    assert FrontEnd("waveform", LOG_MEL).lengths(samples) is samples
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"spec_augment.time_masks": 2}, r"spec_augment\.time_masks=2 does nothing.*mask_time"),
+        ({"features.mels": 40}, r"features\.mels=40 does nothing.*waveform: leave it out"),
+    ],
+)
+def test_settings_that_do_nothing_are_refused(changed, message):
+    others = {"features.normalize": "none", "train.steps": 5}
+    with pytest.raises(UserError, match=message):
+        check_used("waveform", others | changed)
+    check_used("log_mel", others | changed)
+    check_used("waveform", others)
+    # BEST-RQ makes its targets of log-mel.
+    check_used("waveform", {"features.mels": 40}, log_mel_targets=True)
+
+
+def test_impossible_settings_are_named():
+    with pytest.raises(UserError, match="must be 'utterance', 'global' or 'none'"):
+        FrontEnd("log_mel", LOG_MEL, normalize="batch")
+    with pytest.raises(UserError, match="'global' needs log-mel"):
+        FrontEnd("waveform", LOG_MEL, normalize="global")
