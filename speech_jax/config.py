@@ -134,6 +134,8 @@ def default() -> ConfigDict:
 
     config.model = models.settings("conformer", "s")
 
+    config.source = ""  # what a model was imported from, in the words of its own folder
+
     config.init = ConfigDict()
     config.init.folder = ""  # pretrained weights of the encoder: a workdir, or of Hugging Face
 
@@ -294,7 +296,7 @@ def _reference(config: ConfigDict) -> ConfigDict:
 
 
 # Sections whose keys are those of what they configure, which are not listed here.
-_OPEN = ("optimizer.", "schedule.", "data.arguments.", "parts.", "source.")
+_OPEN = ("optimizer.", "schedule.", "data.arguments.", "parts.")
 # Sections that are some constructor's keyword arguments: it checks their keys itself.
 _FREE = ("optimizer", "schedule", "data.arguments", "parts")
 

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from speech_jax import models, registry, tasks
+from speech_jax import files, models, registry, tasks
 from speech_jax.config import default, split_names
 from speech_jax.data import parts as part_kinds
 from speech_jax.data import pipeline, sources
@@ -121,7 +121,7 @@ def _part_settings(config: ConfigDict, name: str, kind: str) -> dict[str, Any]:
         settings["moments"] = _moments(config)
         settings["seed"] = config.seed
         if config.init.folder:
-            settings["known"] = pathlib.Path(config.init.folder).expanduser()
+            settings["known"] = files.expand(config.init.folder)
     if kind == "crop":
         settings["longest"] = config.data.max_seconds
     return settings | own
@@ -357,7 +357,7 @@ class Setup:
         adversary = make_adversary(config)
         mask = groups.trainable(self.abstract.params, config.optimizer.get("frozen", ()))
         make = lambda task: adversarial.gradients(task, adversary)
-        gradients = groups.gradients(make, self.task, mask, self._cast)
+        gradients = groups.gradients(make, self.task, mask)
         step = steps.make_step(
             steps.accumulate(gradients, config.train.accumulate),
             self.tx,
@@ -369,14 +369,6 @@ class Setup:
         return jax.jit(
             step, out_shardings=(self.shardings, everywhere, everywhere), donate_argnums=0
         )
-
-    def _cast(self, params: Any) -> Any:
-        """The parameters with the encoder's in the type that it computes in."""
-        encoder = getattr(self.task, "encoder", None)
-        if encoder is None:
-            return params
-        cast = models.cast(params["encoder"], encoder.dtype, encoder.float32)
-        return {**params, "encoder": cast}
 
     def compile(self, buckets: Sequence[Bucket]) -> dict[tuple, Program]:
         """Compiles the step for every batch shape, keyed by `batch.signature`."""

@@ -1,6 +1,7 @@
 """Training: what a run is made of, the loop, and its results, in the order in which they run."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -46,6 +47,7 @@ def run(config: ConfigDict, workdir: Workdir) -> dict | None:
         try:
             return _run(config, workdir, interruption)
         except Interrupted:
+            print("left before it was done; the same command goes on from there", file=sys.stderr)
             return None
 
 
@@ -71,7 +73,12 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     task = experiment.make_task(config, parts)
     corpus = experiment.training_corpus(config, source, parts, task)
     plan, note = _plan(config, workdir, corpus, task, mesh)
-    evaluation = Evaluation(config, task, parts, mesh, on_batch=watchdog.beat)
+
+    def on_batch() -> None:
+        watchdog.beat()
+        interruption.check()
+
+    evaluation = Evaluation(config, task, parts, mesh, on_batch)
     for split in splits:
         evaluation.corpus(split)  # what is missing is said before the training, not after it
     interruption.check()
@@ -120,14 +127,15 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     # ---- Loop ----------------------------------------------------------------------------------
     def save(step: int, scores: dict[str, float], pending: bool = False) -> None:
         position = {"next_batch": step, "seconds": seconds + time.monotonic() - started}
-        checkpoints.save(
-            step,
-            state,
-            data=position | {"totals": report.to_dict(), "pending": pending},
-            stopper=stopper.to_dict(),
-            config=files.plain(config),
-            metrics=scores,
-        )
+        with watchdog.busy():
+            checkpoints.save(
+                step,
+                state,
+                data=position | {"totals": report.to_dict(), "pending": pending},
+                stopper=stopper.to_dict(),
+                config=files.plain(config),
+                metrics=scores,
+            )
 
     def evaluate(step: int) -> dict[str, float]:
         """The scores of the first split, or Interrupted."""
@@ -135,7 +143,6 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         found = {}
         for split in eval_splits:
             found[split] = evaluation.run(params, state.model_state, split)
-            interruption.check()
         rates = {split: score.rates for split, score in found.items()}
         report.scores(step, rates, {split: score.line for split, score in found.items()})
         stopper.update(found[eval_splits[0]].results)
@@ -179,7 +186,6 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     params, model_state = bundle.on_mesh(bundle.open(workdir.folder), mesh)
     with watchdog:
         scores = measure(evaluation, params, model_state, splits, workdir, report.say)
-        interruption.check()
     training = {
         "seconds": seconds + time.monotonic() - started,
         "steps": int(state.step),

@@ -1,4 +1,4 @@
-"""What an encoder listens to, and settings that it would not hear of; numbers are in test_features."""
+"""What an encoder listens to, and settings that it would not hear of (numbers: test_features)."""
 
 import numpy as np
 import pytest

@@ -5,8 +5,8 @@ bundle.save(model, folder) a folder that stands for itself
 """
 
 import os
-import pathlib
 
+from speech_jax import files
 from speech_jax.bundle.format import (
     DESCRIPTION,
     Bundle,
@@ -29,7 +29,7 @@ def open(folder: str | os.PathLike) -> Bundle:
     # Not before: `python -m speech_jax.bundle.huggingface` imports this package, then itself.
     from speech_jax.bundle import huggingface, runs
 
-    folder = pathlib.Path(folder).expanduser()
+    folder = files.expand(folder)
     if not folder.is_dir():
         raise BundleError(
             f"{folder} is no folder: name a workdir, a saved model or one of Hugging Face"

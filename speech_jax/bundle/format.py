@@ -140,7 +140,7 @@ def appearing(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     Raises:
       BundleError: the folder is there already and not empty, or cannot be written.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = files.expand(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BundleError(f"{folder} exists and is not empty: name a new folder")
     try:

@@ -38,7 +38,7 @@ from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.text import CharacterTokenizer
 from speech_jax.errors import UserError
-from speech_jax.files import dump_json, write_atomically
+from speech_jax.files import dump_json, expand, write_atomically
 
 _TASKS = {
     "ctc": "recognize",
@@ -71,7 +71,7 @@ def read(folder: str | os.PathLike) -> Bundle:
       ModelFolderError: for a missing or damaged file, an architecture that is not ours, a missing
         or left-over tensor, a shape that does not fit the configuration.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = expand(folder)
     files = {
         name: schema.read(folder / name, checks)
         for name, checks in _SCHEMAS.items()
@@ -214,7 +214,7 @@ def read_model_folder(folder: str | os.PathLike) -> Bundle:
 
     Raises ModelFolderError for a missing or damaged file, or weights that do not fit.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = expand(folder)
     said = schema.read(folder / "model.json", _MODEL)
     flat = read_safetensors(folder / "params.safetensors")
     try:

@@ -1,7 +1,6 @@
 """The encoder that a run starts from: that of any bundle."""
 
 import json
-import pathlib
 import re
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from speech_jax import bundle, models
+from speech_jax import bundle, files, models
 from speech_jax.errors import UserError
 
 # Settings of an encoder that change neither its parameters nor what they mean.
@@ -29,7 +28,7 @@ def with_encoder(params: Any, state: Any, config: ConfigDict) -> tuple[Any, Any]
     Raises:
       PretrainedError: there is no such model, or it is not of `config.model`, naming the setting.
     """
-    folder = pathlib.Path(config.init.folder).expanduser()
+    folder = files.expand(config.init.folder)
     found = bundle.open(folder)
     theirs = found.config
     settings = {

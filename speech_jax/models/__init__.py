@@ -48,6 +48,8 @@ def settings(name: str, variant: str, **changes: Any) -> dict[str, Any]:
     """
     chosen = registry.lookup(f"{name} variant", _constructor(name).VARIANTS, variant)
     fields = defaults(name)
+    if "features" in changes:  # what recipes of before call the width
+        changes["width"] = changes.pop("features")
     for key in changes:
         registry.lookup(f"{name} setting", fields, key)
     return {**fields, **chosen, **changes}

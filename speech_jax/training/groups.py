@@ -71,24 +71,18 @@ def join(learned: Any, still: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, learned, still, is_leaf=none)
 
 
-def gradients(
-    make: Callable[[Any], Callable],
-    task: Any,
-    mask: Any,
-    prepare: Callable[[Any], Any] = lambda params: params,
-) -> Callable:
+def gradients(make: Callable[[Any], Callable], task: Any, mask: Any) -> Callable:
     """A gradient function of all parameters whose gradient is of those that learn.
 
     `make(task)` returns a gradient function (training/step.py), which differentiates with respect
-    to whatever parameters it is given. `prepare` is done to all of them at the top of the step,
-    inside of what is differentiated.
+    to whatever parameters it is given.
     """
 
     def function(
         params: Any, state: Any, batch: Any, rng: jax.Array, step: jax.Array | int
     ) -> tuple[Any, Any]:
         learned, still = split(params, mask)
-        return make(_Held(task, still, prepare))(learned, state, batch, rng, step)
+        return make(_Held(task, still))(learned, state, batch, rng, step)
 
     return function
 
@@ -96,14 +90,14 @@ def gradients(
 class _Held:
     """A task of the parameters that learn, with the others held still."""
 
-    def __init__(self, task: Any, still: Any, prepare: Callable[[Any], Any]):
-        self._task, self._still, self._prepare = task, still, prepare
+    def __init__(self, task: Any, still: Any):
+        self._task, self._still = task, still
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._task, name)
         if name not in ("loss", "logits"):
             return found
-        return lambda learned, *rest: found(self._prepare(join(learned, self._still)), *rest)
+        return lambda learned, *rest: found(join(learned, self._still), *rest)
 
 
 def decay_factors(params: Any, decay: Rules) -> Any:
