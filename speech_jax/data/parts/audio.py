@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import numpy as np
+from absl import logging
 
 from speech_jax import files
 from speech_jax.data import audio
@@ -53,7 +54,7 @@ def open_noise(folder: str, *, probability: float, snr_db: tuple[float, float]) 
         os.path.join(parent, name)
         for parent, _, names in os.walk(folder)
         for name in names
-        if os.path.splitext(name)[1].lower().removeprefix(".") in audio.EXTENSIONS
+        if not name.startswith(".") and os.path.splitext(name)[1].lower().removeprefix(".") in audio.EXTENSIONS
     )
     if not found:
         raise PartError(f"noise folder {folder} holds no audio files")
@@ -164,7 +165,8 @@ class Audio:
             file = self.noise.files[rng.integers(len(self.noise.files))]
             extra = _decode_noise(file, self.sample_rate)
             snr_db = rng.uniform(*self.noise.snr_db)
-            samples = audio.add_noise(samples, extra, snr_db, int(rng.integers(len(extra))))
+            if len(extra):
+                samples = audio.add_noise(samples, extra, snr_db, int(rng.integers(len(extra))))
         return {self.name: samples}
 
     def _cut(
@@ -202,7 +204,12 @@ class Crop(Audio):
 # White noise beside a large noise corpus: nearly every row would decode minutes of it anew.
 @functools.lru_cache(maxsize=64)
 def _decode_noise(file: str, sample_rate: int) -> np.ndarray:
-    return audio.decode(file, sample_rate)
+    """The samples of a noise; none of one that cannot be read, which costs no speech."""
+    try:
+        return audio.decode(file, sample_rate)
+    except audio.AudioError as error:
+        logging.warning("this noise is not used: %s", error)
+        return np.zeros(0, np.int16)
 
 
 def _file(name: str) -> str:
