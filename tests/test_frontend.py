@@ -1,4 +1,4 @@
-"""What an encoder listens to, and settings that it would not hear of; numbers are in test_features."""
+"""The inputs of an encoder, and settings that would do nothing; numbers are in test_features.py."""
 
 import numpy as np
 import pytest
