@@ -387,11 +387,11 @@ def test_jobsets_agree_with_themselves_and_with_main(name):
 
 
 def test_the_image_holds_the_project_and_nothing_else():
-    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    lines = (LAUNCH.parent / ".dockerignore").read_text().splitlines()
     lines = [line for line in lines if not line.startswith("#")]
     assert lines[0] == "*", "what is not named must stay outside"
     taken = {line.removeprefix("!") for line in lines if line.startswith("!")}
-    assert all((ROOT / name).exists() for name in taken)
+    assert all((LAUNCH.parent / name).exists() for name in taken)
     # What is installed, and what the image starts.
     assert {"speech_jax", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"} <= taken
     assert {"launch", "configs"} <= taken
