@@ -212,7 +212,11 @@ def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
         if "model" in recorded:
             config.model = models.defaults(recorded["model"]["name"])
         if "task" in recorded:
-            config.task = tasks.settings(recorded["task"]["name"])
+            name = recorded["task"]["name"]
+            # Of a task that is unknown here, a model can be started from, and exported.
+            config.task = (
+                tasks.settings(name) if name in tasks.TASKS else ConfigDict(recorded["task"])
+            )
         for name in ("optimizer", "schedule", "parts"):
             if name in recorded:
                 config[name] = ConfigDict()

@@ -70,17 +70,21 @@ def make_parts(
     folder: pathlib.Path,
     source: sources.Source | None = None,
     fresh: bool = False,
+    whole: bool = True,
 ) -> dict[str, Part]:
     """The parts of the configured task by their name in a batch.
 
     Those that `folder` holds are restored; where there is a `source`, the others are made of it
     and saved in `folder`. In a folder that is `fresh` all are made: what a start that failed has
-    left there may be of other settings. All processes of a run call this together.
+    left there may be of other settings. All processes of a run call this together. With `whole`
+    off, what the folder lacks is left out: such a model is good for starting from alone.
 
     Raises:
       PartError: `source` lacks what a part learns from.
       UserError: without a source, the folder lacks what a part has learned.
     """
+    if not whole and config.task.name not in tasks.TASKS:
+        return {}
     made = {}
     for name, kind in tasks.constructor(config.task.name).parts.items():
         constructor = part_kinds.constructor(kind)
@@ -93,6 +97,8 @@ def make_parts(
                 made[name] = constructor.restore(folder, name, **settings)
                 continue
             except FileNotFoundError as error:
+                if not whole:
+                    continue
                 if source is None:
                     lost = pathlib.Path(str(error.filename or error)).name
                     raise UserError(f"{folder} holds no {lost}: train there first") from error
@@ -267,6 +273,11 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
     arguments = dict(config.task)
     name = arguments.pop("name")
     constructor = tasks.constructor(name)
+    if lacking := [part for part in constructor.parts if part not in parts]:
+        raise UserError(
+            f"the model has no {lacking[0]!r}, which its task {name!r} needs: it can be started "
+            "from (config.init.folder), not used"
+        )
     accepted = inspect.signature(constructor).parameters
     if "encoder" in accepted:
         arguments["encoder"] = models.make_encoder(**config.model)

@@ -7,7 +7,6 @@ bundle.save(model, folder) a folder that stands for itself
 import os
 import pathlib
 
-from speech_jax.bundle import huggingface, runs
 from speech_jax.bundle.format import (
     DESCRIPTION,
     Bundle,
@@ -27,6 +26,9 @@ def open(folder: str | os.PathLike) -> Bundle:
     Raises:
       UserError: there is no model in the folder, or it is damaged or of a newer version.
     """
+    # Not before: `python -m speech_jax.bundle.huggingface` imports this package, then itself.
+    from speech_jax.bundle import huggingface, runs
+
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
         raise BundleError(

@@ -94,7 +94,10 @@ def open_saved(folder: pathlib.Path) -> Bundle:
         raise BundleError(f"{folder / _PARAMETERS} cannot be read: {error}") from error
     tree = flax.traverse_util.unflatten_dict(tensors, sep="/")
     return Bundle(
-        config, experiment.make_parts(config, folder), tree.get("params", {}), tree.get("state", {})
+        config,
+        experiment.make_parts(config, folder, whole=False),
+        tree.get("params", {}),
+        tree.get("state", {}),
     )
 
 
@@ -149,10 +152,11 @@ def appearing(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         yield partial
         umask = os.umask(0)
         os.umask(umask)
-        partial.chmod(0o777 & ~umask)
+        for path in (partial, *partial.iterdir()):  # safetensors gives its files to their owner
+            path.chmod((0o777 if path is partial else 0o666) & ~umask)
         os.replace(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | UnicodeError | safetensors.SafetensorError):
             raise BundleError(f"cannot write {folder}: {error}") from error
         raise
