@@ -51,15 +51,15 @@ def make_batch(rows, seconds, vocabulary=32):
 def ours(folder, batch, *, dtype, frozen):
     """(step, FLOPs): a compiled step that keeps its state, and its arithmetic."""
     model = hf.read(folder)
-    encoder = models.make_encoder(
-        **model.encoder,
-        scan=False,
-        norm_padding=True,
-        dropout=0.0,
-        input_dropout=0.0,
-        feature_gradient=0.0 if frozen else 1.0,
-        dtype=dtype,
-    )
+    settings = dict(model.config.model) | {
+        "scan": False,
+        "norm_padding": True,
+        "dropout": 0.0,
+        "input_dropout": 0.0,
+        "feature_gradient": 0.0 if frozen else 1.0,
+        "dtype": dtype,
+    }
+    encoder = models.make_encoder(**settings)
     network = CTCModel(encoder, len(model.params["head"]["bias"]))
     mask = jax.tree.map(lambda _: True, model.params)
     if frozen:
