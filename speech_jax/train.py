@@ -61,6 +61,10 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     steps = config.train.steps
     watchdog = Watchdog(config.checkpoint.watchdog_seconds)
 
+    def evaluated_batch() -> None:
+        watchdog.beat()
+        interruption.check()
+
     # ---- Data ----------------------------------------------------------------------------------
     mesh = sharding.make_mesh(**config.mesh)
     source = experiment.open_training(config)
@@ -68,7 +72,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     task = experiment.make_task(config, parts)
     corpus = experiment.training_corpus(config, source, parts, task)
     plan, note = _plan(config, workdir, corpus, task, mesh)
-    evaluation = Evaluation(config, task, parts, mesh, on_batch=watchdog.beat)
+    evaluation = Evaluation(config, task, parts, mesh, on_batch=evaluated_batch)
     for split in splits:
         evaluation.corpus(split)  # what is missing is said before the training, not after it
     interruption.check()
@@ -97,6 +101,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         workdir.tensorboard,
         steps=steps,
         first=first,
+        pending=data.get("pending", False),
         log_every=config.train.log_every,
         sample_rate=config.data.sample_rate,
         peak_flops=peak,
@@ -111,7 +116,9 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         report.say(note)
 
     # ---- Loop ----------------------------------------------------------------------------------
-    def save(step: int, scores: dict[str, float], pending: bool = False) -> None:
+    def save(
+        step: int, scores: dict[str, float], pending: bool = False, again: bool = False
+    ) -> None:
         position = {"next_batch": step, "seconds": seconds + time.monotonic() - started}
         checkpoints.save(
             step,
@@ -120,6 +127,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
             stopper=stopper.to_dict(),
             config=files.plain(config),
             metrics=scores,
+            again=again,
         )
 
     def evaluate(step: int) -> dict[str, float]:
@@ -128,7 +136,6 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         found = {}
         for split in eval_splits:
             found[split] = evaluation.run(params, state.model_state, split)
-            interruption.check()
         rates = {split: score.rates for split, score in found.items()}
         report.scores(step, rates, {split: score.line for split, score in found.items()})
         stopper.update(found[eval_splits[0]].results)
@@ -138,7 +145,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     with checkpoints, report, watchdog, contextlib.closing(batches):
         if data.get("pending"):  # the run left before this evaluation was done
             with report.pause():
-                save(first, evaluate(first))
+                save(first, evaluate(first), again=True)
         for step in range(first + 1, steps + 1):
             if stopper.should_stop:
                 break
@@ -172,7 +179,6 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     params, model_state = bundle.on_mesh(bundle.open(workdir.folder), mesh)
     with watchdog:
         scores = measure(evaluation, params, model_state, splits, workdir, report.say)
-        interruption.check()
     training = {
         "seconds": seconds + time.monotonic() - started,
         "steps": int(state.step),

@@ -96,20 +96,21 @@ class Checkpoints:
         stopper: dict,
         config: dict,
         metrics: dict | None = None,
+        again: bool = False,
     ) -> None:
         """Starts saving `state` (a pytree of jax.Array) and plain dicts as checkpoint `step`.
 
         `metrics` are an evaluation's, of the split that is watched. Returns when the state has left
         the devices, so that it may be donated to the next step; files are written behind. A step
-        that is saved already is left as it is. Raises CheckpointError where this save, or the one
-        before it, fails; earlier ones are intact.
+        that is saved already is left as it is, unless it is to be saved `again`. Raises
+        CheckpointError where this save, or the one before it, fails; earlier ones are intact.
         """
         self.wait()
-        if step in self._damaged:
-            self._run(self._manager.delete, step)
-            self._damaged.remove(step)
         if step in self._manager.all_steps():
-            return
+            if not again and step not in self._damaged:
+                return
+            self._run(self._manager.delete, step)
+            self._damaged.discard(step)
         leaves = saved.leaves_of(state)
         record = {
             "step": step,

@@ -42,6 +42,7 @@ class Report:
         *,
         steps: int,
         first: int,
+        pending: bool,
         log_every: int,
         sample_rate: int,
         peak_flops: float,
@@ -52,6 +53,7 @@ class Report:
     ):
         """`first` updates are done of `steps`; what the files hold of later ones is dropped.
 
+        So is the evaluation after the first ones where that is `pending`: still to be done.
         `peak_flops` is of all devices together, `learning_rate` of an update's number, `figures`
         the task's of the sums, `name` that of the utterance at an index of the source, and
         `unreadable` counts those that could not be read.
@@ -60,7 +62,7 @@ class Report:
         self._sample_rate, self._peak_flops = sample_rate, peak_flops
         self._learning_rate, self._figures = learning_rate, figures
         self._name, self._unreadable = name, unreadable
-        self._paths = metrics, tensorboard
+        self._paths, self._pending_scores = (metrics, tensorboard), pending
         self._writer: Writer | None = None
         main = jax.process_index() == 0
         self._console = _Console(stderr=True, quiet=not main, highlight=False)
@@ -86,7 +88,7 @@ class Report:
 
     def __enter__(self) -> Self:
         if jax.process_index() == 0:
-            self._writer = Writer(*self._paths, self._first)
+            self._writer = Writer(*self._paths, self._first, self._pending_scores)
         jax.monitoring.register_event_duration_secs_listener(self._count_compilations)
         self._bar.start()
         self._start()
@@ -278,18 +280,20 @@ class Writer:
     """Appends scalar metrics to a file of JSON lines and to TensorBoard's event files.
 
     Both are written in this thread, so that a disk which is full is an error here and at once, a
-    ReportError. What was written after `step` by an earlier process is dropped: a resumed run
-    writes it again.
+    ReportError. What was written after `step` by an earlier process, and the scores of `step` where
+    they are `pending`, are dropped: a resumed run writes them again.
     """
 
     _FLUSH_SECONDS = 30.0
 
-    def __init__(self, metrics: pathlib.Path, tensorboard: pathlib.Path, step: int):
+    def __init__(
+        self, metrics: pathlib.Path, tensorboard: pathlib.Path, step: int, pending: bool = False
+    ):
         self._metrics, self._folder = metrics, tensorboard
         # Nothing can be appended to what is in a bucket: there, all of it is written anew.
         self._scratch = tempfile.TemporaryDirectory() if files.is_remote(metrics) else None
         with self._errors(metrics):
-            _truncate(metrics, step)
+            _truncate(metrics, step, pending)
         with self._errors(tensorboard):
             tensorboard.mkdir(parents=True, exist_ok=True)
             # A name of its own: two may start within a second.
@@ -358,8 +362,8 @@ class Writer:
             ) from error
 
 
-def _truncate(path: pathlib.Path, step: int) -> None:
-    """Drops the lines after `step`, and a line that a kill has left unfinished.
+def _truncate(path: pathlib.Path, step: int, pending: bool) -> None:
+    """Drops the lines after `step`, a line that a kill has left unfinished, and `pending` scores.
 
     A file that is damaged otherwise is kept aside.
     """
@@ -369,7 +373,9 @@ def _truncate(path: pathlib.Path, step: int) -> None:
     kept, broken = [], []
     for line in data.splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            again = pending and any("/" in name for name in values)  # such as dev/wer
+            if values["step"] < step or (values["step"] == step and not again):
                 kept.append(line.decode())
         except (ValueError, TypeError, KeyError, RecursionError):
             broken.append(line)
