@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import runs
+import test_config
 from speech_jax import bundle, config, train
 from speech_jax.data import sources
 from speech_jax.errors import UserError
@@ -65,6 +66,16 @@ def test_the_record_says_what_the_model_is(finished, copied, tones):
     assert said == [f"dev: {_line(before['splits']['dev'])}  (6 utterances)"]
     lines = [json.loads(line) for line in copied.predictions("dev").read_text().splitlines()]
     assert all(line["reference"] == line["reference"].upper() for line in lines)
+
+
+@pytest.mark.parametrize("name", test_config.RECIPES)
+def test_any_recipe_will_do(name, finished, copied, tones):
+    settings = test_config.resolve(name)
+    with settings.unlocked():
+        settings.data = use(tones).data
+        settings.mesh.update({"data": 1, "fsdp": 8})
+    results = train.evaluate(settings, copied, lambda line: None)
+    assert results["splits"]["dev"] == finished.results["splits"]["dev"]
 
 
 def _line(found) -> str:

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import time
 
 import jax
 import numpy as np
@@ -111,14 +109,6 @@ def test_too_many_updates_that_are_not_finite_end_the_run(tones, tmp_path, monke
 # ---- Interruptions -----------------------------------------------------------------------------
 
 
-def wait_for(workdir: Workdir, step: int, process: subprocess.Popen) -> None:
-    """Until metrics.jsonl holds `step`."""
-    path = workdir.metrics
-    while not path.exists() or f'{{"step": {step},' not in path.read_text():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-
-
 def outcome(workdir: Workdir) -> dict:
     """All that a run leaves behind, apart from what the clock says."""
     return {
@@ -131,43 +121,30 @@ def outcome(workdir: Workdir) -> dict:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tones, tmp_path_factory) -> runs.Finished:
-    """Ten updates, evaluated every third one, by a process of its own."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    runs.run(runs.command(folder, tones, steps=10))
-    workdir = Workdir(folder / "work")
-    return runs.Finished(
-        runs.tiny_config(tones, steps=10), workdir, json.loads(workdir.results.read_text())
-    )
-
-
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_restarted_is_bit_for_bit_uninterrupted(end, undisturbed, tones, tmp_path):
-    command, workdir = runs.command(tmp_path, tones, steps=10), Workdir(tmp_path / "work")
-    process = subprocess.Popen(
-        command, cwd=runs.ROOT, env=runs.environment(), stderr=subprocess.PIPE, text=True
-    )
-    wait_for(workdir, 4, process)
-    process.send_signal(end)
-    code = process.wait()
-    assert code == (-signal.SIGKILL if end == signal.SIGKILL else 0)
-    process.stderr.close()
-    assert not workdir.results.exists()
-    runs.run(command)
-    found, expected = outcome(workdir), outcome(undisturbed.workdir)
-    for one in (found, expected):
-        assert max(one["checkpoints"]) == 10
-    if end == signal.SIGTERM:  # it saved where it was told to leave
-        one["checkpoints"], found["checkpoints"] = {}, {}
-    assert found == expected
-
-
-@pytest.fixture(scope="module")
 def whole(tones, tmp_path_factory) -> runs.Finished:
     """Six updates, evaluated after the third and the last one on 48 and 6 utterances."""
     config, workdir = runs.tiny_config(tones), Workdir(tmp_path_factory.mktemp("whole"))
     config.data.eval_splits = "train,dev"
     return runs.Finished(config, workdir, train.run(config, workdir))
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_was_interrupted_ends_bit_for_bit_as_if_it_had_not_been(
+    killed, whole, tmp_path, monkeypatch
+):
+    """Killed after a checkpoint and one more update, or told to leave after it."""
+    workdir = Workdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment, "training_batches", runs.interrupted(5, killed=killed))
+        if killed:
+            with pytest.raises(runs.Killed):
+                train.run(whole.config, workdir)
+        else:
+            assert train.run(whole.config, workdir) is None
+    assert max(runs.steps(workdir)) == (4 if killed else 6)
+    assert not workdir.results.exists()
+    train.run(whole.config, workdir)
+    assert outcome(workdir) == outcome(whole.workdir)
 
 
 # In the first evaluation, in that after the last update, and in that of the results.
