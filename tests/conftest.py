@@ -58,6 +58,18 @@ def tones(tmp_path_factory) -> pathlib.Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def finished(tones, tmp_path_factory):
+    """A run on the tones that came to its end, and recognizes them; its weights are averaged."""
+    import runs
+    from speech_jax import train
+    from speech_jax.workdir import Workdir
+
+    workdir = Workdir(tmp_path_factory.mktemp("finished") / "work")
+    config = runs.learning_config(tones)
+    return runs.Finished(config, workdir, train.run(config, workdir))
+
+
 WORDS = {"A": 300.0, "B": 900.0, "C": 2700.0}
 
 

@@ -11,8 +11,9 @@ import sys
 import jax
 
 import runs
-from speech_jax import experiment, train
-from speech_jax.training import checkpoint, optim, sharding
+from speech_jax import experiment
+from speech_jax.data.batch import signature
+from speech_jax.training import checkpoint, sharding
 
 STEPS, SAVED = 20, 10
 
@@ -22,45 +23,44 @@ class Run:
 
     def __init__(self, root, workdir, shape, devices=None):
         self.config, workdir = runs.tiny_config(root), pathlib.Path(workdir)
-        self.mesh = mesh = sharding.make_mesh(*shape, devices=devices)
-        source = experiment.open_splits(self.config, "train")
+        self.config.train.steps = STEPS
+        self.mesh = sharding.make_mesh(*shape, devices=devices)
+        source = experiment.open_training(self.config)
         # Rows for eight devices, and no more on one.
         longest = math.ceil(10 * max(one.duration for one in source.utterances)) / 10
         self.config.data.batch_seconds = 8 * longest
-        task, tokenizer = experiment.open_task(self.config, workdir, source)
-        self.corpus = experiment.training_corpus(self.config, source, tokenizer, task)
-        self.buckets = experiment.training_buckets(self.config, self.corpus, mesh)
-        schedule = optim.make_schedule(steps=STEPS, **self.config.schedule)
-        probe = train.batch_shapes(self.buckets[0], mesh)
-        self.abstract, init, tx = train.abstract_state(self.config, task, schedule, mesh, probe)
-        self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        self.init = jax.jit(init, out_shardings=self.shardings)
-        self.programs = train.compile_steps(
-            self.config, task, tx, self.abstract, self.buckets, mesh
+        parts = experiment.make_parts(self.config, workdir, source)
+        task = experiment.make_task(self.config, parts)
+        self.corpus = experiment.training_corpus(self.config, source, parts, task)
+        self.plan = experiment.training_plan(self.config, self.corpus, task, self.mesh)
+        self.setup = experiment.make_setup(
+            self.config, task, self.corpus.fields, self.mesh, self.plan.buckets[0]
         )
+        self.init = jax.jit(self.setup.init, out_shardings=self.setup.shardings)
+        self.programs = self.setup.compile(self.plan.buckets)
 
     def go(self, first: int, last: int, restore=None, save=None) -> dict:
         """Steps first+1 to last: 'losses' per label, and 'ids' of this process's rows."""
         state = self.init()
         if restore is not None:
-            with checkpoint.Checkpoints(str(restore)) as checkpoints:
-                restored = checkpoints.restore(self.abstract)
+            with checkpoint.Checkpoints(restore) as checkpoints:
+                restored = checkpoints.restore(self.setup.abstract)
             assert restored.data["next_batch"] == first
             state = restored.state
-        batches = experiment.training_batches(self.config, self.corpus, self.buckets, first)
+        batches = experiment.training_batches(self.config, self.corpus, self.plan, first)
         losses, ids = [], []
         for step in range(first + 1, last + 1):
             batch = next(batches)
             before = state.sums
             before = {name: float(before[name]) for name in ("loss", "weight")}
             placed = sharding.put_batch(batch, self.mesh)
-            state, sums, _ = self.programs[batch["audio"].shape[1]].run(state, placed)
+            state, sums, _ = self.programs[signature(batch)].run(state, placed)
             # The sums are of this step and those before it since the last logged one.
             loss, weight = (float(sums[name]) - before[name] for name in ("loss", "weight"))
             losses.append(loss / weight)
             ids.append(batch["index"].tolist())
             if save is not None and step == SAVED:
-                with checkpoint.Checkpoints(str(save)) as checkpoints:
+                with checkpoint.Checkpoints(save) as checkpoints:
                     checkpoints.save(step, state, data={"next_batch": step}, stopper={}, config={})
         batches.close()
         self.state = state

@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from speech_jax import models, train
+from speech_jax import models
 from speech_jax.errors import UserError
 from speech_jax.models import layers
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import masking
 from speech_jax.tasks import best_rq, contrastive
-from speech_jax.tasks.recognize import ASR
+from speech_jax.tasks.recognize import Recognize
 from speech_jax.training import adversarial, sharding
 from speech_jax.training import step as steps
 from speech_jax.training.adversarial import Adversary, Ball
@@ -81,9 +81,9 @@ def make_task(name="perceptron"):
             codes=5, code_features=4, final_features=4, negatives=3, mask_length=2,
         )  # fmt: skip
     if name == "perceptron":
-        return ASR(Perceptron(), frontend("log_mel", SPEC_AUGMENT), 7)
+        return Recognize(Perceptron(), frontend("log_mel", SPEC_AUGMENT), {"labels": 7})
     encoder = models.make_encoder(**models.settings(name, "tiny", **SMALL.get(name, {})))
-    return ASR(encoder, frontend(encoder.listens), 7)
+    return Recognize(encoder, frontend(encoder.listens), {"labels": 7})
 
 
 def frontend(listens, spec_augment=None):
@@ -392,7 +392,7 @@ def test_accumulation_hardens_each_micro_batch():
 
 @functools.cache
 def update(**settings):
-    """A step of training, as train.compile_steps makes it."""
+    """A step of training, as experiment.Setup makes it."""
     gradients = adversarial.gradients(make_task(), Adversary(**settings))
     return jit(steps.make_step(gradients, optax.sgd(0.1), log_every=2))
 
@@ -406,7 +406,7 @@ def make_state():
         model_state=model_state,
         opt_state=optax.sgd(0.1).init(params),
         ema={},
-        sums={name: jnp.zeros(()) for name in (*train.SUMS, "infeasible")},
+        sums={name: jnp.zeros(()) for name in (*steps.SUMS, "infeasible")},
     )
 
 

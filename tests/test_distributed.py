@@ -123,7 +123,7 @@ def continues(found, expected):
 def assert_placed(run):
     """The state that came out of a step lies as its abstract one says, the moments as well."""
     for array, sharding in zip(
-        jax.tree.leaves(run.state), jax.tree.leaves(run.shardings), strict=True
+        jax.tree.leaves(run.state), jax.tree.leaves(run.setup.shardings), strict=True
     ):
         assert array.sharding.is_equivalent_to(sharding, array.ndim), array.shape
     split = {x.sharding.spec for x in jax.tree.leaves(run.state.params) if x.size > 1000}

@@ -1,5 +1,6 @@
 """A run's parts: every form of a corpus trains alike; what cannot be used is named."""
 
+import json
 import tarfile
 
 import jax
@@ -8,10 +9,11 @@ import pytest
 import soundfile
 
 import runs
-from speech_jax import evaluate, experiment, train
+from conftest import write_tones
+from speech_jax import bundle, experiment, train
 from speech_jax.data import prepare, sources
 from speech_jax.errors import UserError
-from speech_jax.training import checkpoint, sharding
+from speech_jax.workdir import Workdir
 
 pytestmark = pytest.mark.optax
 
@@ -28,8 +30,6 @@ def as_archive(tones, root):
 
 
 def as_manifest(tones, root):
-    import json
-
     for split in ("train", "dev"):
         source = sources.open_source("librispeech", root=tones, split=split)
         rows = [
@@ -54,21 +54,15 @@ def as_prepared(tones, root):
 
 @pytest.fixture(scope="module")
 def trained(tones, tmp_path_factory):
-    """Parameters after two updates, for each form of the same corpus."""
+    """Parameters and scores after two updates, for each form of the same corpus."""
 
     def run(form):
         root, workdir = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("work")
         kind, where = form(tones, root)
         config = runs.tiny_config(tones, steps=2, eval_every=2)
         config.data.source, config.data.root = kind, str(where)
-        results = train.run(config, workdir)
-        mesh = sharding.make_mesh(**config.mesh)
-        tokenizer = experiment.make_tokenizer(config, workdir)
-        task = experiment.make_task(
-            config, tokenizer.vocabulary_size, experiment.feature_statistics(config, workdir)
-        )
-        shapes = jax.eval_shape(task.init, jax.random.key(0), evaluate.probe(config, mesh))
-        return evaluate.restore(config, workdir, mesh, task, *shapes)[0], results["splits"]
+        results = train.run(config, Workdir(workdir))
+        return bundle.open(workdir).params, results["splits"]
 
     return {form: run(form) for form in (as_folder, as_archive, as_manifest, as_prepared)}
 
@@ -88,22 +82,23 @@ def test_synthetic_speech_trains(tmp_path):
     config.data.cache = str(tmp_path)
     config.data.arguments = {"utterances": 12}
     config.data.max_seconds = 8.0
-    results = train.run(config, tmp_path / "work")
+    results = train.run(config, Workdir(tmp_path / "work"))
     assert results["splits"]["dev"]["utterances"] == 12
 
 
 def test_a_sentencepiece_model_stays_in_the_workdir(tones, tmp_path):
     config = runs.tiny_config(tones)
+    config.features.normalize = "utterance"
     config.text.tokenizer, config.text.vocabulary_size = "sentencepiece", 8
     source = experiment.open_splits(config, "train")
-    made = experiment.make_tokenizer(config, tmp_path, source)
-    assert made.vocabulary_size == 8
-    again = experiment.make_tokenizer(config, tmp_path)
-    assert [again.encode(u.text) for u in source.utterances] == [
-        made.encode(u.text) for u in source.utterances
+    made = experiment.make_parts(config, tmp_path, source)["labels"]
+    assert made.count == 8
+    again = experiment.make_parts(config, tmp_path)["labels"]
+    assert [again.tokenizer.encode(u.text) for u in source.utterances] == [
+        made.tokenizer.encode(u.text) for u in source.utterances
     ]
-    with pytest.raises(experiment.WorkdirError, match="train there first"):
-        experiment.make_tokenizer(config, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="train there first"):
+        experiment.make_parts(config, tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -127,8 +122,6 @@ def test_a_sentencepiece_model_stays_in_the_workdir(tones, tmp_path):
     ids=["not audio", "empty", "no audio", "no transcript", "too short for its text"],
 )
 def test_what_cannot_be_used_is_named_or_left_out(tmp_path, caplog, break_it, message):
-    from conftest import write_tones
-
     write_tones(tmp_path / "train", 4, seed=0)
     break_it(tmp_path / "train" / "1" / "1")
     config = runs.tiny_config(tmp_path)
@@ -136,10 +129,10 @@ def test_what_cannot_be_used_is_named_or_left_out(tmp_path, caplog, break_it, me
     config.data.on_error = "raise"
 
     def corpus():
-        source = experiment.open_splits(config, "train")
-        tokenizer = experiment.make_tokenizer(config, tmp_path, source)
-        task = experiment.make_task(config, tokenizer.vocabulary_size)
-        return experiment.training_corpus(config, source, tokenizer, task)
+        source = experiment.open_training(config)
+        parts = experiment.make_parts(config, tmp_path, source)
+        task = experiment.make_task(config, parts)
+        return experiment.training_corpus(config, source, parts, task)
 
     with pytest.raises(UserError, match=message):
         corpus()
@@ -150,10 +143,9 @@ def test_what_cannot_be_used_is_named_or_left_out(tmp_path, caplog, break_it, me
     assert "left out" in caplog.text
 
 
-def test_restoring_needs_a_checkpoint(tones, tmp_path):
-    config = runs.tiny_config(tones)
-    mesh = sharding.make_mesh(**config.mesh)
-    task = experiment.make_task(config, 5)
-    shapes = jax.eval_shape(task.init, jax.random.key(0), evaluate.probe(config, mesh))
-    with pytest.raises(checkpoint.CheckpointError, match="train first"):
-        evaluate.restore(config, tmp_path, mesh, task, *shapes)
+def test_a_start_without_a_checkpoint_is_no_model(tones, tmp_path):
+    config, workdir = runs.tiny_config(tones), Workdir(tmp_path)
+    workdir.prepare([])
+    workdir.record(config)
+    with pytest.raises(UserError, match="train first"):
+        bundle.open(tmp_path)

@@ -39,4 +39,4 @@ def test_mistakes_are_one_clear_line(tones, tmp_path, flags, message):
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "work" / "checkpoints").exists()
+    assert not (tmp_path / "work" / "config.json").exists()

@@ -11,6 +11,7 @@ from speech_jax import train
 from speech_jax.errors import UserError
 from speech_jax.evaluators import robustness
 from speech_jax.training import sharding
+from speech_jax.workdir import Workdir
 from test_adversarial import make_batch, make_task, start
 
 
@@ -23,19 +24,24 @@ def make_config(root):
     return config
 
 
-@pytest.mark.optax
-def test_a_hardened_run_is_measured_and_drawn(tones, tmp_path):
-    config = make_config(tones)
-    results = train.run(config, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def hardened(tones, tmp_path_factory) -> runs.Finished:
+    config, workdir = make_config(tones), Workdir(tmp_path_factory.mktemp("hardened"))
+    return runs.Finished(config, workdir, train.run(config, workdir))
+
+
+def test_a_hardened_run_is_measured_and_drawn(hardened):
+    config, workdir, results = hardened
+    lines = [json.loads(line) for line in workdir.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss_per_label" in line] == list(range(2, 13, 2))
     assert lines[-1]["step"] == 12
 
-    curves = robustness.run(config, tmp_path, lambda line: None)["dev"]
-    assert json.loads((tmp_path / "robustness.json").read_text())["dev"] == curves
-    assert (tmp_path / "robustness.png").read_bytes().startswith(b"\x89PNG")
+    curves = robustness.run(config, workdir, lambda line: None)["dev"]
+    assert json.loads(workdir.robustness.read_text())["dev"] == curves
+    assert (workdir.folder / "robustness.png").read_bytes().startswith(b"\x89PNG")
     scores = {"wer", "cer", "words", "utterances", "insertions", "deletions", "substitutions"}
-    assert set(curves["clean"]) == scores
+    assert set(curves["clean"]) == scores | {"left_out"}
+    assert (curves["clean"]["utterances"], curves["clean"]["left_out"]) == (6, 0)
     # What is measured without a perturbation is what evaluation measures.
     assert curves["clean"]["wer"] == results["splits"]["dev"]["wer"]
     for name, key, levels in (
@@ -91,6 +97,13 @@ def test_noise_is_mixed_at_the_ratio_that_was_asked_for():
     np.testing.assert_array_equal(again, mixed[0])
 
 
-def test_a_workdir_without_a_model_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"config\.json"):
-        robustness.run(make_config(tmp_path), tmp_path)
+def test_what_cannot_be_measured_is_named(hardened, tones, tmp_path):
+    with pytest.raises(UserError, match="holds no model"):
+        robustness.run(make_config(tmp_path), Workdir(tmp_path))
+    audio = tones / "dev" / "1" / "1" / "1-1-0000.flac"
+    (tmp_path / "dev.jsonl").write_text(json.dumps({"audio_filepath": str(audio), "text": ""}))
+    config = make_config(tmp_path)
+    config.data.source = "manifest"
+    config.robustness.epsilons, config.robustness.noise_snr_db = (), ()
+    with pytest.raises(UserError, match="dev: there is no word"):
+        robustness.run(config, hardened.workdir, lambda line: None)

@@ -21,7 +21,7 @@ def recognizer(name, **changes):
     """The parameters, as shapes, and the rules of an encoder with a CTC head."""
     variant = {"conformer": "l", "wav2vec2": "base", "wav2vec2_conformer": "large"}[name]
     encoder = models.make_encoder(**models.settings(name, variant, **changes))
-    task = tasks.constructor("asr")(encoder, None, vocabulary_size=1024)
+    task = tasks.constructor("recognize")(encoder, None, {"labels": 1024})
     return parameters(task, *inputs(encoder), True)
 
 

@@ -7,6 +7,7 @@ best checkpoint against the bound of FGSM and PGD-10 perturbations (white box: t
 and the transcript), and against the signal-to-noise ratio of additive noise.
 """
 
+import collections
 import contextlib
 import pathlib
 from collections.abc import Callable, Mapping
@@ -40,8 +41,9 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
     """Measures the best checkpoint of a workdir on `config.data.eval_splits`.
 
     Returns what robustness.json holds: {split: {"clean": errors, "fgsm": [{"epsilon", **errors}],
-    "pgd10": the same, "noise": [{"snr_db", **errors}]}}, errors being Errors.results. Utterances
-    that cannot be aligned with their transcript are left out.
+    "pgd10": the same, "noise": [{"snr_db", **errors}]}}, errors being Errors.results and how many
+    `utterances` they are of. Those that cannot be aligned with their transcript, or cannot be read,
+    are `left_out` of all curves, which the clean ones say.
 
     Raises:
       UserError: the workdir holds no such model, or what is asked for cannot be done with it.
@@ -68,6 +70,8 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
             on_error=config.data.on_error,
         )
         curves[split] = _arrange(_measure(config, mesh, model, task, corpus, attacked))
+        if curves[split]["clean"]["wer"] is None:
+            raise UserError(f"{split}: there is no word in what could be read: no error to count")
         for line in _table(split, curves[split]):
             say(line)
     if jax.process_index() == 0:
@@ -101,17 +105,19 @@ def make_recognizer(task: Task, mesh: Mesh, *, space: str, norm: str) -> Callabl
     return placed
 
 
-def _measure(config, mesh, model, task, corpus, recognize) -> dict[tuple, Errors]:
-    """Errors of a corpus by (curve, level)."""
+def _measure(config, mesh, model, task, corpus, recognize) -> dict[tuple, dict]:
+    """Results of a corpus by (curve, level)."""
     settings = config.robustness
     noises = _open_noises(settings.noise_root, config.data.sample_rate, config.seed)
     total: dict[tuple, Errors] = {}
+    heard: collections.Counter[tuple] = collections.Counter()
 
     def count(curve, level, batch, attack):
         found, index = jax.device_get(recognize(batch, *attack))
         errors = total.setdefault((curve, level), task.evaluator(model.parts))
         for utterance, example, row in by_utterance(corpus, {"index": index}, found):
             errors.add(utterance, example, row)
+            heard[curve, level] += 1
 
     plan = experiment.evaluation_plan(config, corpus, task, mesh)
     with contextlib.closing(experiment.evaluation_batches(config, corpus, plan)) as batches:
@@ -123,7 +129,11 @@ def _measure(config, mesh, model, task, corpus, recognize) -> dict[tuple, Errors
             for snr_db in settings.noise_snr_db:
                 for turn in range(min(len(noises), _NOISES)):
                     count("noise", snr_db, _with_noise(batch, noises, snr_db, turn), _UNTOUCHED)
-    return total
+    found = {key: {**one.results(), "utterances": heard[key]} for key, one in total.items()}
+    source = corpus.source
+    whole = len(source.utterances) + len(source.skipped)
+    found["clean", None]["left_out"] = whole - heard["clean", None]
+    return found
 
 
 def _open_noises(root: str, rate: int, seed: int) -> list[np.ndarray]:
@@ -151,16 +161,16 @@ def _with_noise(batch, noises, snr_db, turn):
 # ---- What is shown -----------------------------------------------------------------------------
 
 
-def _arrange(counts):
+def _arrange(found: Mapping[tuple, dict]) -> dict:
     curves = {
-        "clean": counts["clean", None].results(),
+        "clean": found["clean", None],
         **{name: [] for name in ATTACKS},
         "noise": [],
     }
-    for (curve, level), errors in counts.items():
+    for (curve, level), errors in found.items():
         if curve != "clean":
             key = "snr_db" if curve == "noise" else "epsilon"
-            curves[curve].append({key: level, **errors.results()})
+            curves[curve].append({key: level, **errors})
     return curves
 
 
