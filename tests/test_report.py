@@ -43,7 +43,6 @@ def report(folder, first=0, steps=100, **changes):
     arguments = {
         "steps": steps,
         "first": first,
-        "pending": False,
         "log_every": 2,
         "sample_rate": SAMPLE_RATE,
         "peak_flops": 1e3,

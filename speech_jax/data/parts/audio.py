@@ -54,7 +54,8 @@ def open_noise(folder: str, *, probability: float, snr_db: tuple[float, float]) 
         os.path.join(parent, name)
         for parent, _, names in os.walk(folder)
         for name in names
-        if not name.startswith(".") and os.path.splitext(name)[1].lower().removeprefix(".") in audio.EXTENSIONS
+        if not name.startswith(".")
+        and os.path.splitext(name)[1].lower().removeprefix(".") in audio.EXTENSIONS
     )
     if not found:
         raise PartError(f"noise folder {folder} holds no audio files")
