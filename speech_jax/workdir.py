@@ -37,7 +37,10 @@ FREE = (
 
 # What had another name when a record was written: keys, and the values of a key.
 _RENAMED_KEYS = {"model.features": "model.width"}
-_RENAMED_VALUES = {"task.name": {"asr": "recognize"}}
+_RENAMED_VALUES = {
+    "task.name": {"asr": "recognize"},
+    "text.normalizer": {"librispeech": "english"},
+}
 
 # Settings that are gone, with the value that says what is done now in any case.
 _GONE = {"optimizer.no_decay": "(bias|scale)$"}

@@ -40,6 +40,7 @@ def tiny_config(root, **train):
     config.data.max_seconds = 2.0
     config.data.buckets = 1
     config.data.eval_buckets = 1
+    config.text.normalizer = "english"
     config.features.mels = 16
     config.features.normalize = "global"  # of its own, an utterance of one tone has no contrast
     config.model = models.settings(

@@ -146,10 +146,12 @@ def test_a_record_of_before_is_read_under_todays_names(recorded):
     def before(record):
         record["model"]["features"] = record["model"].pop("width")
         record["task"]["name"] = "asr"
+        record["text"]["normalizer"] = "librispeech"
 
     edit(recorded, before)
-    recorded.check(settings.default())
+    recorded.check(changed("text.normalizer", "english"))
     found = recorded.recorded()
+    assert found.text.normalizer == "english"
     assert (found.task.name, found.model.width) == ("recognize", settings.default().model.width)
     with pytest.raises(WorkdirError, match=r"config\.model\.width="):
         recorded.check(changed("model.width", 16))
