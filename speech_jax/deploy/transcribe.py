@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import os
 import pathlib
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from speech_jax import bundle
-from speech_jax.data import audio
+from speech_jax.data import audio, decoders
 from speech_jax.data.batch import Bucket, collate
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.errors import UserError
@@ -17,6 +18,8 @@ from speech_jax.errors import UserError
 # Recordings are padded to one of a few lengths, a fourth root of 2 apart, so that few programs are
 # compiled; what a model hears does not depend on padding.
 _SHORTEST_SECONDS, _STEP = 1.0, 2**0.25
+# The most channels: where there are more, they are samples, in an array that lies on its side.
+_CHANNELS = 64
 
 
 class TranscriptionError(UserError):
@@ -53,6 +56,7 @@ class Model:
     def __init__(self, model: bundle.Bundle):
         """Raises TranscriptionError for a model that gives no text."""
         self.bundle = model
+        task = model.task()
         labels = model.parts.get("labels")
         if not isinstance(labels, Transcript) or "audio" not in model.parts:
             raise TranscriptionError(
@@ -61,7 +65,7 @@ class Model:
             )
         self._labels = labels
         self._fields = model.parts["audio"].fields
-        self._predict = jax.jit(model.task().predict)
+        self._predict = jax.jit(task.predict)
         self._params, self._state = jax.device_put((model.params, model.state))
 
     @property
@@ -97,19 +101,27 @@ class Model:
             if sample_rate is not None:
                 raise TranscriptionError("a file says its own sample rate: leave sample_rate out")
             return audio.decode(str(pathlib.Path(recording).expanduser()), self.sample_rate)
-        samples = np.asarray(recording)
         rate = self.sample_rate if sample_rate is None else sample_rate
-        if not isinstance(rate, int) or rate < 1:
-            raise TranscriptionError(f"sample_rate={rate!r} must be a whole number of Hz above 0")
-        return audio.resample(_to_int16(samples), rate, self.sample_rate)
+        low, high = decoders.RATES
+        if not isinstance(rate, numbers.Integral) or not low <= rate <= high:
+            raise TranscriptionError(
+                f"sample_rate={rate!r} must be a whole number of Hz from {low} to {high}"
+            )
+        return audio.resample(_to_int16(recording), int(rate), self.sample_rate)
 
 
-def _to_int16(samples: np.ndarray) -> np.ndarray:
-    if samples.ndim not in (1, 2) or not len(samples):
+def _to_int16(recording: np.ndarray) -> np.ndarray:
+    """int16 [T] of samples of any type and number of channels; TranscriptionError for no audio."""
+    try:
+        samples = np.asarray(recording)
+    except (ValueError, TypeError) as error:  # lists of several lengths; what is on no CPU
+        raise TranscriptionError(f"this is no array of samples: {error}") from error
+    channels = samples.shape[1] if samples.ndim == 2 else 1
+    if samples.ndim not in (1, 2) or not samples.size or channels > _CHANNELS:
         raise TranscriptionError(
             f"samples of shape {list(samples.shape)} are no audio: give [T], or [T, channels]"
         )
-    if samples.dtype != np.int16:
+    if samples.dtype.newbyteorder("=") != np.int16:
         if not np.issubdtype(samples.dtype, np.floating):
             raise TranscriptionError(
                 f"samples of type {samples.dtype} are no audio: give floats within -1 and 1, or "

@@ -1,0 +1,259 @@
+"""load(folder).transcribe(recording): any form of a recording gives its text, or one sentence."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+import runs
+import speech_jax
+from speech_jax import bundle, tasks
+from speech_jax.data import audio
+from speech_jax.deploy import transcribe
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def model(finished) -> speech_jax.Model:
+    return speech_jax.load(finished.workdir.folder)
+
+
+@pytest.fixture(scope="module")
+def said(finished) -> dict[str, str]:
+    """What evaluation heard in each utterance of dev."""
+    lines = finished.workdir.predictions("dev").read_text().splitlines()
+    return {line["id"]: line["hypothesis"] for line in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def longest(tones, said):
+    """(path, int16 [T], text) of the recording in which most is heard."""
+    name = max(said, key=lambda name: len(said[name]))
+    path = tones / "dev" / "1" / "1" / f"{name}.flac"
+    return path, soundfile.read(path, dtype="int16")[0], said[name]
+
+
+# ---- The same text -----------------------------------------------------------------------------
+
+
+def test_files_say_what_evaluation_heard(model, said, tones):
+    for name, text in said.items():
+        found = model.transcribe(tones / "dev" / "1" / "1" / f"{name}.flac")
+        assert (found.text, str(found)) == (text, text)
+    assert len(set(said.values())) > 2, "all texts are alike, which shows nothing"
+
+
+def stereo(samples):
+    return np.stack([samples, samples], axis=1)
+
+
+def floats(samples):
+    return samples.astype(np.float32) / 32768
+
+
+@pytest.mark.parametrize(
+    ("form", "rate"),
+    [
+        (lambda x: x, None),
+        (lambda x: x, RATE),
+        (floats, None),
+        (lambda x: x / 32768, np.int64(RATE)),
+        (lambda x: x.astype(">i2"), None),
+        (lambda x: np.repeat(x, 2)[::2], None),
+        (lambda x: x[:, None], None),
+        (stereo, None),
+        (lambda x: stereo(floats(x)), RATE),
+        (lambda x: np.asfortranarray(stereo(x)), None),
+        (jax.numpy.asarray, None),
+    ],
+    ids=str,
+)
+def test_samples_in_any_form_say_the_same(form, rate, model, longest):
+    _, samples, text = longest
+    found = model.transcribe(form(samples), rate)
+    assert found.text == text
+    assert found.seconds == pytest.approx(len(samples) / RATE)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "form", "subtype"),
+    [
+        ("a.wav", 16_000, lambda x: x, "PCM_16"),
+        ("b.wav", 48_000, lambda x: stereo(floats(x)), "FLOAT"),
+        ("c.flac", 44_100, lambda x: x, "PCM_16"),
+        ("ü d.wav", 22_050, stereo, "PCM_16"),
+    ],
+)
+def test_a_file_and_its_samples_say_the_same(name, rate, form, subtype, model, longest, tmp_path):
+    given = form(audio.resample(longest[1], RATE, rate))
+    soundfile.write(tmp_path / name, given, rate, subtype)
+    found = model.transcribe(given, rate)
+    assert found.text
+    assert found == model.transcribe(tmp_path / name) == model.transcribe(str(tmp_path / name))
+    assert found.seconds == pytest.approx(len(longest[1]) / RATE, abs=1e-3)
+
+
+def test_a_saved_model_says_the_same(model, longest, tmp_path):
+    path, samples, text = longest
+    bundle.save(model.bundle, tmp_path / "model")
+    again = speech_jax.load(str(tmp_path / "model"))
+    assert again.transcribe(path).text == again.transcribe(samples).text == text
+    jax.tree.map(np.testing.assert_array_equal, again.bundle.params, model.bundle.params)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(again.bundle.params))
+
+
+def test_few_programs_serve_all_lengths(model):
+    """And the shortest recordings have an empty text."""
+    before = model._predict._cache_size()
+    for length in (1, 100, 8_000, 15_999):
+        assert model.transcribe(np.zeros(length, np.int16)).text == ""
+    assert model._predict._cache_size() <= before + 1
+    lengths = {transcribe._padded(length, RATE) for length in range(1, 60 * RATE, 997)}
+    assert len(lengths) < 26
+    for length in (1, 15_999, 16_000, 16_001, 19_027, 19_028, 960_000):
+        padded = transcribe._padded(length, RATE)
+        assert max(length, RATE) <= padded <= 1.2 * max(length, RATE)
+
+
+# ---- One sentence ------------------------------------------------------------------------------
+
+
+NAN, LOUD = np.zeros(RATE, np.float32), np.zeros(RATE, np.float64)
+NAN[5], LOUD[7] = np.nan, 20_000.0
+
+
+@pytest.mark.parametrize(
+    ("recording", "rate", "message"),
+    [
+        (np.zeros(RATE, np.int32), None, "type int32 .* give floats"),
+        (np.zeros(RATE, np.uint8), None, "type uint8"),
+        (np.zeros(RATE, bool), None, "type bool"),
+        (np.zeros(RATE, complex), None, "type complex128"),
+        (np.asarray(["a", "b"]), None, "type <U1"),
+        ([[0.0, 0.1], [0.0]], None, "no array of samples"),
+        (np.float32(0.5), None, r"shape \[\] are no audio"),
+        (None, None, r"shape \[\] are no audio"),
+        (b"RIFF", None, r"shape \[\] are no audio"),
+        (np.zeros((2, RATE), np.int16), None, r"shape \[2, 16000\] .* \[T, channels\]"),
+        (np.zeros((2, 2, 2), np.int16), None, r"shape \[2, 2, 2\]"),
+        (np.zeros(0, np.int16), None, r"shape \[0\]"),
+        (np.zeros((RATE, 0), np.float32), None, r"shape \[16000, 0\]"),
+        (NAN, None, "not all finite"),
+        (LOUD, None, "reach 20000, .* divide them by 32768"),
+        (np.zeros(RATE, np.int16), 0, "sample_rate=0 must"),
+        (np.zeros(RATE, np.int16), 16_000.0, r"sample_rate=16000\.0 must be a whole number"),
+        (np.zeros(RATE, np.int16), 1, "sample_rate=1 must"),
+        (np.zeros(RATE, np.int16), True, "sample_rate=True must"),
+        ("no such file.wav", None, "no such file.wav"),
+        ("", None, "."),
+        (".", None, "."),
+    ],
+)
+def test_a_recording_that_is_none_is_one_sentence(recording, rate, message, model):
+    with pytest.raises(speech_jax.UserError, match=message) as raised:
+        model.transcribe(recording, rate)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_no_audio_is_one_sentence(model, longest, tmp_path):
+    path, _, _ = longest
+    for name, content in (("a.wav", b""), ("b.flac", b"fLaC, but no"), ("c.txt", b"hello")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(speech_jax.UserError, match=name) as raised:
+            model.transcribe(tmp_path / name)
+        assert "\n" not in str(raised.value)
+    (tmp_path / "cut.flac").write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(speech_jax.UserError, match=r"cut\.flac"):
+        model.transcribe(tmp_path / "cut.flac")
+    with pytest.raises(speech_jax.UserError, match="leave sample_rate out"):
+        model.transcribe(path, 16_000)
+
+
+def test_a_folder_that_is_no_model_is_one_sentence(tmp_path, longest):
+    for folder, message in (
+        (tmp_path, "holds no model: a workdir has checkpoints/"),
+        (tmp_path / "nowhere", "is no folder"),
+        (longest[0], "is no folder"),
+    ):
+        with pytest.raises(speech_jax.UserError, match=message) as raised:
+            speech_jax.load(folder)
+        assert str(folder) in str(raised.value)
+
+
+def test_a_model_of_another_task_is_one_sentence(model):
+    config = model.bundle.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.task = tasks.settings("best_rq")
+    parts = {"audio": model.bundle.parts["audio"]}
+    with pytest.raises(speech_jax.UserError, match="of the task 'best_rq' and gives no text"):
+        speech_jax.Model(bundle.Bundle(config, parts, {}, {}))
+    with pytest.raises(speech_jax.UserError, match="gives no text"):
+        speech_jax.load(runs.ROOT / "tests" / "data" / "wav2vec2_pretraining")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: said_version(folder, 2), "version 2, .* up to 1: install a newer one"),
+        (lambda folder: said_version(folder, "1"), "version '1'"),
+        (lambda folder: (folder / "bundle.json").write_text("{"), r"bundle\.json is damaged"),
+        (lambda folder: (folder / "bundle.json").write_text("[]"), r"bundle\.json holds a JSON"),
+        (lambda folder: (folder / "bundle.json").write_text('{"version": 1}'), "no configuration"),
+        (lambda folder: (folder / "params.safetensors").unlink(), r"params\.safetensors"),
+        (lambda folder: (folder / "params.safetensors").write_bytes(b"12345678"), "cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no 'labels'"),
+        (lambda folder: (folder / "features.json").unlink(), "has no 'audio'"),
+    ],
+)
+def test_a_damaged_model_is_one_sentence(damage, message, model, tmp_path):
+    bundle.save(model.bundle, tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(speech_jax.UserError, match=message) as raised:
+        speech_jax.load(tmp_path / "model")
+    assert "\n" not in str(raised.value)
+
+
+def said_version(folder, version):
+    described = json.loads((folder / "bundle.json").read_text())
+    (folder / "bundle.json").write_text(json.dumps(described | {"version": version}))
+
+
+def test_a_model_is_saved_whole_or_not_at_all(model, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    with pytest.raises(speech_jax.UserError, match="is not empty: name a new folder"):
+        bundle.save(model.bundle, tmp_path / "full")
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine"]
+    (tmp_path / "blocked").write_text("")
+    with pytest.raises(speech_jax.UserError, match="cannot write"):
+        bundle.save(model.bundle, tmp_path / "blocked" / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocked", "full"]
+
+
+# ---- The package -------------------------------------------------------------------------------
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, speech_jax; print(speech_jax.__version__, 'load' in dir(speech_jax),"
+        " {'jax', 'numpy', 'flax', 'absl', 'ml_collections'} & set(sys.modules))"
+    )
+    done = runs.run([sys.executable, "-c", code])
+    assert done.stdout.split() == [speech_jax.__version__, "True", "set()"]
+    assert set(speech_jax.__all__) <= set(dir(speech_jax))
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        speech_jax.lode  # noqa: B018
+
+
+def test_the_first_lines_of_the_package_run(finished, longest):
+    code = f"import speech_jax; print(speech_jax.load({str(finished.workdir.folder)!r}).transcribe"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}({str(longest[0])!r}))"],
+        cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"{longest[2]}\n"
