@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from speech_jax import bundle, experiment, files, versions
@@ -16,6 +17,7 @@ from speech_jax.config import split_names
 from speech_jax.data.batch import signature
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.transcript import Transcript
+from speech_jax.data.pipeline import Corpus
 from speech_jax.data.plan import Plan
 from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
@@ -24,6 +26,7 @@ from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
 from speech_jax.training.checkpoint import Checkpoints
 from speech_jax.training.report import Report
+from speech_jax.training.step import TrainState
 from speech_jax.training.stopping import EarlyStopping, Interrupted, Interruption, Watched
 from speech_jax.training.watchdog import Watchdog
 from speech_jax.workdir import Workdir
@@ -202,7 +205,9 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     )
 
 
-def _plan(config, workdir, corpus, task, mesh) -> tuple[Plan, str]:
+def _plan(
+    config: ConfigDict, workdir: Workdir, corpus: Corpus, task: Task, mesh: Mesh
+) -> tuple[Plan, str]:
     """The plan of the run, that of its first start, and what is to be said of it."""
     recorded = workdir.recorded_plan()
     if recorded is None:
@@ -215,16 +220,23 @@ def _plan(config, workdir, corpus, task, mesh) -> tuple[Plan, str]:
                 "along the batch x config.train.accumulate) cannot share: use a mesh whose parts "
                 "divide them, or another --workdir"
             )
-    note = ""
-    if recorded.fingerprint != corpus.fingerprint():
-        note = (
-            f"the training data is not what this run began with ({recorded.utterances} utterances "
-            f"then, {len(corpus)} now): from here on the order of the data is another"
-        )
-    return experiment.training_plan(config, corpus, task, mesh, recorded.buckets), note
+    plan = experiment.training_plan(config, corpus, task, mesh, recorded.buckets)
+    if recorded.fingerprint == corpus.fingerprint():
+        return plan, ""
+    note = (
+        f"the training data is not what this run began with ({recorded.utterances} utterances "
+        f"then, {len(corpus)} now)"
+    )
+    try:
+        plan.count(0)
+    except (ValueError, KeyError) as error:
+        raise TrainingError(
+            f"{note}, and its batches do not hold it: use another --workdir"
+        ) from error
+    return plan, f"{note}: from here on the order of the data is another"
 
 
-def _first_state(setup: experiment.Setup):
+def _first_state(setup: experiment.Setup) -> TrainState:
     """The state that training begins with: random, or with the encoder of config.init.folder."""
     state = setup.fresh_state()
     if setup.config.init.folder:
@@ -234,7 +246,7 @@ def _first_state(setup: experiment.Setup):
     return state
 
 
-def _opening(corpus, parts, setup, first: int) -> str:
+def _opening(corpus: Corpus, parts: Mapping[str, Part], setup: experiment.Setup, first: int) -> str:
     """What is trained on what, in a line."""
     counts = [f"{part.count} {name}" for name, part in parts.items() if part.count]
     return ", ".join(

@@ -108,7 +108,18 @@ _HEARD = ("sample_rate",)
 
 
 def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
-    """The configuration to use a model with: its own, on the data and mesh that `config` names."""
+    """The configuration to use a model with: its own, on the data and mesh that `config` names.
+
+    Raises:
+      BundleError: `config` is for another task or encoder.
+    """
+    for section in ("task", "model"):
+        theirs, ours = model.config[section].name, config[section].name
+        if theirs != ours:
+            raise BundleError(
+                f"this model was trained with config.{section}.name={theirs!r}, and --config says "
+                f"{ours!r}: name the recipe that it was trained with"
+            )
     merged = model.config.copy_and_resolve_references()
     with merged.unlocked():
         for section in ("mesh", "robustness"):

@@ -1,6 +1,7 @@
 """The encoder that a run starts from: that of any bundle."""
 
 import json
+import pathlib
 import re
 from typing import Any
 
@@ -48,7 +49,7 @@ def with_encoder(params: Any, state: Any, config: ConfigDict) -> tuple[Any, Any]
     return params, state
 
 
-def _fit(folder, found, ours, scan: bool):
+def _fit(folder: pathlib.Path, found: Any, ours: Any, scan: bool) -> Any:
     """What was found in a folder, placed and stacked as ours."""
     found = models.stack_layers(found) if scan else models.unstack_layers(found)
     old, new = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (ours, found))
@@ -62,12 +63,12 @@ def _fit(folder, found, ours, scan: bool):
     return jax.tree.map(_place, found, ours)
 
 
-def _place(value, like: jax.Array) -> jax.Array:
+def _place(value: np.ndarray, like: jax.Array) -> jax.Array:
     value = np.asarray(value, like.dtype)
     return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
 
 
-def _compare(folder, section, theirs, config) -> None:
+def _compare(folder: pathlib.Path, section: str, theirs: Any, config: ConfigDict) -> None:
     theirs = json.loads(ConfigDict(theirs).to_json())
     ours = json.loads(config[section].to_json())
     for key, value in theirs.items():
