@@ -53,13 +53,15 @@ class Category:
     @classmethod
     def restore(cls, folder: pathlib.Path, name: str, *, tag: str = "label") -> Self:
         path = folder / _file(name)
-        classes = files.read_json(path, list)
-        if not classes or not all(isinstance(one, str) for one in classes):
+        classes = files.read_sealed(path).get("classes")
+        good = isinstance(classes, list) and all(isinstance(one, str) for one in classes)
+        if not classes or not good:
             raise PartError(f"{path} holds no class names: bring it back or train anew")
         return cls(tuple(classes), name, tag)
 
     def save(self, folder: pathlib.Path) -> None:
-        files.write_atomically(folder / _file(self.name), files.dump_json(list(self.classes)))
+        names = files.dump_sealed({"classes": list(self.classes)})
+        files.write_atomically(folder / _file(self.name), names)
 
     def for_evaluation(self) -> Self:
         return dataclasses.replace(self, strict=False)
