@@ -72,13 +72,16 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     # ---- Data ----------------------------------------------------------------------------------
     mesh = sharding.make_mesh(**config.mesh)
     source = experiment.open_training(config)
-    parts = experiment.make_parts(config, workdir.folder, source, fresh=not workdir.config.exists())
+    if workdir.config.exists():
+        parts = experiment.restore_parts(config, workdir.folder)
+    else:  # what a start that failed has left may be of other settings
+        parts = experiment.make_parts(config, workdir.folder, source)
     task = experiment.make_task(config, parts)
     corpus = experiment.training_corpus(config, source, parts, task)
     plan, note = _plan(config, workdir, corpus, task, mesh)
 
     def on_batch() -> None:
-        watchdog.beat()
+        watchdog.beat(busy=True)  # the next batch may have to be compiled
         interruption.check()
 
     evaluation = Evaluation(config, task, parts, mesh, on_batch)
@@ -149,7 +152,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         rates = {split: score.rates for split, score in found.items()}
         report.scores(step, rates, {split: score.line for split, score in found.items()})
         stopper.update(found[eval_splits[0]].results)
-        return found[eval_splits[0]].rates
+        return found[eval_splits[0]].numbers
 
     batches = experiment.training_batches(config, corpus, plan, first)
     with checkpoints, report, watchdog, contextlib.closing(batches):
@@ -174,12 +177,14 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
                     scores = {}
                     if due and not leave:
                         try:
+                            watchdog.beat(busy=True)
                             scores = evaluate(step)
                         except Interrupted:
                             leave = True
                     save(step, scores, pending=due and leave)
             if leave:
-                checkpoints.wait()
+                with watchdog.busy():
+                    checkpoints.wait()
                 report.say(f"saved update {step}; the same command goes on from there")
                 return None
         figures = report.finish()
@@ -227,12 +232,8 @@ def _plan(
         f"the training data is not what this run began with ({recorded.utterances} utterances "
         f"then, {len(corpus)} now)"
     )
-    try:
-        plan.count(0)
-    except (ValueError, KeyError) as error:
-        raise TrainingError(
-            f"{note}, and its batches do not hold it: use another --workdir"
-        ) from error
+    if not plan.holds_all():
+        raise TrainingError(f"{note}, and its batches do not hold it: use another --workdir")
     return plan, f"{note}: from here on the order of the data is another"
 
 
@@ -300,12 +301,23 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
     """
     model = bundle.open(workdir.folder)
     config = bundle.for_use(model, config)
-    mesh = sharding.make_mesh(**config.mesh)
-    task = model.task()
-    params, state = bundle.on_mesh(model, mesh)
-    evaluation = Evaluation(config, task, model.parts, mesh)
     splits = split_names(config.data.eval_splits)
-    return workdir.write_results(measure(evaluation, params, state, splits, workdir, say))
+    with Interruption() as interruption, workdir.locked():
+        workdir.prepare(splits)
+        mesh = sharding.make_mesh(**config.mesh)
+        task = model.task()
+        params, state = bundle.on_mesh(model, mesh)
+        evaluation = Evaluation(config, task, model.parts, mesh, interruption.check)
+        longest = round(config.data.max_seconds * config.data.sample_rate)
+        for split in splits:
+            evaluation.check_memory(split, params, state, longest)
+        try:
+            found = measure(evaluation, params, state, splits, workdir, say)
+        except Interrupted:
+            raise UserError(
+                "interrupted: nothing was written; run the same command again"
+            ) from None
+        return workdir.write_results(found)
 
 
 def measure(

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from speech_jax import bundle, files, models
+from speech_jax.bundle.format import place
 from speech_jax.errors import UserError
 
 # Settings of an encoder that change neither its parameters nor what they mean.
@@ -45,7 +46,7 @@ def with_encoder(params: Any, state: Any, config: ConfigDict) -> tuple[Any, Any]
     params = {**params, "encoder": fit(found.params, params)}
     if "batch_stats" in state:
         statistics = fit(found.state["batch_stats"], state["batch_stats"])
-        state = {**state, "batch_stats": {"encoder": statistics}}
+        state = {**state, "batch_stats": {**state["batch_stats"], "encoder": statistics}}
     return params, state
 
 
@@ -60,12 +61,9 @@ def _fit(folder: pathlib.Path, found: Any, ours: Any, scan: bool) -> Any:
                 f"{folder}: parameter {name} has the shape {shapes[1]}, and config.model asks for "
                 f"{shapes[0]}"
             )
-    return jax.tree.map(_place, found, ours)
-
-
-def _place(value: np.ndarray, like: jax.Array) -> jax.Array:
-    value = np.asarray(value, like.dtype)
-    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
+    return jax.tree.map(
+        lambda value, like: place(np.asarray(value, like.dtype), like.sharding), found, ours
+    )
 
 
 def _compare(folder: pathlib.Path, section: str, theirs: Any, config: ConfigDict) -> None:

@@ -43,6 +43,11 @@ class Score(NamedTuple):
     rates: dict[str, float]
     line: str
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The results that have a value."""
+        return {name: value for name, value in self.results.items() if value is not None}
+
 
 class Evaluation:
     """Measures splits with a task's evaluator; shapes that were compiled once stay compiled."""
@@ -124,7 +129,10 @@ class Evaluation:
             while waiting:
                 waiting.popleft().result()
         if jax.process_index() == 0 and predictions is not None and reader.heard:
-            files.write_atomically(predictions, "".join(reader.lines))
+            try:
+                files.write_atomically(predictions, "".join(reader.lines))
+            except OSError as error:
+                raise UserError(f"cannot write {predictions}: {error.strerror or error}") from error
         return _agree(split, reader)
 
 

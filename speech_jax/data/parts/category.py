@@ -1,6 +1,7 @@
 """The class of an utterance: the value of one of its tags."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
@@ -80,11 +81,15 @@ class Category:
         index = int(row[self.name])
         return self.classes[index] if index >= 0 else ""
 
+    @functools.cached_property
+    def _indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.classes)}
+
     def index(self, utterance: Utterance) -> int:
         """The index of an utterance's class, or -1 where it is not strict about it."""
         value = str(utterance.tags.get(self.tag, ""))
-        if value in self.classes:
-            return self.classes.index(value)
+        if value in self._indices:
+            return self._indices[value]
         if not self.strict:
             return -1
         if not value:
