@@ -178,8 +178,19 @@ def training_corpus(
     return corpus
 
 
-def evaluation_corpus(config: ConfigDict, split: str, parts: Mapping[str, Part]) -> pipeline.Corpus:
-    """All utterances of a split: none is left out for its length or for what it lacks."""
+def evaluation_corpus(
+    config: ConfigDict,
+    split: str,
+    parts: Mapping[str, Part],
+    unusable: Callable[[Mapping[str, np.ndarray]], Mapping[int, str]] | None = None,
+) -> pipeline.Corpus:
+    """All utterances of a split, but for those that are `unusable` (pipeline.make_corpus).
+
+    None is left out for its length or for what it lacks.
+
+    Raises:
+      UserError: an utterance is longer than config.data.eval_max_seconds.
+    """
     source = open_splits(config, split)
     longest = max(source.utterances, key=lambda utterance: utterance.duration, default=None)
     if longest and longest.duration > config.data.eval_max_seconds:
