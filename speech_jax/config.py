@@ -18,6 +18,7 @@ from speech_jax import models, tasks
 from speech_jax.data.sources import SOURCES
 from speech_jax.data.text import NORMALIZERS
 from speech_jax.errors import UserError
+from speech_jax.models import frontend
 from speech_jax.ops import augment
 from speech_jax.training import groups
 from speech_jax.training.adversarial import NORMS, SPACES, Adversary
@@ -282,6 +283,34 @@ def check(config: ConfigDict) -> None:
             "one first"
         )
     Adversary(**config.adversarial)
+    for key in ("decay", "rates", "frozen"):
+        _check_rules(config.optimizer.get(key, ()), f"optimizer.{key}")
+    frontend.check_used(
+        models.listens(config.model.name),
+        _changed(config),
+        log_mel_targets=config.task.name == "best_rq",
+    )
+
+
+def _check_rules(rules: Any, name: str) -> None:
+    for rule in rules:
+        fits = isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)
+        if not fits or not isinstance(rule[1], int | float) or isinstance(rule[1], bool):
+            raise UserError(
+                f"config.{name}={rules!r} must be pairs of a regular expression and a number, such "
+                "as (('encoder/.*', -1),)"
+            )
+
+
+def _changed(config: ConfigDict) -> dict[str, Any]:
+    """The settings of the front end that are not the defaults, by name."""
+    reference = default()
+    return {
+        f"{section}.{key}": value
+        for section in ("features", "spec_augment")
+        for key, value in config[section].items()
+        if value != reference[section].get(key)
+    }
 
 
 def _reference(config: ConfigDict) -> ConfigDict:

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -65,51 +64,55 @@ def open_training(config: ConfigDict) -> sources.Source:
     return sources.draw(source, 60 * minutes, config.seed) if minutes else source
 
 
-def make_parts(
-    config: ConfigDict,
-    folder: pathlib.Path,
-    source: sources.Source | None = None,
-    fresh: bool = False,
-    whole: bool = True,
-) -> dict[str, Part]:
-    """The parts of the configured task by their name in a batch.
+def make_parts(config: ConfigDict, folder: pathlib.Path, source: sources.Source) -> dict[str, Part]:
+    """The parts of the configured task by their name in a batch, made of `source`.
 
-    Those that `folder` holds are restored; where there is a `source`, the others are made of it
-    and saved in `folder`. In a folder that is `fresh` all are made: what a start that failed has
-    left there may be of other settings. All processes of a run call this together. With `whole`
-    off, what the folder lacks is left out: such a model is good for starting from alone.
+    What they learn is saved in `folder`. All processes of a run call this together.
 
     Raises:
       PartError: `source` lacks what a part learns from.
-      UserError: without a source, the folder lacks what a part has learned.
+    """
+    for name, constructor, settings in _parts(config, making=True):
+        if jax.process_index() == 0:
+            constructor.make(source, name, **settings).save(folder)
+    sharding.barrier("parts")
+    return restore_parts(config, folder)
+
+
+def restore_parts(config: ConfigDict, folder: pathlib.Path, whole: bool = True) -> dict[str, Part]:
+    """The parts of the configured task by their name in a batch, as `folder` keeps them.
+
+    With `whole` off, what the folder lacks is left out: such a model is good for starting from.
+
+    Raises:
+      UserError: the folder lacks what a part has learned, or it is damaged.
     """
     if not whole and config.task.name not in tasks.TASKS:
         return {}
-    made = {}
+    restored = {}
+    for name, constructor, settings in _parts(config):
+        try:
+            restored[name] = constructor.restore(folder, name, **settings)
+        except FileNotFoundError as error:
+            if whole:
+                lost = pathlib.Path(str(error.filename or error)).name
+                raise UserError(f"{folder} holds no {lost}: train there first") from error
+    return restored
+
+
+def _parts(
+    config: ConfigDict, making: bool = False
+) -> Iterator[tuple[str, type[Part], dict[str, Any]]]:
+    """(name in a batch, class, settings) of each part of the configured task."""
     for name, kind in tasks.constructor(config.task.name).parts.items():
         constructor = part_kinds.constructor(kind)
-        settings = _part_settings(config, name, kind)
         known = inspect.signature(constructor.make).parameters
         for key in config.parts.get(name, {}):
             registry.lookup(f"setting of config.parts.{name}", known, key)
-        if not fresh:
-            try:
-                made[name] = constructor.restore(folder, name, **settings)
-                continue
-            except FileNotFoundError as error:
-                if not whole:
-                    continue
-                if source is None:
-                    lost = pathlib.Path(str(error.filename or error)).name
-                    raise UserError(f"{folder} holds no {lost}: train there first") from error
-        if jax.process_index() == 0:
-            constructor.make(source, name, **settings).save(folder)
-        barrier(f"part {name}")
-        made[name] = constructor.restore(folder, name, **settings)
-    return made
+        yield name, constructor, _part_settings(config, name, kind, making)
 
 
-def _part_settings(config: ConfigDict, name: str, kind: str) -> dict[str, Any]:
+def _part_settings(config: ConfigDict, name: str, kind: str, making: bool) -> dict[str, Any]:
     """Keyword arguments of a part's `make` and `restore`: of its kind, and its own ones."""
     own = dict(config.parts.get(name, {}))
     if kind == "transcript":
@@ -119,9 +122,9 @@ def _part_settings(config: ConfigDict, name: str, kind: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"sample_rate": config.data.sample_rate}
     if config.features.normalize == "global":
         settings["moments"] = _moments(config)
-        settings["seed"] = config.seed
-        if config.init.folder:
-            settings["known"] = files.expand(config.init.folder)
+        if making:
+            settings["seed"] = config.seed
+            settings["known"] = files.expand(config.init.folder) if config.init.folder else None
     if kind == "crop":
         settings["longest"] = config.data.max_seconds
     return settings | own
@@ -175,8 +178,19 @@ def training_corpus(
     return corpus
 
 
-def evaluation_corpus(config: ConfigDict, split: str, parts: Mapping[str, Part]) -> pipeline.Corpus:
-    """All utterances of a split: none is left out for its length or for what it lacks."""
+def evaluation_corpus(
+    config: ConfigDict,
+    split: str,
+    parts: Mapping[str, Part],
+    unusable: Callable[[Mapping[str, np.ndarray]], Mapping[int, str]] | None = None,
+) -> pipeline.Corpus:
+    """All utterances of a split, but for those that are `unusable` (pipeline.make_corpus).
+
+    None is left out for its length or for what it lacks.
+
+    Raises:
+      UserError: an utterance is longer than config.data.eval_max_seconds.
+    """
     source = open_splits(config, split)
     longest = max(source.utterances, key=lambda utterance: utterance.duration, default=None)
     if longest and longest.duration > config.data.eval_max_seconds:
@@ -186,7 +200,7 @@ def evaluation_corpus(config: ConfigDict, split: str, parts: Mapping[str, Part])
             "utterances (a manifest's rows take an offset and a duration), or raise that setting"
         )
     parts = {name: part.for_evaluation() for name, part in parts.items()}
-    return pipeline.make_corpus(source, parts, on_error=config.data.on_error)
+    return pipeline.make_corpus(source, parts, unusable=unusable, on_error=config.data.on_error)
 
 
 def training_plan(
@@ -444,9 +458,3 @@ def batch_shapes(fields: Fields, bucket: Bucket, mesh: Mesh) -> dict[str, jax.Sh
 def make_adversary(config: ConfigDict) -> adversarial.Adversary:
     """What is done to the inputs in training."""
     return adversarial.Adversary(**config.adversarial)
-
-
-def barrier(name: str) -> None:
-    """Waits for all processes of the run."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -1,6 +1,7 @@
 """Small text files: written whole or not at all; where they are damaged, one sentence says so."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -38,12 +39,12 @@ def dump_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def read_json(path: pathlib.Path, kind: type = dict) -> Any:
-    """The JSON value in `path`, which must be of type `kind`.
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in `path`.
 
     Raises:
       FileNotFoundError: there is no such file.
-      UserError: it cannot be read, is no JSON, or is JSON of another type.
+      UserError: it cannot be read, is no JSON, or is JSON of another type than an object.
     """
     try:
         value = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -56,12 +57,34 @@ def read_json(path: pathlib.Path, kind: type = dict) -> Any:
         raise UserError(
             f"{path} is damaged or is no JSON ({why}): bring it back or remove it"
         ) from error
-    if not isinstance(value, kind):
+    if not isinstance(value, dict):
         raise UserError(
-            f"{path} holds a JSON {type(value).__name__} where a {kind.__name__} belongs: "
+            f"{path} holds a JSON {type(value).__name__} where a dict belongs: "
             "bring it back or remove it"
         )
     return value
+
+
+def dump_sealed(value: dict[str, Any]) -> str:
+    """JSON with a digest of itself: `read_sealed` notices what has changed in it since."""
+    return dump_json(value | {"digest": _digest(value)})
+
+
+def read_sealed(path: pathlib.Path) -> dict[str, Any]:
+    """What was given to `dump_sealed`; a file without a digest, of before it, is taken as it is.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      UserError: it cannot be read, is no JSON object, or has changed since it was written.
+    """
+    value = read_json(path)
+    if value.pop("digest", None) not in (None, _digest(value)):
+        raise UserError(f"{path} has changed since it was written: bring it back")
+    return value
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:

@@ -7,9 +7,9 @@
       --mode=evaluate --config.data.eval_splits=test-other
 
 Train and run the same command again after an interruption: it goes on where it was. A workdir
-holds config.json, tokenizer.json, checkpoints/, metrics.jsonl, tensorboard/, predictions/ and
-results.json. Every setting and its meaning: speech_jax/config.py; override any with
---config.SECTION.KEY=VALUE.
+holds config.json, plan.json, what the vocabulary and features have learned, checkpoints/,
+metrics.jsonl, tensorboard/, predictions/ and results.json; speech_jax/workdir.py names them all.
+Every setting and its meaning: speech_jax/config.py; override any with --config.SECTION.KEY=VALUE.
 """
 
 import contextlib

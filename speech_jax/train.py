@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from speech_jax import bundle, experiment, files, versions
@@ -16,6 +17,7 @@ from speech_jax.config import split_names
 from speech_jax.data.batch import signature
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.transcript import Transcript
+from speech_jax.data.pipeline import Corpus
 from speech_jax.data.plan import Plan
 from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
@@ -24,6 +26,7 @@ from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
 from speech_jax.training.checkpoint import Checkpoints
 from speech_jax.training.report import Report
+from speech_jax.training.step import TrainState
 from speech_jax.training.stopping import EarlyStopping, Interrupted, Interruption, Watched
 from speech_jax.training.watchdog import Watchdog
 from speech_jax.workdir import Workdir
@@ -69,13 +72,16 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     # ---- Data ----------------------------------------------------------------------------------
     mesh = sharding.make_mesh(**config.mesh)
     source = experiment.open_training(config)
-    parts = experiment.make_parts(config, workdir.folder, source, fresh=not workdir.config.exists())
+    if workdir.config.exists():
+        parts = experiment.restore_parts(config, workdir.folder)
+    else:  # what a start that failed has left may be of other settings
+        parts = experiment.make_parts(config, workdir.folder, source)
     task = experiment.make_task(config, parts)
     corpus = experiment.training_corpus(config, source, parts, task)
     plan, note = _plan(config, workdir, corpus, task, mesh)
 
     def on_batch() -> None:
-        watchdog.beat()
+        watchdog.beat(busy=True)  # the next batch may have to be compiled
         interruption.check()
 
     evaluation = Evaluation(config, task, parts, mesh, on_batch)
@@ -146,7 +152,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         rates = {split: score.rates for split, score in found.items()}
         report.scores(step, rates, {split: score.line for split, score in found.items()})
         stopper.update(found[eval_splits[0]].results)
-        return found[eval_splits[0]].rates
+        return found[eval_splits[0]].numbers
 
     batches = experiment.training_batches(config, corpus, plan, first)
     with checkpoints, report, watchdog, contextlib.closing(batches):
@@ -171,12 +177,14 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
                     scores = {}
                     if due and not leave:
                         try:
+                            watchdog.beat(busy=True)
                             scores = evaluate(step)
                         except Interrupted:
                             leave = True
                     save(step, scores, pending=due and leave)
             if leave:
-                checkpoints.wait()
+                with watchdog.busy():
+                    checkpoints.wait()
                 report.say(f"saved update {step}; the same command goes on from there")
                 return None
         figures = report.finish()
@@ -202,7 +210,9 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     )
 
 
-def _plan(config, workdir, corpus, task, mesh) -> tuple[Plan, str]:
+def _plan(
+    config: ConfigDict, workdir: Workdir, corpus: Corpus, task: Task, mesh: Mesh
+) -> tuple[Plan, str]:
     """The plan of the run, that of its first start, and what is to be said of it."""
     recorded = workdir.recorded_plan()
     if recorded is None:
@@ -215,16 +225,19 @@ def _plan(config, workdir, corpus, task, mesh) -> tuple[Plan, str]:
                 "along the batch x config.train.accumulate) cannot share: use a mesh whose parts "
                 "divide them, or another --workdir"
             )
-    note = ""
-    if recorded.fingerprint != corpus.fingerprint():
-        note = (
-            f"the training data is not what this run began with ({recorded.utterances} utterances "
-            f"then, {len(corpus)} now): from here on the order of the data is another"
-        )
-    return experiment.training_plan(config, corpus, task, mesh, recorded.buckets), note
+    plan = experiment.training_plan(config, corpus, task, mesh, recorded.buckets)
+    if recorded.fingerprint == corpus.fingerprint():
+        return plan, ""
+    note = (
+        f"the training data is not what this run began with ({recorded.utterances} utterances "
+        f"then, {len(corpus)} now)"
+    )
+    if not plan.holds_all():
+        raise TrainingError(f"{note}, and its batches do not hold it: use another --workdir")
+    return plan, f"{note}: from here on the order of the data is another"
 
 
-def _first_state(setup: experiment.Setup):
+def _first_state(setup: experiment.Setup) -> TrainState:
     """The state that training begins with: random, or with the encoder of config.init.folder."""
     state = setup.fresh_state()
     if setup.config.init.folder:
@@ -234,7 +247,7 @@ def _first_state(setup: experiment.Setup):
     return state
 
 
-def _opening(corpus, parts, setup, first: int) -> str:
+def _opening(corpus: Corpus, parts: Mapping[str, Part], setup: experiment.Setup, first: int) -> str:
     """What is trained on what, in a line."""
     counts = [f"{part.count} {name}" for name, part in parts.items() if part.count]
     return ", ".join(
@@ -288,12 +301,23 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
     """
     model = bundle.open(workdir.folder)
     config = bundle.for_use(model, config)
-    mesh = sharding.make_mesh(**config.mesh)
-    task = model.task()
-    params, state = bundle.on_mesh(model, mesh)
-    evaluation = Evaluation(config, task, model.parts, mesh)
     splits = split_names(config.data.eval_splits)
-    return workdir.write_results(measure(evaluation, params, state, splits, workdir, say))
+    with Interruption() as interruption, workdir.locked():
+        workdir.prepare(splits)
+        mesh = sharding.make_mesh(**config.mesh)
+        task = model.task()
+        params, state = bundle.on_mesh(model, mesh)
+        evaluation = Evaluation(config, task, model.parts, mesh, interruption.check)
+        longest = round(config.data.max_seconds * config.data.sample_rate)
+        for split in splits:
+            evaluation.check_memory(split, params, state, longest)
+        try:
+            found = measure(evaluation, params, state, splits, workdir, say)
+        except Interrupted:
+            raise UserError(
+                "interrupted: nothing was written; run the same command again"
+            ) from None
+        return workdir.write_results(found)
 
 
 def measure(

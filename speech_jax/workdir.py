@@ -19,19 +19,19 @@ from typing import Any, NamedTuple, Self
 
 import jax
 from absl import logging
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from speech_jax import config as settings
 from speech_jax import files
 from speech_jax.data.batch import Bucket
 from speech_jax.errors import UserError
+from speech_jax.training import sharding
 
 # What may change between the runs that share a workdir: where things are and how fast they go,
 # never what is computed. Another mesh must fit the recorded plan.
 FREE = (
     "data.root", "data.cache", "data.threads", "data.eval_splits", "data.test_splits",
-    "data.eval_buckets", "data.noise_root", "robustness", "train.log_every", "checkpoint",
+    "data.eval_buckets", "data.eval_max_seconds", "robustness", "train.log_every", "checkpoint",
     "mesh",
 )  # fmt: skip
 
@@ -135,14 +135,14 @@ class Workdir:
                     folder.mkdir(exist_ok=True)
             if not self.config.exists():
                 self.plan.unlink(missing_ok=True)
-        _barrier("workdir")
+        sharding.barrier("workdir")
 
     def record(self, config: ConfigDict) -> None:
         """Makes the workdir one of this configuration: from now on there is something to resume."""
         if jax.process_index() == 0:
             with self._writes(self.config):
                 files.write_atomically(self.config, files.dump_json(files.plain(config)))
-        _barrier("config")
+        sharding.barrier("config")
 
     def recorded(self) -> ConfigDict:
         """What the workdir was trained with; settings that are newer than it have their defaults.
@@ -195,13 +195,20 @@ class Workdir:
             }
             with self._writes(self.plan):
                 files.write_atomically(self.plan, files.dump_json(plan))
-        _barrier("plan")
+        sharding.barrier("plan")
 
     def recorded_plan(self) -> RecordedPlan | None:
-        """The plan of a run's first start; None where there is none, or a damaged one."""
-        plan = _read_or_set_aside(self.plan)
-        if plan is None:
+        """The plan of a run's first start; None where there is none.
+
+        Raises:
+          WorkdirError: it is damaged, and there are checkpoints that were made by it.
+        """
+        try:
+            plan = files.read_json(self.plan)
+        except FileNotFoundError:
             return None
+        except UserError as error:
+            return self._without_plan(error)
         try:
             buckets = tuple(
                 Bucket(int(one["rows"]), tuple((k, int(n)) for k, n in one["sizes"].items()))
@@ -211,8 +218,13 @@ class Workdir:
                 raise ValueError("no rows")
             return RecordedPlan(buckets, str(plan["fingerprint"]), int(plan["utterances"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            _set_aside(self.plan, f"{self.plan} holds no plan ({error!r})")
-            return None
+            return self._without_plan(f"{self.plan} holds no plan ({error!r})")
+
+    def _without_plan(self, why: object) -> None:
+        """Sets a damaged plan aside, unless a run would go on without it in another order."""
+        if self._saved():
+            raise WorkdirError(f"{why}: the order of the data is lost; bring it back from a copy")
+        _set_aside(self.plan, why)
 
     def write_results(self, splits: Mapping[str, Mapping[str, Any]], **others: Any) -> dict:
         """Merges into results.json: splits are added, other entries replaced; returns all of it.
@@ -356,7 +368,8 @@ def _compare(
     # Another name explains the other differences of its section.
     for key in sorted(known.keys() | asked.keys(), key=lambda k: (not k.endswith(".name"), k)):
         was, now = known.get(key), asked.get(key)
-        if was != now and not _free(key):
+        moved = key == "data.noise_root" and was and now  # where it is, not whether there is noise
+        if was != now and not moved and not _free(key):
             raise WorkdirError(
                 f"{folder} was trained with config.{key}={was!r}, not {now!r}: use another "
                 "--workdir, or the same value"
@@ -410,8 +423,3 @@ def _set_aside(path: pathlib.Path, why: object) -> None:
         with contextlib.suppress(OSError):  # where nothing can be written, it is passed over
             path.replace(aside)
     logging.warning("%s; it is kept as %s and not used", why, aside)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -93,12 +93,12 @@ def test_a_sentencepiece_model_stays_in_the_workdir(tones, tmp_path):
     source = experiment.open_splits(config, "train")
     made = experiment.make_parts(config, tmp_path, source)["labels"]
     assert made.count == 8
-    again = experiment.make_parts(config, tmp_path)["labels"]
+    again = experiment.restore_parts(config, tmp_path)["labels"]
     assert [again.tokenizer.encode(u.text) for u in source.utterances] == [
         made.tokenizer.encode(u.text) for u in source.utterances
     ]
     with pytest.raises(UserError, match="train there first"):
-        experiment.make_parts(config, tmp_path / "elsewhere")
+        experiment.restore_parts(config, tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from speech_jax.data.parts import Part, PartError
 from speech_jax.data.parts.audio import Audio, Crop, open_noise
 from speech_jax.data.plan import stretched_length
 from speech_jax.data.sources import Utterance
+from speech_jax.data.text import CharacterTokenizer
 from speech_jax.errors import UserError
 
 RATE = 8000
@@ -399,3 +400,34 @@ def test_the_vocabulary_is_the_file_of_earlier_versions(source, tmp_path: pathli
         "tokenizer.json",
         "context.tokenizer.json",
     }
+
+
+def _learned() -> dict[str, tuple[Part, dict]]:
+    """A part of each kind that learns, and what it is restored with."""
+    transcript = parts.constructor("transcript")(CharacterTokenizer(" ABCDE"))
+    category = parts.constructor("category")(classes=("high", "low"), name="label")
+    statistics = {"mean": np.arange(4.0), "std": np.full(4, 0.5, np.float32)}
+    audio_part = Audio("audio", statistics=statistics)
+    return {
+        "transcript": (transcript, {}),
+        "category": (category, {}),
+        "audio": (audio_part, {"moments": _moments}),
+    }
+
+
+@pytest.mark.parametrize("kind", ["transcript", "category", "audio"])
+def test_a_byte_that_changed_in_what_a_part_has_learned_is_noticed(tmp_path, kind):
+    part, settings = _learned()[kind]
+    part.save(tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_text("utf-8")
+    assert part.restore(tmp_path, part.name, **settings).fields == part.fields
+    changed = 0
+    for place, character in enumerate(whole):
+        if character.isalnum() and '"digest"' not in whole[place - 7 : place + 8]:
+            other = "9" if character.isdigit() and character != "9" else chr(ord(character) ^ 1)
+            file.write_text(whole[:place] + other + whole[place + 1 :], "utf-8")
+            with pytest.raises(UserError):
+                part.restore(tmp_path, part.name, **settings)
+            changed += 1
+    assert changed > 60

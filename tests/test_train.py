@@ -85,13 +85,15 @@ def test_starts_that_failed_do_not_hold_the_workdir(tones, tmp_path, monkeypatch
     config.data.eval_splits = "no such split"
     with pytest.raises(UserError, match="no such split"):
         train.run(config, workdir)
-    assert set(experiment.make_parts(config, tmp_path)["labels"].tokenizer.alphabet) == set("abc ")
+    labels = experiment.restore_parts(config, tmp_path)["labels"]
+    assert set(labels.tokenizer.alphabet) == set("abc ")
     # A batch that does not fit is refused before the training.
     config = runs.tiny_config(tones)
     monkeypatch.setattr(costs, "host_memory", lambda: 1_000)
     with pytest.raises(UserError, match=r"this machine has 0: lower config\.data\.batch"):
         train.run(config, workdir)
-    assert set(experiment.make_parts(config, tmp_path)["labels"].tokenizer.alphabet) == set("ABC ")
+    labels = experiment.restore_parts(config, tmp_path)["labels"]
+    assert set(labels.tokenizer.alphabet) == set("ABC ")
     assert not workdir.config.exists()
 
 

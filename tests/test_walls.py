@@ -140,7 +140,7 @@ class Built(NamedTuple):
 def build(config, workdir: Workdir) -> Built:
     mesh = sharding.make_mesh(**config.mesh)
     source = experiment.open_training(config)
-    made = experiment.make_parts(config, workdir.folder)
+    made = experiment.restore_parts(config, workdir.folder)
     task = experiment.make_task(config, made)
     corpus = experiment.training_corpus(config, source, made, task)
     plan = experiment.training_plan(config, corpus, task, mesh)

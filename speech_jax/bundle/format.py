@@ -95,25 +95,34 @@ def open_saved(folder: pathlib.Path) -> Bundle:
     tree = flax.traverse_util.unflatten_dict(tensors, sep="/")
     return Bundle(
         config,
-        experiment.make_parts(config, folder, whole=False),
+        experiment.restore_parts(config, folder, whole=False),
         tree.get("params", {}),
         tree.get("state", {}),
     )
 
 
-# What of a configuration says where things are and how fast they go, not what a model is.
-_USE = ("mesh", "robustness", "train.log_every", "checkpoint")
-# Of the data, what a model has learned to hear.
-_HEARD = ("sample_rate",)
+# Settings of the data that belong to a model, not to what it is used on.
+_OWN = ("sample_rate", "max_seconds")
 
 
 def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
-    """The configuration to use a model with: its own, on the data and mesh that `config` names."""
+    """The configuration to use a model with: its own, on the data and mesh that `config` names.
+
+    Raises:
+      BundleError: `config` is for another task or encoder.
+    """
+    for section in ("task", "model"):
+        theirs, ours = model.config[section].name, config[section].name
+        if theirs != ours:
+            raise BundleError(
+                f"this model was trained with config.{section}.name={theirs!r}, and --config says "
+                f"{ours!r}: name the recipe that it was trained with"
+            )
     merged = model.config.copy_and_resolve_references()
     with merged.unlocked():
         for section in ("mesh", "robustness"):
             merged[section] = config[section]
-        kept = {key: merged.data[key] for key in _HEARD}
+        kept = {key: merged.data[key] for key in _OWN}
         merged.data = config.data.copy_and_resolve_references()
         merged.data.update(kept)
     return merged.lock()
@@ -123,12 +132,13 @@ def on_mesh(model: Bundle, mesh: Mesh) -> tuple[Any, Any]:
     """(parameters, model state) on the devices: parameters as the task's rules say, state whole."""
     split = sharding.shard_params(model.params, mesh, model.task().rules)
     whole = sharding.replicated(mesh)
-    return jax.tree.map(_place, model.params, split), jax.tree.map(
-        lambda x: _place(x, whole), model.state
+    return jax.tree.map(place, model.params, split), jax.tree.map(
+        lambda x: place(x, whole), model.state
     )
 
 
-def _place(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+def place(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """An array of the host on the devices."""
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 

@@ -21,5 +21,5 @@ def open_workdir(folder: pathlib.Path) -> Bundle:
     weights = "ema" if config.train.ema_decay else "params"
     found = checkpoint.load_best(workdir.checkpoints, (weights, "model_state"))
     tree = flax.traverse_util.unflatten_dict(found, sep="/")
-    parts = experiment.make_parts(config, workdir.folder)
+    parts = experiment.restore_parts(config, workdir.folder)
     return Bundle(config, parts, tree.get(weights, {}), tree.get("model_state", {}))

@@ -1,6 +1,7 @@
 """The encoder that a run starts from: that of any bundle."""
 
 import json
+import pathlib
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from speech_jax import bundle, files, models
+from speech_jax.bundle.format import place
 from speech_jax.errors import UserError
 
 # Settings of an encoder that change neither its parameters nor what they mean.
@@ -44,11 +46,11 @@ def with_encoder(params: Any, state: Any, config: ConfigDict) -> tuple[Any, Any]
     params = {**params, "encoder": fit(found.params, params)}
     if "batch_stats" in state:
         statistics = fit(found.state["batch_stats"], state["batch_stats"])
-        state = {**state, "batch_stats": {"encoder": statistics}}
+        state = {**state, "batch_stats": {**state["batch_stats"], "encoder": statistics}}
     return params, state
 
 
-def _fit(folder, found, ours, scan: bool):
+def _fit(folder: pathlib.Path, found: Any, ours: Any, scan: bool) -> Any:
     """What was found in a folder, placed and stacked as ours."""
     found = models.stack_layers(found) if scan else models.unstack_layers(found)
     old, new = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (ours, found))
@@ -59,15 +61,12 @@ def _fit(folder, found, ours, scan: bool):
                 f"{folder}: parameter {name} has the shape {shapes[1]}, and config.model asks for "
                 f"{shapes[0]}"
             )
-    return jax.tree.map(_place, found, ours)
+    return jax.tree.map(
+        lambda value, like: place(np.asarray(value, like.dtype), like.sharding), found, ours
+    )
 
 
-def _place(value, like: jax.Array) -> jax.Array:
-    value = np.asarray(value, like.dtype)
-    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
-
-
-def _compare(folder, section, theirs, config) -> None:
+def _compare(folder: pathlib.Path, section: str, theirs: Any, config: ConfigDict) -> None:
     theirs = json.loads(ConfigDict(theirs).to_json())
     ours = json.loads(config[section].to_json())
     for key, value in theirs.items():

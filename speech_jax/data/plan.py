@@ -194,6 +194,18 @@ class Plan:
         speed = np.append(speed, np.float32(1))  # the speed of id -1
         return [PlannedBatch(bucket, ids.astype(np.int32), speed[ids]) for bucket, ids in planned]
 
+    def holds_all(self) -> bool:
+        """Whether every utterance fits into a bucket at every speed."""
+        sizes = {name for name, _ in self.buckets[-1].sizes}
+        if sizes != self.lengths.keys():
+            return False
+        slowest = min(self.speeds)
+        return all(
+            stretched_length(length, slowest if name in self.stretched else 1.0).max()
+            <= self.buckets[-1].size(name)
+            for name, length in self.lengths.items()
+        )
+
     def count(self, number: int) -> int:
         """The number of batches of an epoch, at a fraction of the time that planning it takes."""
         _, _, home = self._assign(number)

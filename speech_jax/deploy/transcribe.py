@@ -13,13 +13,14 @@ from speech_jax import bundle
 from speech_jax.data import audio, decoders
 from speech_jax.data.batch import Bucket, collate
 from speech_jax.data.parts.transcript import Transcript
+from speech_jax.data.sources.pieces import quiet_pieces
 from speech_jax.errors import UserError
 
 # Recordings are padded to one of a few lengths, a fourth root of 2 apart, so that few programs are
 # compiled; what a model hears does not depend on padding.
 _SHORTEST_SECONDS, _STEP = 1.0, 2**0.25
-# The most channels: where there are more, they are samples, in an array that lies on its side.
-_CHANNELS = 64
+# Longer recordings are heard in pieces: attention takes memory with the square of the length.
+_LONGEST_SECONDS = 30.0
 
 
 class TranscriptionError(UserError):
@@ -88,12 +89,15 @@ class Model:
           TranscriptionError: the array is no audio.
         """
         samples = self._samples(recording, sample_rate)
-        seconds = len(samples) / self.sample_rate
+        texts = map(self._text, _cut(samples, self.sample_rate))
+        return Transcription(" ".join(filter(None, texts)), len(samples) / self.sample_rate)
+
+    def _text(self, samples: np.ndarray) -> str:
+        """What is said in samples int16 [T]."""
         bucket = Bucket(1, (("samples", _padded(len(samples), self.sample_rate)),))
         batch = collate(self._fields, bucket, [(0, {"audio": samples})])
         found = jax.device_get(self._predict(self._params, self._state, batch))
-        row = {name: rows[0] for name, rows in found.items()}
-        return Transcription(self._labels.read(row), seconds)
+        return self._labels.read({name: rows[0] for name, rows in found.items()})
 
     def _samples(self, recording, sample_rate: int | None) -> np.ndarray:
         """int16 [T] at the model's rate."""
@@ -117,9 +121,10 @@ def _to_int16(recording: np.ndarray) -> np.ndarray:
     except (ValueError, TypeError) as error:  # lists of several lengths; what is on no CPU
         raise TranscriptionError(f"this is no array of samples: {error}") from error
     channels = samples.shape[1] if samples.ndim == 2 else 1
-    if samples.ndim not in (1, 2) or not samples.size or channels > _CHANNELS:
+    if samples.ndim not in (1, 2) or not samples.size or channels > len(samples):
         raise TranscriptionError(
-            f"samples of shape {list(samples.shape)} are no audio: give [T], or [T, channels]"
+            f"samples of shape {list(samples.shape)} are no audio: give [T], or [T, channels] "
+            "(transpose what has the channels first)"
         )
     if samples.dtype.newbyteorder("=") != np.int16:
         if not np.issubdtype(samples.dtype, np.floating):
@@ -139,6 +144,16 @@ def _to_int16(recording: np.ndarray) -> np.ndarray:
     if samples.ndim == 2:
         samples = np.rint(samples.astype(np.float32).mean(axis=1))
     return samples.astype(np.int16)
+
+
+def _cut(samples: np.ndarray, rate: int) -> list[np.ndarray]:
+    """The samples in pieces that a model takes, cut where they are quietest."""
+    if len(samples) <= _LONGEST_SECONDS * rate:
+        return [samples]
+    cuts = [
+        round(piece.offset * rate) for piece in quiet_pieces("", samples, rate, _LONGEST_SECONDS)
+    ]
+    return np.split(samples, cuts[1:])
 
 
 def _padded(length: int, rate: int) -> int:

@@ -43,6 +43,11 @@ class Score(NamedTuple):
     rates: dict[str, float]
     line: str
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The results that have a value."""
+        return {name: value for name, value in self.results.items() if value is not None}
+
 
 class Evaluation:
     """Measures splits with a task's evaluator; shapes that were compiled once stay compiled."""
@@ -61,7 +66,7 @@ class Evaluation:
         self._corpora: dict[str, Corpus] = {}
         shared = jax.process_count() > 1
 
-        def predict(params, state, batch):
+        def predict(params: Any, state: Any, batch: Mapping[str, jax.Array]) -> tuple:
             # A process holds only its own rows of a batch: those of the others come with the rest.
             return task.predict(params, state, batch), (batch if shared else {})
 
@@ -78,7 +83,7 @@ class Evaluation:
             self._corpora[split] = found
         return self._corpora[split]
 
-    def check_memory(self, split: str, params, state, fits: int) -> None:
+    def check_memory(self, split: str, params: Any, state: Any, fits: int) -> None:
         """Raises UserError where the longest utterances of a split do not fit in memory.
 
         `params` and `state` may be shapes; batches up to the length `fits` are known to fit.
@@ -97,7 +102,9 @@ class Evaluation:
             "cut it into utterances, lower config.data.batch_seconds or take a smaller model",
         )
 
-    def run(self, params, state, split: str, predictions: pathlib.Path | None = None) -> Score:
+    def run(
+        self, params: Any, state: Any, split: str, predictions: pathlib.Path | None = None
+    ) -> Score:
         """Measures a split; the lines of its utterances go to the file `predictions`.
 
         Raises:
@@ -122,7 +129,10 @@ class Evaluation:
             while waiting:
                 waiting.popleft().result()
         if jax.process_index() == 0 and predictions is not None and reader.heard:
-            files.write_atomically(predictions, "".join(reader.lines))
+            try:
+                files.write_atomically(predictions, "".join(reader.lines))
+            except OSError as error:
+                raise UserError(f"cannot write {predictions}: {error.strerror or error}") from error
         return _agree(split, reader)
 
 
@@ -134,7 +144,12 @@ class _Reader:
         self.lines: list[str] = []
         self._keep = keep
 
-    def read(self, batch: Mapping[str, Any], found, shared) -> None:
+    def read(
+        self,
+        batch: Mapping[str, np.ndarray],
+        found: Mapping[str, jax.Array],
+        shared: Mapping[str, jax.Array],
+    ) -> None:
         if jax.process_index():
             return
         prediction = {name: np.asarray(value.addressable_data(0)) for name, value in found.items()}

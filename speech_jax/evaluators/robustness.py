@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from speech_jax import bundle, experiment, files
 from speech_jax.config import split_names
-from speech_jax.data import audio, pipeline
+from speech_jax.data import audio
 from speech_jax.data.parts.audio import open_noise
 from speech_jax.errors import UserError
 from speech_jax.evaluators.errors import Errors
@@ -63,20 +63,18 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
 
     curves = {}
     for split in split_names(config.data.eval_splits):
-        corpus = pipeline.make_corpus(
-            experiment.open_splits(config, split),
-            model.parts,
-            unusable=task.unusable,
-            on_error=config.data.on_error,
-        )
+        corpus = experiment.evaluation_corpus(config, split, model.parts, task.unusable)
         curves[split] = _arrange(_measure(config, mesh, model, task, corpus, attacked))
         if curves[split]["clean"]["wer"] is None:
             raise UserError(f"{split}: there is no word in what could be read: no error to count")
         for line in _table(split, curves[split]):
             say(line)
     if jax.process_index() == 0:
-        files.write_atomically(workdir.robustness, files.dump_json(curves))
-        plot({workdir.folder.name: curves}, workdir.robustness.with_suffix(".png"))
+        try:
+            files.write_atomically(workdir.robustness, files.dump_json(curves))
+            plot({workdir.folder.name: curves}, workdir.robustness.with_suffix(".png"))
+        except OSError as error:
+            raise UserError(f"cannot write {workdir.robustness}: {error}") from error
     return curves
 
 

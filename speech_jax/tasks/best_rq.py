@@ -2,16 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from speech_jax.errors import UserError
-from speech_jax.evaluators.masked import Masked
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import features
 from speech_jax.rules import Rules
@@ -41,7 +39,7 @@ class ClassifierModel(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class BestRQ:
+class BestRQ(masked.MaskedTask):
     """BEST-RQ: name the code of a masked frame, from a random projection that is never trained.
 
     A target is the nearest, by cosine, of `codes` random vectors to a random projection of the
@@ -68,10 +66,6 @@ class BestRQ:
     collapse_fraction: float = 0.0005
     collapse_after: int = 1_000
 
-    parts: ClassVar = {"audio": "crop"}
-    along: ClassVar = "samples"
-    best: ClassVar = ("error_rate", "min")
-
     def __post_init__(self) -> None:
         if self.encoder.listens == "waveform" and not hasattr(self.encoder, "geometry"):
             raise UserError(
@@ -88,11 +82,6 @@ class BestRQ:
     def rules(self) -> Rules:
         """How the parameters lie on a mesh."""
         return (*self.encoder.rules, *RULES)
-
-    def usable(self, sizes: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Which utterances can be learned from, bool: those of a frame or more."""
-        frames = self.frontend.lengths(np.asarray(sizes["samples"]))
-        return np.asarray(self.encoder.output_lengths(frames)) > 0
 
     def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
         """Parameters, and a state that holds the random projection and codes too."""
@@ -171,16 +160,6 @@ class BestRQ:
             step=step,
             cure=cure,
         )
-
-    def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
-        """Every utterance can be used."""
-        del sizes
-        return {}
-
-    def evaluator(self, parts: Mapping[str, Any]) -> Masked:
-        """How well masked frames are told apart."""
-        del parts
-        return Masked()
 
     def _predict(
         self, params: Any, state: Any, batch: Mapping[str, jax.Array], rng: jax.Array | None

@@ -3,16 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from speech_jax.errors import UserError
-from speech_jax.evaluators.masked import Masked
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.rules import Rules
 from speech_jax.tasks import masked
@@ -174,7 +172,7 @@ class Draws(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrastive:
+class Contrastive(masked.MaskedTask):
     """wav2vec 2.0: pick the quantized features of a masked frame among those of others.
 
     Attributes:
@@ -209,10 +207,6 @@ class Contrastive:
     collapse_fraction: float = 0.02
     collapse_after: int = 1_000
 
-    parts: ClassVar = {"audio": "crop"}
-    along: ClassVar = "samples"
-    best: ClassVar = ("error_rate", "min")
-
     def __post_init__(self) -> None:
         if not hasattr(self.encoder, "contextualize"):
             raise UserError(
@@ -236,11 +230,6 @@ class Contrastive:
     def rules(self) -> Rules:
         """How the parameters lie on a mesh."""
         return (*self.encoder.rules, *RULES)
-
-    def usable(self, sizes: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Which utterances can be learned from, bool: those of a frame or more."""
-        frames = self.frontend.lengths(np.asarray(sizes["samples"]))
-        return np.asarray(self.encoder.output_lengths(frames)) > 0
 
     def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
         """Parameters (float32) and model state (empty without batch norm)."""
@@ -295,16 +284,6 @@ class Contrastive:
             step=step,
             cure=cure,
         )
-
-    def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
-        """Every utterance can be used."""
-        del sizes
-        return {}
-
-    def evaluator(self, parts: Mapping[str, Any]) -> Masked:
-        """How well masked frames are told apart."""
-        del parts
-        return Masked()
 
     def compare(
         self,

@@ -7,16 +7,43 @@ part.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from speech_jax.errors import UserError
+from speech_jax.evaluators.masked import Masked
+from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import masking
 
 
 class CollapseError(UserError):
     """The model has found a way out of the objective; training on is of no use."""
+
+
+class MaskedTask:
+    """What such a task is to the rest of the house; it has an `encoder` and a `frontend`."""
+
+    parts: ClassVar = {"audio": "crop"}
+    along: ClassVar = "samples"
+    best: ClassVar = ("error_rate", "min")
+
+    encoder: nn.Module
+    frontend: FrontEnd
+
+    def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
+        """Utterances that are too short for a frame of the encoder."""
+        inputs = self.frontend.lengths(np.asarray(sizes["samples"]))
+        frames = np.asarray(self.encoder.output_lengths(inputs))
+        return {int(i): "too short: not a frame of the encoder" for i in np.flatnonzero(frames < 1)}
+
+    def evaluator(self, parts: Mapping[str, Any]) -> Masked:
+        """How well masked frames are told apart."""
+        del parts
+        return Masked()
 
 
 def row_keys(rng: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:

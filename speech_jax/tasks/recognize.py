@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ from speech_jax.evaluators.errors import Errors
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc
 from speech_jax.rules import Rules
+from speech_jax.tasks import Batch, Pytree
 
 # How the head's parameters lie on a mesh.
 RULES: Rules = ((r"head/kernel", ("fsdp", "tensor")), (r"head/bias", ("tensor",)))
@@ -26,7 +27,9 @@ class CTCModel(nn.Module):
     vocabulary_size: int
 
     @nn.compact
-    def __call__(self, inputs, lengths, deterministic: bool):
+    def __call__(
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
         hidden, lengths = self.encoder(inputs, lengths, deterministic)
         head = nn.Dense(self.vocabulary_size, dtype=hidden.dtype, name="head")
         return head(hidden).astype(jnp.float32), lengths
@@ -54,14 +57,21 @@ class Recognize:
         """Encoder and head; its parameters are {"encoder": ..., "head": ...}."""
         return CTCModel(self.encoder, self.counts["labels"])
 
-    def init(self, rng, batch):
+    def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Parameters (float32) and model state (empty without batch norm)."""
         inputs, lengths = self.frontend(batch)
         variables = self.model.init(rng, inputs, lengths, True)
         params = variables.pop("params")
         return params, variables
 
-    def logits(self, params, state, batch, rng=None, step=0):
+    def logits(
+        self,
+        params: Pytree,
+        state: Pytree,
+        batch: Batch,
+        rng: jax.Array | None = None,
+        step: jax.Array | int = 0,
+    ) -> tuple[jax.Array, jax.Array, Pytree]:
         """(logits [B, T', K], frames [B], new state); trains where there is a key."""
         train = rng is not None
         keys = jax.random.split(rng) if train else (None, None)
@@ -76,7 +86,14 @@ class Recognize:
         )
         return logits, lengths, state
 
-    def loss(self, params, state, batch, rng=None, step=0):
+    def loss(
+        self,
+        params: Pytree,
+        state: Pytree,
+        batch: Batch,
+        rng: jax.Array | None = None,
+        step: jax.Array | int = 0,
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         """The CTC loss of rows with weight whose alignment fits; the others are counted."""
         logits, lengths, state = self.logits(params, state, batch, rng, step)
         labels, labels_length = batch["labels"], batch["labels_length"]
@@ -87,7 +104,7 @@ class Recognize:
         tokens = (weight * labels_length.astype(jnp.float32)).sum()
         return (nats * weight).sum(), tokens, {"state": state, "sums": sums}
 
-    def predict(self, params, state, batch):
+    def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
         """Greedy hypotheses: {"labels": int32 [B, T'], "labels_length": int32 [B]}."""
         logits, lengths, _ = self.logits(params, state, batch)
         labels, count = greedy(logits, lengths)
@@ -103,14 +120,14 @@ class Recognize:
             for i in np.flatnonzero(frames < needed)
         }
 
-    def figures(self, sums):
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The loss in nats a label, and the utterances whose alignment did not fit."""
         loss = sums["loss"] / max(sums["weight"], 1.0)
         return {"loss_per_label": loss, "infeasible": sums["infeasible"]}
 
-    def check(self, figures, step):
+    def check(self, figures: Mapping[str, float], step: int) -> None:
         """Nothing that is logged says that going on is of no use."""
 
-    def evaluator(self, parts) -> Errors:
+    def evaluator(self, parts: Mapping[str, Any]) -> Errors:
         """Word and character errors."""
         return Errors(parts["labels"])

@@ -43,6 +43,10 @@ class Restored:
     stopper: dict
 
 
+# Ends the name of a checkpoint whose replacement is being written.
+_ASIDE = ".replaced"
+
+
 class Checkpoints:
     """The checkpoints of one run, in `directory`/<step>.
 
@@ -74,6 +78,7 @@ class Checkpoints:
         )
         _quieten()
         try:
+            self._bring_back()
             self._manager = _Manager(
                 self.directory,
                 options=options,
@@ -113,7 +118,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             if not metrics or step in self._scores:
                 return
-            self._run(self._manager.delete, step)
+            self._run(self._set_aside, step)
         leaves = saved.leaves_of(state)
         record = {
             "step": step,
@@ -158,6 +163,22 @@ class Checkpoints:
     def wait(self) -> None:
         """Blocks until the save in progress is on disk; raises CheckpointError where it failed."""
         self._run(self._manager.wait_until_finished)
+        self._run(self._bring_back)
+
+    def _set_aside(self, step: int) -> None:
+        """Keeps a checkpoint under another name until the one that replaces it is whole."""
+        if jax.process_index() == 0:
+            (self.directory / str(step)).rename(self.directory / f"{step}{_ASIDE}")
+        self._manager.reload()
+
+    def _bring_back(self) -> None:
+        """Ends what `_set_aside` began: removes the old checkpoint, or brings it back."""
+        if jax.process_index() or not self.directory.exists():
+            return
+        for path in list(self.directory.iterdir()):
+            if path.name.endswith(_ASIDE):
+                place = self.directory / path.name.removesuffix(_ASIDE)
+                path.rmtree() if place.exists() else path.rename(place)
 
     def close(self) -> None:
         """Waits for the save in progress and ends the threads."""

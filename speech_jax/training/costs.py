@@ -6,7 +6,8 @@ import math
 import os
 import pathlib
 import time
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def chip(device_kind: str) -> Chip | None:
     return next((rates for name, rates in CHIPS.items() if name.lower() in kind), None)
 
 
-def matmul_flops(jaxpr) -> float:
+def matmul_flops(jaxpr: Any) -> float:
     """FLOPs of the matrix products and convolutions of a (closed) jaxpr.
 
     A loop's body counts as often as it runs, which XLA's own cost analysis does not do. A program
@@ -93,7 +94,7 @@ def matmul_flops(jaxpr) -> float:
     return _count(getattr(jaxpr, "jaxpr", jaxpr))
 
 
-def _count(jaxpr) -> float:
+def _count(jaxpr: Any) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -113,7 +114,7 @@ def _count(jaxpr) -> float:
     return total
 
 
-def _bodies(params):
+def _bodies(params: Mapping[str, Any]) -> Iterator[Any]:
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             body = getattr(item, "jaxpr", item)
@@ -146,7 +147,7 @@ def peak_flops() -> float:
     return 2.0 * size**3 / float(np.median(seconds)) / sharing
 
 
-def memory_needed(compiled) -> int:
+def memory_needed(compiled: Any) -> int:
     """Bytes that a compiled program takes on each device: arguments, results, temporaries, code."""
     sizes = compiled.memory_analysis()
     if sizes is None:  # a backend that does not say
@@ -160,7 +161,7 @@ def memory_needed(compiled) -> int:
     )
 
 
-def check_memory(program, what: str, cure: str) -> None:
+def check_memory(program: Any, what: str, cure: str) -> None:
     """Raises UserError where a compiled program needs more memory than this machine has.
 
     An accelerator's compiler refuses by itself; a CPU's leaves it to the kernel to kill the run.

@@ -25,7 +25,7 @@ class Loss(NamedTuple):
     aux: dict[str, Any]
 
 
-def gradients(task):
+def gradients(task: Any) -> Callable:
     """The gradient of a task's loss sum with respect to its parameters."""
 
     def function(params, state, batch, rng, step):
@@ -39,7 +39,7 @@ def gradients(task):
     return function
 
 
-def accumulate(function, count: int):
+def accumulate(function: Callable, count: int) -> Callable:
     """Runs a gradient function on `count` micro-batches in turn and adds up what they return.
 
     Micro-batch i holds rows i, i + count, ..., so that rows stay on their devices. Sums and
@@ -128,7 +128,7 @@ def make_step(
     skipped updates stays as it was.
     """
 
-    def step(state: TrainState, batch):
+    def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple:
         rng = jax.random.fold_in(state.rng, state.step)
         gradient, loss = gradients(state.params, state.model_state, batch, rng, state.step)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1.0), gradient)

@@ -23,9 +23,9 @@ class Watchdog:
             raise ValueError(f"The watchdog's seconds are {seconds}: 0 turns it off.")
         self._seconds = seconds
 
-    def beat(self) -> None:
-        """Says that the run makes progress."""
-        self._arm(self._seconds)
+    def beat(self, busy: bool = False) -> None:
+        """Says that the run makes progress; with `busy`, that what follows may take long."""
+        self._arm(self._seconds * (self.LONG if busy else 1))
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
@@ -33,7 +33,7 @@ class Watchdog:
 
         It may take LONG times the seconds of a step.
         """
-        self._arm(self._seconds * self.LONG)
+        self.beat(busy=True)
         yield
         self.beat()
 

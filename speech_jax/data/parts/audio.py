@@ -138,7 +138,7 @@ class Audio:
     def save(self, folder: pathlib.Path) -> None:
         if self.statistics:
             lists = {name: np.asarray(values).tolist() for name, values in self.statistics.items()}
-            files.write_atomically(folder / _file(self.name), files.dump_json(lists))
+            files.write_atomically(folder / _file(self.name), files.dump_sealed(lists))
 
     def for_evaluation(self) -> Self:
         return dataclasses.replace(self, noise=None)
@@ -218,7 +218,7 @@ def _file(name: str) -> str:
 
 
 def _load_statistics(path: pathlib.Path) -> dict[str, np.ndarray]:
-    values = files.read_json(path)
+    values = files.read_sealed(path)
     try:
         found = {name: np.asarray(values[name], np.float32) for name in ("mean", "std")}
         good = found["mean"].shape == found["std"].shape and found["mean"].ndim == 1

@@ -1,6 +1,7 @@
 """The class of an utterance: the value of one of its tags."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
@@ -53,13 +54,15 @@ class Category:
     @classmethod
     def restore(cls, folder: pathlib.Path, name: str, *, tag: str = "label") -> Self:
         path = folder / _file(name)
-        classes = files.read_json(path, list)
-        if not classes or not all(isinstance(one, str) for one in classes):
+        classes = files.read_sealed(path).get("classes")
+        good = isinstance(classes, list) and all(isinstance(one, str) for one in classes)
+        if not classes or not good:
             raise PartError(f"{path} holds no class names: bring it back or train anew")
         return cls(tuple(classes), name, tag)
 
     def save(self, folder: pathlib.Path) -> None:
-        files.write_atomically(folder / _file(self.name), files.dump_json(list(self.classes)))
+        names = files.dump_sealed({"classes": list(self.classes)})
+        files.write_atomically(folder / _file(self.name), names)
 
     def for_evaluation(self) -> Self:
         return dataclasses.replace(self, strict=False)
@@ -78,11 +81,15 @@ class Category:
         index = int(row[self.name])
         return self.classes[index] if index >= 0 else ""
 
+    @functools.cached_property
+    def _indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.classes)}
+
     def index(self, utterance: Utterance) -> int:
         """The index of an utterance's class, or -1 where it is not strict about it."""
         value = str(utterance.tags.get(self.tag, ""))
-        if value in self.classes:
-            return self.classes.index(value)
+        if value in self._indices:
+            return self._indices[value]
         if not self.strict:
             return -1
         if not value:

@@ -224,7 +224,9 @@ def from_rows(
     found, disagreeing = [], []
     for row in usable:
         if row.path in unknown and row.path not in lengths:
-            continue  # its problem is known
+            if row.offset is not None:  # each part of a recording counts, not the file once
+                problems[row.where] = problems[row.path]
+            continue
         try:
             seconds, file = _cut(row, lengths.get(row.path))
         except ValueError as error:
@@ -233,6 +235,8 @@ def from_rows(
         if row.offset is None and row.duration and abs(seconds - row.duration) > _AGREES:
             disagreeing.append(f"{row.id} states {row.duration:g} s and lasts {seconds:.2f} s")
         found.append((Utterance(row.id, seconds, row.text, row.tags), file, row.streams))
+    for path in {row.path for row in usable if row.offset is not None}:
+        problems.pop(path, None)
     if disagreeing:
         logging.warning(
             "%s: the stated durations of %d utterances disagree with their files (%s): the whole "
