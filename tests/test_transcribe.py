@@ -1,6 +1,7 @@
 """load(folder).transcribe(recording): any form of a recording gives its text, or one sentence."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -118,6 +119,23 @@ def test_few_programs_serve_all_lengths(model):
     for length in (1, 15_999, 16_000, 16_001, 19_027, 19_028, 960_000):
         padded = transcribe._padded(length, RATE)
         assert max(length, RATE) <= padded <= 1.2 * max(length, RATE)
+
+
+def test_a_long_recording_is_heard_in_pieces(model, longest):
+    """Cut in the pauses, none of its samples lost or heard twice; as long ones as a model takes."""
+    _, samples, _ = longest
+    pause = np.random.default_rng(0).normal(0, 30, RATE).astype(np.int16)
+    whole = np.tile(np.concatenate([samples, pause]), 27)
+    pieces = transcribe._cut(whole, RATE)
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    assert len(pieces) == math.ceil(len(whole) / RATE / 30)
+    assert max(map(len, pieces)) <= 30 * RATE
+    period = len(samples) + len(pause)
+    for end in np.cumsum([len(piece) for piece in pieces])[:-1]:
+        assert len(samples) < end % period, "a word is cut in two"
+    found = model.transcribe(whole)
+    assert found.seconds == len(whole) / RATE
+    assert found.text == " ".join(model.transcribe(piece).text for piece in pieces)
 
 
 # ---- One sentence ------------------------------------------------------------------------------
