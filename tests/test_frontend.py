@@ -39,3 +39,7 @@ def test_impossible_settings_are_named():
         FrontEnd("log_mel", LOG_MEL, normalize="batch")
     with pytest.raises(UserError, match="'global' needs log-mel"):
         FrontEnd("waveform", LOG_MEL, normalize="global")
+    for bands in (1, LOG_MEL["mels"] - 1):
+        mean = np.zeros(bands, np.float32)
+        with pytest.raises(UserError, match=f"of {bands} bands"):
+            FrontEnd("log_mel", LOG_MEL, normalize="global", mean=mean, std=mean + 1)

@@ -43,6 +43,11 @@ class FrontEnd:
                 "features.normalize='global' needs log-mel, and this encoder listens to the "
                 "waveform: use 'utterance' or 'none'"
             )
+        if self.mean is not None and len(self.mean) != self.log_mel["mels"]:
+            raise UserError(
+                f"features.json has the mean of {len(self.mean)} bands, and "
+                f"config.features.mels={self.log_mel['mels']}: they must be of the same features"
+            )
 
     def lengths(self, samples: int | np.ndarray | jax.Array) -> int | np.ndarray | jax.Array:
         """Frames (or samples, for an encoder of waveforms) that come out for `samples`."""
