@@ -15,9 +15,10 @@ the disturbed process: the machine's clock is left as it is.
 
 import argparse
 import atexit
+import contextlib
 import ctypes
+import importlib
 import json
-import math
 import mmap
 import os
 import pathlib
@@ -137,10 +138,8 @@ def _read_only(room: Room, pid: int, rng: random.Random) -> Lift:
 
 
 def _chmod(path: pathlib.Path, mode: int) -> None:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         path.chmod(mode)
-    except FileNotFoundError:
-        pass
 
 
 def _damage(remove: bool) -> Callable:
@@ -422,8 +421,8 @@ def main() -> None:
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     # Imported once for all, and only now that JAX finds its settings; no device is used here.
-    import benchmarks.digest
-    import speech_jax.train
+    for name in ("benchmarks.digest", "speech_jax.train"):
+        importlib.import_module(name)
     from benchmarks.table import report
 
     room = _furnish(folder)
@@ -445,8 +444,8 @@ def main() -> None:
                 one["problem"] = f"another state: {one['digest']}"
             found.append(one)
             print(
-                f"run {number}, {one['fault']} after {one['after']} s, ended {one['seconds']:.1f} s "
-                f"later ({one['moved']}): {one['problem'] or 'fine'}",
+                f"run {number}, {one['fault']} after {one['after']} s, ended "
+                f"{one['seconds']:.1f} s later ({one['moved']}): {one['problem'] or 'fine'}",
                 file=sys.stderr,
                 flush=True,
             )
