@@ -257,13 +257,18 @@ def check(config: ConfigDict) -> None:
         if value is not None and value not in known:
             near = difflib.get_close_matches(str(value), list(known), n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise UserError(f"config.{key}={value!r}{hint}: it must be one of {', '.join(known)}")
+            raise UserError(
+                f"config.{key}={_shown(value)}{hint}: it must be one of {', '.join(known)}"
+            )
     for key, (demand, fits) in RANGES.items():
         value = _get(config, key)
         if value is None:
             continue
-        if not all(fits(each) for each in (value if isinstance(value, tuple | list) else (value,))):
-            raise UserError(f"config.{key}={value!r} {demand}")
+        several = value if isinstance(value, tuple | list) else (value,)
+        if not all(_is_number(each) for each in several):
+            raise UserError(f"config.{key}={_shown(value)} must hold numbers alone")
+        if not all(map(fits, several)):
+            raise UserError(f"config.{key}={_shown(value)} {demand}")
     data = config.data
     if data.batch_seconds < data.max_seconds:
         raise UserError(
@@ -319,7 +324,9 @@ def _reference(config: ConfigDict) -> ConfigDict:
     for section, defaults_of in (("model", models.defaults), ("task", tasks.settings)):
         name = config[section].get("name")
         if not isinstance(name, str):
-            raise UserError(f"config.{section}.name={name!r} must be a name: say which {section}")
+            raise UserError(
+                f"config.{section}.name={_shown(name)} must be a name: say which {section}"
+            )
         reference[section] = ConfigDict(defaults_of(name))
     return reference
 
@@ -344,7 +351,7 @@ def _check_keys(config: ConfigDict, reference: ConfigDict, prefix: str) -> None:
         elif isinstance(like, ConfigDict):
             if not isinstance(value, ConfigDict):
                 raise UserError(
-                    f"config.{name}={value!r} must be a section: give single keys of it"
+                    f"config.{name}={_shown(value)} must be a section: give single keys of it"
                 )
             _check_keys(value, like, f"{name}.")
         else:
@@ -353,10 +360,22 @@ def _check_keys(config: ConfigDict, reference: ConfigDict, prefix: str) -> None:
 
 def _check_free(section: Any, like: ConfigDict, name: str) -> None:
     if not isinstance(section, ConfigDict):
-        raise UserError(f"config.{name}={section!r} must be a section: give single keys of it")
+        raise UserError(
+            f"config.{name}={_shown(section)} must be a section: give single keys of it"
+        )
     for key, value in section.items():
         if not isinstance(value, ConfigDict):
             _check_type(value, like.get(key, value), f"{name}.{key}")
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: on one line that is not long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
@@ -369,14 +388,16 @@ def _check_type(value: Any, like: Any, name: str) -> None:
             raise UserError(f"config.{name}=None must be {_KINDS.get(type(like), 'a value')}")
     elif isinstance(like, tuple | list):
         if not isinstance(value, tuple | list):
-            raise UserError(f"config.{name}={value!r} must be a tuple, such as {tuple(like)!r}")
+            raise UserError(
+                f"config.{name}={_shown(value)} must be a tuple, such as {tuple(like)!r}"
+            )
     elif type(like) in _KINDS:
         wanted = (int, float) if type(like) is float else type(like)
         if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(like, bool):
-            raise UserError(f"config.{name}={value!r} must be {_KINDS[type(like)]}")
+            raise UserError(f"config.{name}={_shown(value)} must be {_KINDS[type(like)]}")
     for each in value if isinstance(value, tuple | list) else (value,):
         if isinstance(each, float) and not math.isfinite(each):
-            raise UserError(f"config.{name}={value!r} must be finite")
+            raise UserError(f"config.{name}={_shown(value)} must be finite")
 
 
 def _get(config: ConfigDict, key: str) -> Any:

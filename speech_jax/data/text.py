@@ -312,16 +312,14 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
             model = base64.b64decode(fields.pop("model"), validate=True)
             tokenizer = SentencePieceTokenizer(model, **fields)
         else:
-            raise TextError(
-                f"tokenizer {path} is of unknown kind {kind!r}; it is from a newer version"
-            )
+            raise TextError(f"it is of unknown kind {kind!r}, of a newer version")
         tokenizer.encode("")  # a normalizer that is not known shows here
         return tokenizer
     except FileNotFoundError as error:
         raise TextError(f"tokenizer {path} cannot be read ({error.strerror})") from error
-    except TextError:
-        raise
-    except UserError as error:
+    except TextError as error:
+        raise TextError(f"tokenizer {path} cannot be used: {error}") from error
+    except UserError as error:  # it names the file
         raise TextError(f"tokenizer {error}") from error
     except Exception as error:  # of sentencepiece, whatever a model's bytes make it throw
         raise TextError(f"tokenizer {path} is damaged ({error}); make it again") from error

@@ -52,8 +52,8 @@ def read(path: epath.Path, abstract: Any) -> tuple[dict, Any]:
     return record, state
 
 
-def load(path: epath.Path, under: Sequence[str]) -> tuple[int, dict[str, np.ndarray]]:
-    """Returns the step and the arrays under some names, verified; raises as `_read` does."""
+def load(path: epath.Path, under: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns the arrays under some names, verified; raises as `read` does."""
     record = _verified(path)
     wanted = {}
     for name, signature in record["leaves"].items():
