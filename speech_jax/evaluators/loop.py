@@ -40,7 +40,7 @@ class Score(NamedTuple):
     """
 
     results: dict[str, float | None]
-    rates: dict[str, float]
+    rates: dict[str, float | None]
     line: str
 
 
@@ -178,7 +178,7 @@ def _agree(split: str, reader: _Reader) -> Score:
         )
     of = f"{heard} utterances" if heard == total else f"{heard} of {total} utterances"
     results = content["results"] | {"utterances": heard, "left_out": total - heard}
-    rates = {name: results[name] for name in evaluator.rates if results[name] is not None}
+    rates = {name: results[name] for name in evaluator.rates}
     return Score(results, rates, f"{content['line']}  ({of})")
 
 
