@@ -97,7 +97,15 @@ def default() -> ConfigDict:
     data.train_minutes = 0.0  # of the training splits, drawn with the seed; 0: all of them
     data.eval_splits = ""  # evaluated while training; the first one picks the best checkpoint
     data.test_splits = ""  # evaluated once, at the end, with the best checkpoint
-    data.arguments = ConfigDict()  # further arguments of the source
+    # Further arguments of the source, see its open_split; None: its own default.
+    data.arguments = arguments = ConfigDict()
+    arguments.text_key = config_dict.placeholder(str)  # manifest, parquet: where the transcript is
+    arguments.trust_durations = config_dict.placeholder(bool)  # manifest: stated ones, unread
+    arguments.audio_key = config_dict.placeholder(str)  # parquet: where the audio is
+    arguments.download = config_dict.placeholder(bool)  # librispeech: where a split is absent
+    arguments.utterances = config_dict.placeholder(int)  # synthetic: how many
+    arguments.seed = config_dict.placeholder(int)  # synthetic
+    arguments.processes = config_dict.placeholder(int)  # synthetic
     data.on_error = "skip"  # utterances that cannot be used: 'skip' (counted, named) or 'raise'
     data.sample_rate = 16_000
     data.min_seconds = 0.1

@@ -15,6 +15,7 @@ Every setting and its meaning: speech_jax/config.py; override any with --config.
 import contextlib
 import ctypes
 import os
+import re
 import sys
 import traceback
 
@@ -118,8 +119,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        sys.exit(f"error: {' '.join(str(message).split())}")
+        message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        if key := re.match(r"['\"\\]+(\w+)", message):  # an unknown one, and nothing else is said
+            near = re.search(r'Did you mean "(\w+)"', message)
+            cure = f"did you mean {near[1]!r}?" if near else "a recipe can set new ones"
+            given = next((one for one in argv if f".{key[1]}" in one.partition("=")[0]), "--config")
+            message = f"{given}: there is no key {key[1]!r} ({cure})"
+        sys.exit(f"error: {message}")
 
 
 if __name__ == "__main__":

@@ -40,13 +40,8 @@ class Score(NamedTuple):
     """
 
     results: dict[str, float | None]
-    rates: dict[str, float]
+    rates: dict[str, float | None]
     line: str
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """The results that have a value."""
-        return {name: value for name, value in self.results.items() if value is not None}
 
 
 class Evaluation:
@@ -193,7 +188,7 @@ def _agree(split: str, reader: _Reader) -> Score:
         )
     of = f"{heard} utterances" if heard == total else f"{heard} of {total} utterances"
     results = content["results"] | {"utterances": heard, "left_out": total - heard}
-    rates = {name: results[name] for name in evaluator.rates if results[name] is not None}
+    rates = {name: results[name] for name in evaluator.rates}
     return Score(results, rates, f"{content['line']}  ({of})")
 
 
