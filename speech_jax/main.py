@@ -113,13 +113,25 @@ def _join_processes(jax) -> None:
         jax.distributed.initialize()
 
 
+# What ml_collections and a recipe raise for a value or a key that cannot be.
+NOT_A_VALUE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError, SyntaxError)
+
+
+def said(error: Exception, argv: list[str]) -> str:
+    """An error of a flag on one line that names the flag."""
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+    settings = [one for one in argv if one.startswith("--config.")]
+    if any(one.partition("=")[0].rpartition(".")[2] in text for one in settings) or not settings:
+        return text
+    return f"{text} (in one of {' '.join(settings)[:300]})"
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """As absl does, but a wrong key of the configuration is one line too."""
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        sys.exit(f"error: {' '.join(str(message).split())}")
+    except NOT_A_VALUE as error:
+        sys.exit(f"error: {said(error, argv)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ CTC blank: no text encodes to it, and decoding drops it.
 import base64
 import dataclasses
 import io
-import json
 import os
 import pathlib
 import re
@@ -303,7 +302,7 @@ def _train_sentencepiece(texts: Sequence[str], vocabulary_size: int, algorithm: 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Reads what `Tokenizer.save` wrote. Raises TextError for a file that is absent or damaged."""
     try:
-        fields = files.read_json(pathlib.Path(path))
+        fields = files.read_sealed(pathlib.Path(path))
         kind = fields.pop("kind")
         if not all(isinstance(value, str) for value in fields.values()):
             raise TypeError("its values must be strings")
@@ -327,5 +326,4 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def _save(path: str | os.PathLike, kind: str, **fields: str) -> None:
-    content = json.dumps({"kind": kind} | fields, ensure_ascii=False, indent=1)
-    files.write_atomically(pathlib.Path(path), content)
+    files.write_sealed(pathlib.Path(path), {"kind": kind} | fields)

@@ -53,13 +53,17 @@ class Category:
     @classmethod
     def restore(cls, folder: pathlib.Path, name: str, *, tag: str = "label") -> Self:
         path = folder / _file(name)
-        classes = files.read_json(path, list)
-        if not classes or not all(isinstance(one, str) for one in classes):
+        classes = files.read_sealed(path).get("classes")
+        if (
+            not classes
+            or not isinstance(classes, list)
+            or not all(isinstance(one, str) for one in classes)
+        ):
             raise PartError(f"{path} holds no class names: bring it back or train anew")
         return cls(tuple(classes), name, tag)
 
     def save(self, folder: pathlib.Path) -> None:
-        files.write_atomically(folder / _file(self.name), files.dump_json(list(self.classes)))
+        files.write_sealed(folder / _file(self.name), {"classes": list(self.classes)})
 
     def for_evaluation(self) -> Self:
         return dataclasses.replace(self, strict=False)
