@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from speech_jax.errors import UserError
@@ -39,8 +40,31 @@ def dump_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+def write_sealed(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object with its SHA-256, so that damage shows; raises as `write_atomically`."""
+    write_atomically(path, dump_json({**value, "sha256": _digest(value)}))
+
+
+def read_sealed(path: pathlib.Path) -> dict[str, Any]:
+    """What `write_sealed` wrote; an object without its SHA-256, of before, is taken as it is.
+
+    Raises as `read_json`, and UserError for what has changed since it was written.
+    """
+    value = read_json(path)
+    digest = value.pop("sha256", None)
+    if digest is not None and digest != _digest(value):
+        raise UserError(
+            f"{path} has changed since it was written (its SHA-256 is another): bring it back"
+        )
+    return value
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: pathlib.Path, kind: type = dict) -> Any:
+    """The JSON value in `path`, which must be of type `kind`.
 
     Raises:
       FileNotFoundError: there is no such file.

@@ -114,18 +114,25 @@ def _join_processes(jax) -> None:
         jax.distributed.initialize()
 
 
+# What ml_collections and a recipe raise for a value or a key that cannot be.
+NOT_A_VALUE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError, SyntaxError)
+
+
+def said(error: Exception, argv: list[str]) -> str:
+    """An error of a flag on one line that names the flag."""
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+    settings = [one for one in argv if one.startswith("--config.")]
+    if any(one.partition("=")[0].rpartition(".")[2] in text for one in settings) or not settings:
+        return text
+    return f"{text} (in one of {' '.join(settings)[:300]})"
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """As absl does, but a wrong key of the configuration is one line too."""
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-        if key := re.match(r"['\"\\]+(\w+)", message):  # an unknown one, and nothing else is said
-            near = re.search(r'Did you mean "(\w+)"', message)
-            cure = f"did you mean {near[1]!r}?" if near else "a recipe can set new ones"
-            given = next((one for one in argv if f".{key[1]}" in one.partition("=")[0]), "--config")
-            message = f"{given}: there is no key {key[1]!r} ({cure})"
-        sys.exit(f"error: {message}")
+    except NOT_A_VALUE as error:
+        sys.exit(f"error: {said(error, argv)}")
 
 
 if __name__ == "__main__":
