@@ -63,8 +63,8 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def read_json(path: pathlib.Path, kind: type = dict) -> Any:
-    """The JSON value in `path`, which must be of type `kind`.
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in `path`.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -83,32 +83,10 @@ def read_json(path: pathlib.Path, kind: type = dict) -> Any:
         ) from error
     if not isinstance(value, dict):
         raise UserError(
-            f"{path} holds a JSON {type(value).__name__} where a dict belongs: "
-            "bring it back or remove it"
+            f"{path} holds a JSON {type(value).__name__} where an object belongs: bring it back or "
+            "remove it"
         )
     return value
-
-
-def dump_sealed(value: dict[str, Any]) -> str:
-    """JSON with a digest of itself: `read_sealed` notices what has changed in it since."""
-    return dump_json(value | {"digest": _digest(value)})
-
-
-def read_sealed(path: pathlib.Path) -> dict[str, Any]:
-    """What was given to `dump_sealed`; a file without a digest, of before it, is taken as it is.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      UserError: it cannot be read, is no JSON object, or has changed since it was written.
-    """
-    value = read_json(path)
-    if value.pop("digest", None) not in (None, _digest(value)):
-        raise UserError(f"{path} has changed since it was written: bring it back")
-    return value
-
-
-def _digest(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:

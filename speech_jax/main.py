@@ -122,6 +122,11 @@ def said(error: Exception, argv: list[str]) -> str:
     """An error of a flag on one line that names the flag."""
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
     settings = [one for one in argv if one.startswith("--config.")]
+    if key := re.match(r"['\"\\]+(\w+)", text):  # an unknown one, and nothing else is said
+        near = re.search(r'Did you mean "(\w+)"', text)
+        cure = f"did you mean {near[1]!r}?" if near else "a recipe can set new ones"
+        given = next((one for one in settings if f".{key[1]}" in one.partition("=")[0]), "--config")
+        return f"{given}: there is no key {key[1]!r} ({cure})"
     if any(one.partition("=")[0].rpartition(".")[2] in text for one in settings) or not settings:
         return text
     return f"{text} (in one of {' '.join(settings)[:300]})"
