@@ -463,7 +463,7 @@ def _make_workdir(folder: pathlib.Path) -> pathlib.Path:
     here = shutil.copytree(DATA / "old_workdir", folder / "work")
     workdir = Workdir(here)
     workdir.record(workdir.recorded())
-    for part in experiment.make_parts(workdir.recorded(), here).values():
+    for part in experiment.restore_parts(workdir.recorded(), here).values():
         part.save(here)  # with digests, which the old ones have not
     workdir.record_plan([Bucket(8, (("samples", 32_000), ("labels", 8)))], "x", 48)
     workdir.write_results({"dev": {"wer": 0.5}}, training={"steps": 4})
@@ -488,7 +488,7 @@ def _try_workdir(good: pathlib.Path, folder: pathlib.Path, rng: random.Random) -
     workdir.recorded_plan()
     workdir.write_results({"test": {"wer": 0.1}})
     Writer(workdir.metrics, workdir.tensorboard, 2).close()
-    parts = experiment.make_parts(recorded, here)
+    parts = experiment.restore_parts(recorded, here)
     experiment.make_task(recorded, parts)
     if "labels" in parts and parts["labels"].tokenizer != tokenizer:
         raise Wrong("another tokenizer, in silence")

@@ -149,7 +149,10 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         found = {}
         for split in eval_splits:
             found[split] = evaluation.run(params, state.model_state, split)
-        rates = {split: score.rates for split, score in found.items()}
+        rates = {
+            split: {name: value for name, value in score.rates.items() if value is not None}
+            for split, score in found.items()
+        }
         report.scores(step, rates, {split: score.line for split, score in found.items()})
         stopper.update(found[eval_splits[0]].results)
         first = found[eval_splits[0]]
