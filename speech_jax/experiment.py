@@ -72,10 +72,13 @@ def make_parts(config: ConfigDict, folder: pathlib.Path, source: sources.Source)
 
     Raises:
       PartError: `source` lacks what a part learns from.
+      UserError: the folder cannot be written.
     """
     for name, constructor, settings in _parts(config, making=True):
         if jax.process_index() == 0:
-            constructor.make(source, name, **settings).save(folder)
+            part = constructor.make(source, name, **settings)
+            with files.writing(folder):
+                part.save(folder)
     sharding.barrier("parts")
     return restore_parts(config, folder)
 

@@ -103,7 +103,7 @@ class Evaluation:
         """Measures a split; the lines of its utterances go to the file `predictions`.
 
         Raises:
-          UserError: no utterance could be read.
+          UserError: no utterance could be read, or the predictions cannot be written.
         """
         corpus = self.corpus(split)
         reader = _Reader(self._task.evaluator(self._parts), corpus, keep=predictions is not None)
@@ -124,10 +124,8 @@ class Evaluation:
             while waiting:
                 waiting.popleft().result()
         if jax.process_index() == 0 and predictions is not None and reader.heard:
-            try:
+            with files.writing(predictions):
                 files.write_atomically(predictions, "".join(reader.lines))
-            except OSError as error:
-                raise UserError(f"cannot write {predictions}: {error.strerror or error}") from error
         return _agree(split, reader)
 
 
