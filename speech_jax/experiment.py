@@ -81,7 +81,8 @@ def make_parts(
 
     Raises:
       PartError: `source` lacks what a part learns from.
-      UserError: without a source, the folder lacks what a part has learned.
+      UserError: without a source, the folder lacks what a part has learned; or it cannot be
+        written.
     """
     if not whole and config.task.name not in tasks.TASKS:
         return {}
@@ -103,7 +104,9 @@ def make_parts(
                     lost = pathlib.Path(str(error.filename or error)).name
                     raise UserError(f"{folder} holds no {lost}: train there first") from error
         if jax.process_index() == 0:
-            constructor.make(source, name, **settings).save(folder)
+            part = constructor.make(source, name, **settings)
+            with files.writing(folder):
+                part.save(folder)
         barrier(f"part {name}")
         made[name] = constructor.restore(folder, name, **settings)
     return made

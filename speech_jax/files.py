@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from speech_jax.errors import UserError
@@ -28,6 +28,18 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Makes an OSError of what is written within a UserError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): make room or give the rights to "
+            "write, then run the same command again"
+        ) from error
 
 
 def plain(config: Any) -> dict[str, Any]:

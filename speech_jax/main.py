@@ -136,4 +136,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config"])
-    app.run(main, flags_parser=_parse_flags)
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except KeyboardInterrupt:  # where there is no run yet that saves what it has, or none at all
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # nobody waits for what its threads do

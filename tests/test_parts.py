@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import inspect
+import json
 import pathlib
 import pickle
 import re
@@ -17,6 +18,7 @@ from speech_jax.data import parts
 from speech_jax.data.batch import Bucket, collate, length_key, size_names
 from speech_jax.data.parts import Part, PartError
 from speech_jax.data.parts.audio import Audio, Crop, open_noise
+from speech_jax.data.parts.category import Category
 from speech_jax.data.plan import stretched_length
 from speech_jax.data.sources import Utterance
 from speech_jax.errors import UserError
@@ -399,3 +401,54 @@ def test_the_vocabulary_is_the_file_of_earlier_versions(source, tmp_path: pathli
         "tokenizer.json",
         "context.tokenizer.json",
     }
+
+
+# ---- What parts have learned, damaged ----------------------------------------------------------
+
+
+def _learned(source) -> dict:
+    return {
+        "tokenizer.json": parts.constructor("transcript").make(source, "labels", **_TEXT),
+        "features.json": Audio.make(source, "audio", sample_rate=RATE, moments=_moments),
+        "target.classes.json": Category(("dog", "cat", "été"), "target"),
+    }
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "features.json", "target.classes.json"])
+def test_damage_to_what_was_learned_is_one_sentence(source, tmp_path, name):
+    part = _learned(source)[name]
+    part.save(tmp_path)
+    settings = {"sample_rate": RATE, "moments": _moments} if name == "features.json" else {}
+    path = tmp_path / name
+    content = path.read_bytes()
+    good = part.restore(tmp_path, part.name, **settings)
+    refused = 0
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 7
+        path.write_bytes(damaged)
+        try:
+            found = part.restore(tmp_path, part.name, **settings)
+        except UserError as error:
+            refused += name in str(error) and "\n" not in str(error)
+        else:  # white space of another kind
+            _assert_same(found, good)
+    assert refused > 0.8 * len(content)
+
+
+def _assert_same(one, other):
+    if isinstance(one, Audio):
+        _assert_equal(one.statistics, other.statistics)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "features.json", "target.classes.json"])
+def test_what_was_learned_before_there_were_digests_is_read(source, tmp_path, name):
+    part = _learned(source)[name]
+    part.save(tmp_path)
+    settings = {"sample_rate": RATE, "moments": _moments} if name == "features.json" else {}
+    value = json.loads((tmp_path / name).read_text())
+    assert value.pop("sha256")
+    (tmp_path / name).write_text(json.dumps(value))
+    _assert_same(part.restore(tmp_path, part.name, **settings), part)

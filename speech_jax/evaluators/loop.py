@@ -101,7 +101,7 @@ class Evaluation:
         """Measures a split; the lines of its utterances go to the file `predictions`.
 
         Raises:
-          UserError: no utterance could be read.
+          UserError: no utterance could be read, or the predictions cannot be written.
         """
         corpus = self.corpus(split)
         reader = _Reader(self._task.evaluator(self._parts), corpus, keep=predictions is not None)
@@ -122,7 +122,8 @@ class Evaluation:
             while waiting:
                 waiting.popleft().result()
         if jax.process_index() == 0 and predictions is not None and reader.heard:
-            files.write_atomically(predictions, "".join(reader.lines))
+            with files.writing(predictions):
+                files.write_atomically(predictions, "".join(reader.lines))
         return _agree(split, reader)
 
 
