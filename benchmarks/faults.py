@@ -464,7 +464,7 @@ def main() -> None:
             found.append(one)
             print(
                 f"run {number}, {one['fault']} after {one['after']}, ended "
-                f"{one['seconds']:.1f} s later ({one['moved']}): {one['problem'] or 'fine'}",
+                f"{one['seconds']:.1f} s later: {one['problem'] or 'fine'}",
                 file=sys.stderr,
                 flush=True,
             )
