@@ -26,6 +26,7 @@ def test_help_teaches():
         (["--config.data.source=manifst"], "did you mean 'manifest'?"),
         (["--mode=test"], "train"),
         (["train"], "did you mean --train?"),
+        (["--mode=evaluate"], "work is no folder"),
         (["--config.data.root=/no/such/folder"], "/no/such/folder"),
         (["--config.data.train_splits=trian"], "train"),
         (["--config.mesh.fsdp=3", "--config.mesh.data=1"], "does not fit 1 devices"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import runs
-from speech_jax import experiment, train
+from speech_jax import experiment, tasks, train
 from speech_jax.data.batch import Bucket
 from speech_jax.errors import UserError
 from speech_jax.evaluators.errors import Errors
@@ -71,6 +71,11 @@ def test_another_configuration_is_refused(finished, tmp_path):
     other = runs.learning_config(config.data.root)
     other.train.steps = 121
     with pytest.raises(WorkdirError, match=r"config.train.steps=120, not 121"):
+        train.run(other, workdir)
+    other = runs.learning_config(config.data.root)
+    with other.unlocked():
+        other.task = tasks.settings("best_rq")
+    with pytest.raises(WorkdirError, match=r"config.task.name='recognize', not 'best_rq'"):
         train.run(other, workdir)
     blocked = tmp_path / "file"
     blocked.write_text("")
