@@ -295,14 +295,26 @@ def _print_digest(room: Room) -> None:
     print(f"digest {step} {digest.of(saved.load(folder / str(step), names))}", flush=True)
 
 
-def disturb(room: Room, name: str, whole: float, rng: random.Random) -> dict:
+def _await_moment(room: Room, pid: int, whole: int, rng: random.Random) -> str:
+    """Waits for a random one of the `whole` lines that a run says, and a little more.
+
+    By what it says, not by a clock, so that moments are spread however busy the machine is.
+    """
+    lines, more = rng.randrange(whole + 1), rng.expovariate(2)
+    while not _ended(pid) and room.log.read_bytes().count(b"\n") < lines:
+        time.sleep(0.005)
+    end = time.monotonic() + more
+    while not _ended(pid) and time.monotonic() < end:
+        time.sleep(0.005)
+    return f"{lines} lines and {more:.2f} s"
+
+
+def disturb(room: Room, name: str, whole: int, rng: random.Random) -> dict:
     """One run; what came out, with 'problem' where it is not as it must be."""
     shutil.rmtree(room.workdir, ignore_errors=True)
+    room.log.write_text("")
     pid = _train(room)
-    after = rng.uniform(0, whole)
-    end = time.monotonic() + after
-    while time.monotonic() < end and not _ended(pid):
-        time.sleep(0.005)
+    after = _await_moment(room, pid, whole, rng)
     over = _ended(pid)
     fault = FAULTS[name]
     if over and name not in _MAY_BE_BROUGHT_BACK:
@@ -324,7 +336,7 @@ def disturb(room: Room, name: str, whole: float, rng: random.Random) -> dict:
         problem = problem or f"the same command did not go on: {again.said[-600:]}"
     return {
         "fault": name,
-        "after": round(after, 2),
+        "after": after,
         "over": over,
         "seconds": first.seconds,
         "in time": first.status is not None,
@@ -399,6 +411,7 @@ def _table(found: list[dict], right: str) -> list[dict]:
                 {
                     "fault": name,
                     "runs": len(some),
+                    "over before": sum(one["over"] for one in some),
                     "ended in time": sum(one["in time"] for one in some),
                     "one line": sum(one["one line"] for one in some),
                     "same state": sum(one["digest"] == right for one in some),
@@ -438,18 +451,19 @@ def main() -> None:
             if whole.status:
                 sys.exit(f"error: the undisturbed run failed: {whole.said[-2000:]}")
         right = _digest(whole.said)
+        lines = whole.said.count("\n") - 1  # the last one is that of the digest
         print(f"undisturbed: {whole.seconds:.1f} s, {right}", file=sys.stderr, flush=True)
         found = []
         names = [args.only] if args.only else list(FAULTS)
         for number in range(args.first, args.first + args.runs):
             rng = random.Random(f"{args.seed} {number}")
-            one = disturb(room, names[number % len(names)], whole.seconds, rng)
+            one = disturb(room, names[number % len(names)], lines, rng)
             one["number"] = number
             if one["digest"] != right and not one["problem"]:
                 one["problem"] = f"another state: {one['digest']}"
             found.append(one)
             print(
-                f"run {number}, {one['fault']} after {one['after']} s, ended "
+                f"run {number}, {one['fault']} after {one['after']}, ended "
                 f"{one['seconds']:.1f} s later ({one['moved']}): {one['problem'] or 'fine'}",
                 file=sys.stderr,
                 flush=True,

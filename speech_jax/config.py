@@ -22,6 +22,7 @@ from speech_jax.models import frontend
 from speech_jax.ops import augment
 from speech_jax.training import groups
 from speech_jax.training.adversarial import NORMS, SPACES, Adversary
+from speech_jax.training.optim import OPTIMIZERS, SCHEDULES
 
 # What a value must be, beside having the type of its default.
 CHOICES = {
@@ -33,7 +34,13 @@ CHOICES = {
     "robustness.space": SPACES,
     "robustness.norm": NORMS,
     "model.dtype": ("float32", "bfloat16"),
+    "optimizer.name": OPTIMIZERS,
+    "schedule.name": SCHEDULES,
 }
+# Rules: pairs of a regular expression and a number, see rules.py.
+_RULES = ("optimizer.decay", "optimizer.rates", "optimizer.frozen")
+# What is None by default, and a value of its type.
+_LIKE = {"features.high_hz": 0.0, "adversarial.snr_db": 0.0, "model.subsampling_channels": 0}
 _ABOVE_ZERO = ("must be greater than 0", lambda value: value > 0)
 _FROM_ZERO = ("must be at least 0", lambda value: value >= 0)
 _SHARE = ("must be in [0, 1]", lambda value: 0 <= value <= 1)
@@ -97,7 +104,15 @@ def default() -> ConfigDict:
     data.train_minutes = 0.0  # of the training splits, drawn with the seed; 0: all of them
     data.eval_splits = ""  # evaluated while training; the first one picks the best checkpoint
     data.test_splits = ""  # evaluated once, at the end, with the best checkpoint
-    data.arguments = ConfigDict()  # further arguments of the source
+    # Further arguments of the source, see its open_split; None: its own default.
+    data.arguments = arguments = ConfigDict()
+    arguments.text_key = config_dict.placeholder(str)  # manifest, parquet: where the transcript is
+    arguments.trust_durations = config_dict.placeholder(bool)  # manifest: stated ones, unread
+    arguments.audio_key = config_dict.placeholder(str)  # parquet: where the audio is
+    arguments.download = config_dict.placeholder(bool)  # librispeech: where a split is absent
+    arguments.utterances = config_dict.placeholder(int)  # synthetic: how many
+    arguments.seed = config_dict.placeholder(int)  # synthetic
+    arguments.processes = config_dict.placeholder(int)  # synthetic
     data.on_error = "skip"  # utterances that cannot be used: 'skip' (counted, named) or 'raise'
     data.sample_rate = 16_000
     data.min_seconds = 0.1
@@ -224,6 +239,7 @@ def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
             if name in recorded:
                 config[name] = ConfigDict()
         _merge(config, recorded, "", where)
+        _check_ranges(config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{where} holds no configuration of ours ({error}): bring it back"
@@ -238,6 +254,10 @@ def _merge(config: ConfigDict, recorded: Mapping[str, Any], prefix: str, where: 
             _merge(config[key], value, f"{name}.", where)
         elif key in config or name.startswith(_OPEN) or not prefix:
             value = tuple(value) if isinstance(value, list) else value
+            if isinstance(like := config.get(key), ConfigDict):
+                raise UserError(f"config.{name}={_shown(value)} must be a section")
+            if key in config:
+                _check_type(value, like, name)
             with config.ignore_type():
                 config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
         else:
@@ -260,15 +280,15 @@ def check(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{key}={_shown(value)}{hint}: it must be one of {', '.join(known)}"
             )
-    for key, (demand, fits) in RANGES.items():
-        value = _get(config, key)
-        if value is None:
-            continue
-        several = value if isinstance(value, tuple | list) else (value,)
-        if not all(_is_number(each) for each in several):
-            raise UserError(f"config.{key}={_shown(value)} must hold numbers alone")
-        if not all(map(fits, several)):
-            raise UserError(f"config.{key}={_shown(value)} {demand}")
+    _check_ranges(config)
+    for key in _RULES:
+        for rule in _get(config, key) or ():
+            pair = isinstance(rule, tuple | list) and len(rule) == 2
+            if not pair or not isinstance(rule[0], str) or not _is_number(rule[1]):
+                raise UserError(
+                    f"config.{key} holds {_shown(rule)}, which is no rule: a rule is the end of a "
+                    "parameter's path and a number, such as ('encoder/.*', 0.5)"
+                )
     data = config.data
     if data.batch_seconds < data.max_seconds:
         raise UserError(
@@ -279,6 +299,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.data.min_seconds={data.min_seconds:g} is more than "
             f"config.data.max_seconds={data.max_seconds:g}: no utterance is left"
+        )
+    if config.features.window_ms > 1000 * data.max_seconds:
+        raise UserError(
+            f"config.features.window_ms={config.features.window_ms:g} is longer than any utterance "
+            f"(config.data.max_seconds={data.max_seconds:g}): 25 is usual"
         )
     if 1.0 not in data.speeds:
         raise UserError(f"config.data.speeds={data.speeds} must hold 1.0")
@@ -318,6 +343,18 @@ def _changed(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def _check_ranges(config: ConfigDict) -> None:
+    for key, (demand, fits) in RANGES.items():
+        value = _get(config, key)
+        if value is None:
+            continue
+        several = value if isinstance(value, tuple | list) else (value,)
+        if not all(_is_number(each) for each in several):
+            raise UserError(f"config.{key}={_shown(value)} must hold numbers alone")
+        if not all(map(fits, several)):
+            raise UserError(f"config.{key}={_shown(value)} {demand}")
+
+
 def _reference(config: ConfigDict) -> ConfigDict:
     """The defaults, with the settings of the encoder and the task that `config` names."""
     reference = default().unlock()
@@ -327,7 +364,10 @@ def _reference(config: ConfigDict) -> ConfigDict:
             raise UserError(
                 f"config.{section}.name={_shown(name)} must be a name: say which {section}"
             )
-        reference[section] = ConfigDict(defaults_of(name))
+        try:
+            reference[section] = ConfigDict(defaults_of(name))
+        except UserError as error:
+            raise UserError(f"config.{section}.name: {error}") from error
     return reference
 
 
@@ -383,6 +423,8 @@ _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: 
 
 def _check_type(value: Any, like: Any, name: str) -> None:
     """A value must be of its default's type; what is None by default may be anything finite."""
+    if like is None and value is not None:
+        like = _LIKE.get(name)
     if value is None or like is None:
         if like is not None:
             raise UserError(f"config.{name}=None must be {_KINDS.get(type(like), 'a value')}")
@@ -396,6 +438,8 @@ def _check_type(value: Any, like: Any, name: str) -> None:
         if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(like, bool):
             raise UserError(f"config.{name}={_shown(value)} must be {_KINDS[type(like)]}")
     for each in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(each, int) and not -(2**63) <= each < 2**63:
+            raise UserError(f"config.{name}={_shown(value)} must be of 64 bits")
         if isinstance(each, float) and not math.isfinite(each):
             raise UserError(f"config.{name}={_shown(value)} must be finite")
 

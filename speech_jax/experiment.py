@@ -43,6 +43,7 @@ _ROUND_SECONDS = 0.1
 def open_splits(config: ConfigDict, names: str) -> sources.Source:
     """One source of the splits in `names`, which are joined by commas."""
     data = config.data
+    arguments = {name: value for name, value in data.arguments.items() if value is not None}
     opened = [
         sources.open_source(
             data.source,
@@ -50,7 +51,7 @@ def open_splits(config: ConfigDict, names: str) -> sources.Source:
             split=name,
             on_error=data.on_error,
             cache=data.cache or None,
-            **data.arguments,
+            **arguments,
         )
         for name in split_names(names)
     ]
@@ -71,10 +72,13 @@ def make_parts(config: ConfigDict, folder: pathlib.Path, source: sources.Source)
 
     Raises:
       PartError: `source` lacks what a part learns from.
+      UserError: the folder cannot be written.
     """
     for name, constructor, settings in _parts(config, making=True):
         if jax.process_index() == 0:
-            constructor.make(source, name, **settings).save(folder)
+            part = constructor.make(source, name, **settings)
+            with files.writing(folder):
+                part.save(folder)
     sharding.barrier("parts")
     return restore_parts(config, folder)
 

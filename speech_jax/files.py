@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from speech_jax.errors import UserError
@@ -29,6 +30,18 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
             scratch.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Makes an OSError of what is written within a UserError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): make room or give the rights to "
+            "write, then run the same command again"
+        ) from error
+
+
 def plain(config: Any) -> dict[str, Any]:
     """A ConfigDict as plain JSON values: tuples are lists, references resolved."""
     return json.loads(config.to_json())
@@ -37,6 +50,29 @@ def plain(config: Any) -> dict[str, Any]:
 def dump_json(value: Any) -> str:
     """JSON as our files hold it: indented, Unicode as it is, a line end at the end."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_sealed(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object with its SHA-256, so that damage shows; raises as `write_atomically`."""
+    write_atomically(path, dump_json({**value, "sha256": _digest(value)}))
+
+
+def read_sealed(path: pathlib.Path) -> dict[str, Any]:
+    """What `write_sealed` wrote; an object without its SHA-256, of before, is taken as it is.
+
+    Raises as `read_json`, and UserError for what has changed since it was written.
+    """
+    value = read_json(path)
+    digest = value.pop("sha256", None)
+    if digest is not None and digest != _digest(value):
+        raise UserError(
+            f"{path} has changed since it was written (its SHA-256 is another): bring it back"
+        )
+    return value
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -59,32 +95,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise UserError(
-            f"{path} holds a JSON {type(value).__name__} where a dict belongs: "
-            "bring it back or remove it"
+            f"{path} holds a JSON {type(value).__name__} where an object belongs: bring it back or "
+            "remove it"
         )
     return value
-
-
-def dump_sealed(value: dict[str, Any]) -> str:
-    """JSON with a digest of itself: `read_sealed` notices what has changed in it since."""
-    return dump_json(value | {"digest": _digest(value)})
-
-
-def read_sealed(path: pathlib.Path) -> dict[str, Any]:
-    """What was given to `dump_sealed`; a file without a digest, of before it, is taken as it is.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      UserError: it cannot be read, is no JSON object, or has changed since it was written.
-    """
-    value = read_json(path)
-    if value.pop("digest", None) not in (None, _digest(value)):
-        raise UserError(f"{path} has changed since it was written: bring it back")
-    return value
-
-
-def _digest(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:

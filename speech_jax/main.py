@@ -15,6 +15,7 @@ Every setting and its meaning: speech_jax/config.py; override any with --config.
 import contextlib
 import ctypes
 import os
+import re
 import sys
 import traceback
 
@@ -113,15 +114,36 @@ def _join_processes(jax) -> None:
         jax.distributed.initialize()
 
 
+# What ml_collections and a recipe raise for a value or a key that cannot be.
+NOT_A_VALUE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError, SyntaxError)
+
+
+def said(error: Exception, argv: list[str]) -> str:
+    """An error of a flag on one line that names the flag."""
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+    settings = [one for one in argv if one.startswith("--config.")]
+    if key := re.match(r"['\"\\]+(\w+)", text):  # an unknown one, and nothing else is said
+        near = re.search(r'Did you mean "(\w+)"', text)
+        cure = f"did you mean {near[1]!r}?" if near else "a recipe can set new ones"
+        given = next((one for one in settings if f".{key[1]}" in one.partition("=")[0]), "--config")
+        return f"{given}: there is no key {key[1]!r} ({cure})"
+    if any(one.partition("=")[0].rpartition(".")[2] in text for one in settings) or not settings:
+        return text
+    return f"{text} (in one of {' '.join(settings)[:300]})"
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """As absl does, but a wrong key of the configuration is one line too."""
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        sys.exit(f"error: {' '.join(str(message).split())}")
+    except NOT_A_VALUE as error:
+        sys.exit(f"error: {said(error, argv)}")
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config"])
-    app.run(main, flags_parser=_parse_flags)
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except KeyboardInterrupt:  # where there is no run yet that saves what it has, or none at all
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # nobody waits for what its threads do

@@ -131,7 +131,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
             report.say(line)
 
     # ---- Loop ----------------------------------------------------------------------------------
-    def save(step: int, scores: dict[str, float], pending: bool = False) -> None:
+    def save(step: int, scores: dict[str, float | None], pending: bool = False) -> None:
         position = {"next_batch": step, "seconds": seconds + time.monotonic() - started}
         with watchdog.busy():
             checkpoints.save(
@@ -143,16 +143,20 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
                 metrics=scores,
             )
 
-    def evaluate(step: int) -> dict[str, float]:
+    def evaluate(step: int) -> dict[str, float | None]:
         """The scores of the first split, or Interrupted."""
         params = state.ema or state.params
         found = {}
         for split in eval_splits:
             found[split] = evaluation.run(params, state.model_state, split)
-        rates = {split: score.rates for split, score in found.items()}
+        rates = {
+            split: {name: value for name, value in score.rates.items() if value is not None}
+            for split, score in found.items()
+        }
         report.scores(step, rates, {split: score.line for split, score in found.items()})
         stopper.update(found[eval_splits[0]].results)
-        return found[eval_splits[0]].numbers
+        first = found[eval_splits[0]]
+        return first.rates | {task.best[0]: first.results[task.best[0]]}
 
     batches = experiment.training_batches(config, corpus, plan, first)
     with checkpoints, report, watchdog, contextlib.closing(batches):

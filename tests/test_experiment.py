@@ -1,5 +1,7 @@
 """A run's parts: every form of a corpus trains alike; what cannot be used is named."""
 
+import importlib
+import inspect
 import json
 import tarfile
 
@@ -11,6 +13,7 @@ import soundfile
 import runs
 from conftest import write_tones
 from speech_jax import bundle, experiment, train
+from speech_jax.config import default
 from speech_jax.data import prepare, sources
 from speech_jax.errors import UserError
 from speech_jax.workdir import Workdir
@@ -149,3 +152,26 @@ def test_a_start_without_a_checkpoint_is_no_model(tones, tmp_path):
     workdir.record(config)
     with pytest.raises(UserError, match="train first"):
         bundle.open(tmp_path)
+
+
+def test_arguments_of_a_source_that_are_not_set_are_its_own(monkeypatch):
+    config, taken = default(), []
+    open_source = lambda *_, **settings: taken.append(settings)
+    monkeypatch.setattr(experiment.sources, "open_source", open_source)
+    experiment.open_splits(config, "one")
+    known = set(config.data.arguments)
+    config.data.arguments.trust_durations = False
+    experiment.open_splits(config, "one")
+    assert not known & taken[0].keys()
+    assert taken[1] == taken[0] | {"trust_durations": False}
+
+
+def test_every_argument_of_a_source_can_be_set():
+    """Also from the command line, which sets only what is there."""
+    known = set()
+    for place in experiment.sources.SOURCES.values():
+        module, _, function = place.partition(":")
+        opener = getattr(importlib.import_module(module), function)
+        parameters = inspect.signature(opener).parameters.values()
+        known |= {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
+    assert known == set(default().data.arguments)

@@ -281,7 +281,7 @@ def test_tpu_vm_creates_installs_runs_and_shows_the_log(fake):
     assert result.returncode == 0, result.stderr
     assert "log: finish" in result.stdout
     assert (fake / "home" / "mounted").exists()
-    assert (fake / "home" / "speech_jax" / "speech_jax" / "checkpoint.py").exists()
+    assert (fake / "home" / "speech_jax" / "speech_jax" / "train.py").exists()
     assert not (fake / "home" / "speech_jax" / ".git").exists()
     assert (fake / "trained").read_text() == f"-m speech_jax.main {' '.join(tpu_flags(fake))}\n"
     recorded = (fake / "calls").read_text()

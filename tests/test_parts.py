@@ -424,7 +424,7 @@ def test_a_byte_that_changed_in_what_a_part_has_learned_is_noticed(tmp_path, kin
     assert part.restore(tmp_path, part.name, **settings).fields == part.fields
     changed = 0
     for place, character in enumerate(whole):
-        if character.isalnum() and '"digest"' not in whole[place - 7 : place + 8]:
+        if character.isalnum() and '"sha256"' not in whole[place - 7 : place + 8]:
             other = "9" if character.isdigit() and character != "9" else chr(ord(character) ^ 1)
             file.write_text(whole[:place] + other + whole[place + 1 :], "utf-8")
             with pytest.raises(UserError):

@@ -219,6 +219,8 @@ def test_another_mesh_takes_the_recorded_batches(finished, tmp_path, monkeypatch
 
 def test_another_mesh_that_cannot_share_the_batches_is_refused(finished, tmp_path):
     workdir, config = Workdir(tmp_path), runs.learning_config(finished.config.data.root)
+    workdir.prepare([])
+    experiment.make_parts(config, workdir.folder, experiment.open_training(config))
     workdir.record(config)
     sizes = (("samples", 32_000), ("labels", 8))
     workdir.record_plan([Bucket(8, sizes), Bucket(4, sizes)], "", 48)

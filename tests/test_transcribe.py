@@ -72,7 +72,7 @@ def floats(samples):
         (lambda x: np.asfortranarray(stereo(x)), None),
         (jax.numpy.asarray, None),
     ],
-    ids=str,
+    ids=range(11),
 )
 def test_samples_in_any_form_say_the_same(form, rate, model, longest):
     _, samples, text = longest

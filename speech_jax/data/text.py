@@ -326,4 +326,4 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def _save(path: str | os.PathLike, kind: str, **fields: str) -> None:
-    files.write_atomically(pathlib.Path(path), files.dump_sealed({"kind": kind} | fields))
+    files.write_sealed(pathlib.Path(path), {"kind": kind} | fields)

@@ -40,13 +40,8 @@ class Score(NamedTuple):
     """
 
     results: dict[str, float | None]
-    rates: dict[str, float]
+    rates: dict[str, float | None]
     line: str
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """The results that have a value."""
-        return {name: value for name, value in self.results.items() if value is not None}
 
 
 class Evaluation:
@@ -108,7 +103,7 @@ class Evaluation:
         """Measures a split; the lines of its utterances go to the file `predictions`.
 
         Raises:
-          UserError: no utterance could be read.
+          UserError: no utterance could be read, or the predictions cannot be written.
         """
         corpus = self.corpus(split)
         reader = _Reader(self._task.evaluator(self._parts), corpus, keep=predictions is not None)
@@ -129,10 +124,8 @@ class Evaluation:
             while waiting:
                 waiting.popleft().result()
         if jax.process_index() == 0 and predictions is not None and reader.heard:
-            try:
+            with files.writing(predictions):
                 files.write_atomically(predictions, "".join(reader.lines))
-            except OSError as error:
-                raise UserError(f"cannot write {predictions}: {error.strerror or error}") from error
         return _agree(split, reader)
 
 
@@ -193,7 +186,7 @@ def _agree(split: str, reader: _Reader) -> Score:
         )
     of = f"{heard} utterances" if heard == total else f"{heard} of {total} utterances"
     results = content["results"] | {"utterances": heard, "left_out": total - heard}
-    rates = {name: results[name] for name in evaluator.rates if results[name] is not None}
+    rates = {name: results[name] for name in evaluator.rates}
     return Score(results, rates, f"{content['line']}  ({of})")
 
 

@@ -70,11 +70,9 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
         for line in _table(split, curves[split]):
             say(line)
     if jax.process_index() == 0:
-        try:
+        with files.writing(workdir.robustness):
             files.write_atomically(workdir.robustness, files.dump_json(curves))
             plot({workdir.folder.name: curves}, workdir.robustness.with_suffix(".png"))
-        except OSError as error:
-            raise UserError(f"cannot write {workdir.robustness}: {error}") from error
     return curves
 
 

@@ -138,7 +138,7 @@ class Audio:
     def save(self, folder: pathlib.Path) -> None:
         if self.statistics:
             lists = {name: np.asarray(values).tolist() for name, values in self.statistics.items()}
-            files.write_atomically(folder / _file(self.name), files.dump_sealed(lists))
+            files.write_sealed(folder / _file(self.name), lists)
 
     def for_evaluation(self) -> Self:
         return dataclasses.replace(self, noise=None)
@@ -222,8 +222,9 @@ def _load_statistics(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         found = {name: np.asarray(values[name], np.float32) for name in ("mean", "std")}
         good = found["mean"].shape == found["std"].shape and found["mean"].ndim == 1
+        good = good and values.keys() == found.keys()  # one by another name may be a seal
         good = good and np.isfinite([*found.values()]).all() and (found["std"] > 0).all()
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         good = False
     if not good:
         raise PartError(f"{path} holds no mean and standard deviation of bands: bring it back")

@@ -55,14 +55,16 @@ class Category:
     def restore(cls, folder: pathlib.Path, name: str, *, tag: str = "label") -> Self:
         path = folder / _file(name)
         classes = files.read_sealed(path).get("classes")
-        good = isinstance(classes, list) and all(isinstance(one, str) for one in classes)
-        if not classes or not good:
+        if (
+            not classes
+            or not isinstance(classes, list)
+            or not all(isinstance(one, str) for one in classes)
+        ):
             raise PartError(f"{path} holds no class names: bring it back or train anew")
         return cls(tuple(classes), name, tag)
 
     def save(self, folder: pathlib.Path) -> None:
-        names = files.dump_sealed({"classes": list(self.classes)})
-        files.write_atomically(folder / _file(self.name), names)
+        files.write_sealed(folder / _file(self.name), {"classes": list(self.classes)})
 
     def for_evaluation(self) -> Self:
         return dataclasses.replace(self, strict=False)

@@ -1,0 +1,116 @@
+"""Any value of any setting, from the command line or a recipe: it is used, or one line names it."""
+
+import json
+import math
+import random
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+import runs
+from speech_jax import config as settings
+from speech_jax import experiment, main
+from speech_jax.data.batch import Bucket
+from speech_jax.data.parts.audio import Audio
+from speech_jax.data.parts.transcript import Transcript
+from speech_jax.data.text import CharacterTokenizer
+from speech_jax.errors import UserError
+from speech_jax.training import sharding
+
+pytestmark = pytest.mark.optax
+
+# As they are typed, and as a recipe has them.
+TYPED = (
+    "", "x", "None", "True", "-1", "0", "1", "2", "3", "0.5", "1.5", "-0.1", "1e400", "nan", "inf",
+    "1e9", "1" + "0" * 400, "(1.0,)", "(0.9, 1.0)", "()", "[]", "{}", "('x', 1)", "'x", "(1,", "é",
+)  # fmt: skip
+VALUES = (
+    None, True, False, -1, 0, 1, 2, 3, 7, 10**12, 10**400, 0.5, 1.5, -0.1, 1e9, 1e-12, math.nan,
+    math.inf, "", "x", "none", "adam", "wav2vec2", (), (1.0,), (0.9, 1.0), (-1.0, 1.0), ("x", 1),
+    (None,), [[1]], {}, {"x": 1}, (("encoder", 0.5),), (("(", 1.0),),
+)  # fmt: skip
+# Sections of which a step is made: an accepted value must trace.
+TRACED = (
+    "features", "spec_augment", "task", "model", "optimizer", "schedule", "adversarial", "train",
+)  # fmt: skip
+
+
+def flat(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def put(config, key, value):
+    *sections, last = key.split(".")
+    for section in sections:
+        config = config[section]
+    try:
+        with config.unlocked(), config.ignore_type():
+            config[last] = value
+    except main.NOT_A_VALUE as error:  # where a recipe is read
+        raise UserError(f"{key}: {error}") from error
+
+
+def typed(config, key, text, monkeypatch):
+    """The configuration with a value of the command line, read as main reads it."""
+    found, arguments = flags.FlagValues(), ["main", f"--config.{key}={text}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    config_flags.DEFINE_config_dict("config", config, flag_values=found, lock_config=True)
+    try:
+        found(arguments)
+    except flags.Error as error:  # absl prints it, and the flag's help
+        raise UserError(" ".join(str(error).split())) from error
+    except main.NOT_A_VALUE as error:
+        raise UserError(main.said(error, arguments)) from error
+    return found.config
+
+
+def use(config, key):
+    """Checks it as main does, and builds what a step is made of, abstractly."""
+    settings.check(config)
+    parts = {
+        "audio": Audio(sample_rate=config.data.sample_rate),
+        "labels": Transcript(CharacterTokenizer("abc "), "labels"),
+    }
+    task = experiment.make_task(config, parts)
+    experiment.make_adversary(config)
+    if key.partition(".")[0] in TRACED:
+        fields = parts["audio"].fields | parts["labels"].fields
+        bucket = Bucket(8, (("samples", 32_000), ("labels", 8)))
+        mesh = sharding.make_mesh(**config.mesh)
+        experiment.make_setup(config, task, fields, mesh, bucket)
+
+
+def base(root):
+    config = runs.tiny_config(root)
+    config.features.normalize = "utterance"
+    return config
+
+
+def test_any_value_of_any_key_is_used_or_refused_by_name(tmp_path, monkeypatch):
+    keys = sorted(flat(json.loads(base(tmp_path).to_json())))
+    rng, used, wrong = random.Random(0), 0, []
+    for number in range(240):
+        key, by_hand = rng.choice(keys), number % 3 == 0
+        value = rng.choice(TYPED if by_hand else VALUES)
+        try:
+            config = base(tmp_path)
+            if by_hand:
+                config = typed(config, key, value, monkeypatch)
+            else:
+                put(config, key, value)
+            use(config, key)
+            used += 1
+        except UserError as error:
+            name = key.rpartition(".")[2]
+            if "\n" in str(error) or name not in str(error):
+                wrong.append(f"{key}={value!r:.60}: {error}")
+        except Exception as error:
+            wrong.append(f"{key}={value!r:.60}: {type(error).__name__}: {str(error)[:200]}")
+    assert not wrong, "\n".join(wrong)
+    assert used > 40
