@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import os
 import re
+import signal
 import sys
 import traceback
 
@@ -140,10 +141,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {said(error, argv)}")
 
 
+def _leave(*_: object) -> None:
+    """Ends the process at once: an exception would go through libraries that are half imported."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config"])
-    try:
-        app.run(main, flags_parser=_parse_flags)
-    except KeyboardInterrupt:  # where there is no run yet that saves what it has, or none at all
-        print("interrupted", file=sys.stderr, flush=True)
-        os._exit(130)  # nobody waits for what its threads do
+    signal.signal(signal.SIGINT, _leave)  # until a run, which saves what it has, hears of it
+    app.run(main, flags_parser=_parse_flags)
