@@ -97,7 +97,7 @@ def default() -> ConfigDict:
     config.seed = 0
 
     config.data = data = ConfigDict()
-    data.source = "librispeech"  # librispeech, manifest, prepared or synthetic
+    data.source = "librispeech"  # or another of data/sources/
     data.root = ""  # the folder that holds the splits
     data.cache = ""  # for what is derived from the data; empty: ~/.cache/speech_jax
     data.train_splits = ""  # names joined by commas
@@ -313,23 +313,11 @@ def check(config: ConfigDict) -> None:
             "one first"
         )
     Adversary(**config.adversarial)
-    for key in ("decay", "rates", "frozen"):
-        _check_rules(config.optimizer.get(key, ()), f"optimizer.{key}")
     frontend.check_used(
         models.listens(config.model.name),
         _changed(config),
         log_mel_targets=config.task.name == "best_rq",
     )
-
-
-def _check_rules(rules: Any, name: str) -> None:
-    for rule in rules:
-        fits = isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)
-        if not fits or not isinstance(rule[1], int | float) or isinstance(rule[1], bool):
-            raise UserError(
-                f"config.{name}={rules!r} must be pairs of a regular expression and a number, such "
-                "as (('encoder/.*', -1),)"
-            )
 
 
 def _changed(config: ConfigDict) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from speech_jax import models, tasks
 from speech_jax.bundle import huggingface as hf
 from speech_jax.bundle import tensors
 from speech_jax.bundle.format import Bundle
-from speech_jax.bundle.names import HEADS, WIDTH, architecture
+from speech_jax.bundle.names import HEADS, architecture
 from speech_jax.config import default
 from speech_jax.data import text
 from speech_jax.data.parts.audio import Audio, Crop
@@ -181,7 +181,7 @@ def test_a_tokenizer_of_the_guides_survives(delimiter, tmp_path):
 def random_model(head, kind="wav2vec2"):
     """A bundle with random parameters and an alphabet of ' ', 'a', 'b'."""
     small = {
-        WIDTH: 8, "num_layers": 2, "heads": 2, "feed_forward": 12,
+        "width": 8, "num_layers": 2, "heads": 2, "feed_forward": 12,
         "conv_channels": (4,) * 6 + (6,), "conv_kernels": (10, 3, 3, 3, 3, 2, 2),
     }  # fmt: skip
     settings = {**small, "conv_strides": (5, 2, 2, 2, 2, 2, 2), "conv_norm": "layer"}

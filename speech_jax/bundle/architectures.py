@@ -15,7 +15,7 @@ import numpy as np
 
 from speech_jax import models
 from speech_jax.bundle import names
-from speech_jax.bundle.names import HEADS, WIDTH, architecture
+from speech_jax.bundle.names import HEADS, architecture
 from speech_jax.bundle.schema import (
     FLAG,
     TEXT,
@@ -134,7 +134,7 @@ def encoder_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of models.make_encoder that a complete config.json means."""
     settings = {
         "name": "wav2vec2",
-        WIDTH: config["hidden_size"],
+        "width": config["hidden_size"],
         "num_layers": config["num_hidden_layers"],
         "heads": config["num_attention_heads"],
         "feed_forward": config["intermediate_size"],
@@ -206,7 +206,7 @@ def from_settings(
     """
     config = {
         "architectures": [architecture(head, settings["name"])],
-        "hidden_size": settings[WIDTH],
+        "hidden_size": settings["width"],
         "num_hidden_layers": settings["num_layers"],
         "num_attention_heads": settings["heads"],
         "intermediate_size": settings["feed_forward"],

@@ -29,7 +29,7 @@ from speech_jax import config as defaults
 from speech_jax import models, tasks
 from speech_jax.bundle import architectures, names, schema, vocabulary
 from speech_jax.bundle.format import Bundle, appearing
-from speech_jax.bundle.names import HEADS, WIDTH, architecture
+from speech_jax.bundle.names import HEADS, architecture
 from speech_jax.bundle.schema import FLAG, TEXT, ModelFolderError, one_of, optional, several, whole
 from speech_jax.bundle.tensors import read_safetensors, read_tensors, to_float32
 from speech_jax.data.parts import Part
@@ -204,7 +204,7 @@ def _usual_names(
             raise ModelFolderError(f"{folder}: tensor {usual!r} is there under two names")
         left[usual] = value
     # Absent where the model was never masked; then nothing depends on its value.
-    left.setdefault(f"{start}masked_spec_embed", np.zeros(settings[WIDTH], np.float32))
+    left.setdefault(f"{start}masked_spec_embed", np.zeros(settings["width"], np.float32))
     names.split_weight_norm(left, start)
     return left
 

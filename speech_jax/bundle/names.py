@@ -10,15 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from speech_jax import models
-
-# The setting of our encoders that is the width of their residual stream.
-WIDTH = next(k for k in ("width", "features") if k in models.settings("wav2vec2", "base"))
-
 Settings = Mapping[str, Any]  # of an encoder
 
 # What settings were called in model folders from before there were bundles.
-BEFORE = {WIDTH: "features"}
+BEFORE = {"width": "features"}
 
 # The transformers class of each head, where the layers are Transformer's.
 HEADS = {
@@ -135,7 +130,7 @@ def unused(settings: Settings, head: str) -> dict[str, np.ndarray]:
     """Those tensors, as theirs asks for them with the settings of `unused_config`."""
     if settings["name"] != "wav2vec2_conformer":
         return {}
-    start, features = prefix(head, settings["name"]) + "encoder", settings[WIDTH]
+    start, features = prefix(head, settings["name"]) + "encoder", settings["width"]
     tensors = {
         "pos_conv_embed.conv.weight_g": np.ones((1, 1, 1), np.float32),
         "pos_conv_embed.conv.weight_v": np.ones((features, 1, 1), np.float32),
@@ -153,7 +148,7 @@ def unused(settings: Settings, head: str) -> dict[str, np.ndarray]:
 
 def unused_config(settings: Settings) -> dict[str, int]:
     """Settings of theirs that make the convolution that it never applies a small one."""
-    return {"num_conv_pos_embeddings": 1, "num_conv_pos_embedding_groups": settings[WIDTH]}
+    return {"num_conv_pos_embeddings": 1, "num_conv_pos_embedding_groups": settings["width"]}
 
 
 # ---- Encoders ----------------------------------------------------------------------------------
