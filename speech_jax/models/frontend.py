@@ -36,12 +36,13 @@ class FrontEnd:
     def __post_init__(self) -> None:
         if self.normalize not in ("utterance", "global", "none"):
             raise UserError(
-                f"features.normalize={self.normalize!r} must be 'utterance', 'global' or 'none'"
+                f"config.features.normalize={self.normalize!r} must be 'utterance', 'global' or "
+                "'none'"
             )
         if (self.listens, self.normalize) == ("waveform", "global"):
             raise UserError(
-                "features.normalize='global' needs log-mel, and this encoder listens to the "
-                "waveform: use 'utterance' or 'none'"
+                "config.features.normalize='global' needs log-mel, and this encoder listens to "
+                "the waveform: use 'utterance' or 'none'"
             )
         if self.mean is not None and len(self.mean) != self.log_mel["mels"]:
             raise UserError(
