@@ -157,8 +157,39 @@ def test_sigterm_saves_on_two_processes_and_they_go_on(tones, tmp_path):
     assert steps == list(range(2, steps[-1] + 1, 2)), "no logged step is missing or twice there"
 
 
-def told_to_leave(command) -> str:
-    """What a command says until it has exited with 0, a SIGTERM after its first logged step."""
+# A recipe whose evaluations take their time, and say so.
+SLOW = """
+import time
+from speech_jax.evaluators import loop
+plain = loop.by_utterance
+def slow(*arguments):
+    print("evaluating", flush=True, file=sys.stderr)
+    time.sleep(0.5)
+    return plain(*arguments)
+loop.by_utterance = slow
+"""
+
+
+def test_sigterm_within_an_evaluation_on_two_processes(tones, tmp_path):
+    """It is left at once, on both, and done first by the command that goes on."""
+    flags = runs.command(tmp_path, tones, "--config.mesh.data=2", steps=4, eval_every=2)[3:]
+    command = [str(runs.ROOT / "launch" / "local.sh"), "2", "--", *flags]
+    command += ["--config.data.eval_splits=train", "--config.data.batch_seconds=4"]
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(recipe.read_text() + SLOW)
+    first = told_to_leave(command, "evaluating")
+    assert "saved update 2; the same command goes on from there" in first
+    assert first.count("evaluating") < 10, "of 24 batches"
+    record = tmp_path / "work" / "checkpoints" / "2" / "record" / "metadata"
+    assert json.loads(record.read_text())["data"]["pending"]
+    recipe.write_text(recipe.read_text().replace("0.5", "0"))
+    runs.run(command, 2, PYTHON=sys.executable, **COMPILE)
+    scored = [line["step"] for line in runs.metrics(tmp_path / "work") if "train/wer" in line]
+    assert scored == [2, 4]
+
+
+def told_to_leave(command, at=r"step \d+/2000") -> str:
+    """What a command says until it has exited with 0, a SIGTERM after a line that begins so."""
     environment = runs.environment(2, PYTHON=sys.executable, **COMPILE)
     process = subprocess.Popen(
         command, cwd=runs.ROOT, env=environment, stderr=subprocess.PIPE, text=True
@@ -166,7 +197,7 @@ def told_to_leave(command) -> str:
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if re.match(r"step \d+/2000", line):
+        if re.match(at, line):
             break
     process.send_signal(signal.SIGTERM)
     text = "".join(lines) + process.communicate(timeout=300)[1]
