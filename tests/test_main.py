@@ -39,6 +39,15 @@ def test_mistakes_are_one_clear_line(tones, tmp_path, flags, message):
     assert not (tmp_path / "work" / "config.json").exists()
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_device_that_is_not_there_is_one_line(tones, tmp_path, platform):
+    done = runs.run(runs.command(tmp_path, tones), check=False, JAX_PLATFORMS=platform)
+    if done.returncode == 0:
+        pytest.skip(f"this machine has {platform}")
+    assert f"error: there is no device of JAX_PLATFORMS={platform} (" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("mode", "settings", "message"),
     [
