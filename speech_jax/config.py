@@ -354,11 +354,16 @@ def check(config: ConfigDict) -> None:
             "one first"
         )
     Adversary(**config.adversarial)
-    frontend.check_used(
-        models.listens(config.model.name),
-        _changed(config),
-        log_mel_targets=config.task.name == "best_rq",
-    )
+    changed = _changed(config)
+    listens, of_log_mel = models.listens(config.model.name), config.task.name == "best_rq"
+    # A recipe for several encoders may say more than one of them heeds.
+    for name, cure in frontend.unused(listens, changed, log_mel_targets=of_log_mel).items():
+        logging.warning(
+            "config.%s=%r does nothing, for the encoder listens to the waveform: %s",
+            name,
+            changed[name],
+            cure,
+        )
 
 
 def _changed(config: ConfigDict) -> dict[str, Any]:
