@@ -391,15 +391,17 @@ class Setup:
         with jax.set_mesh(self.mesh):  # for what ops/partition.py says
             traced = [step.trace(self.abstract, self.batch(bucket)) for bucket in buckets]
             lowered = [program.lower() for program in traced]
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            compiled = list(pool.map(lambda program: program.compile(), lowered))
-        for bucket, program in zip(buckets, compiled, strict=True):
-            costs.check_memory(
+
+        def compile(program, bucket: Bucket):
+            return costs.compile_within_memory(
                 program,
                 f"a batch of {bucket}",
                 "lower config.data.batch_seconds, raise config.train.accumulate, set "
                 "config.model.remat=True or take a smaller model",
             )
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            compiled = list(pool.map(compile, lowered, buckets))
         return {
             signature(self.batch(bucket)): Program(run, costs.matmul_flops(program.jaxpr))
             for bucket, program, run in zip(buckets, traced, compiled, strict=True)
