@@ -6,6 +6,7 @@ the command line overrides single values (`--config.train.steps=1000`). The resu
 any work is done.
 """
 
+import dataclasses
 import difflib
 import inspect
 import math
@@ -19,6 +20,7 @@ from speech_jax import models, registry, tasks
 from speech_jax.data import parts
 from speech_jax.data.sources import SOURCES
 from speech_jax.data.text import NORMALIZERS
+from speech_jax.decoding.decoder import Settings
 from speech_jax.errors import UserError
 from speech_jax.models import frontend
 from speech_jax.ops import augment
@@ -52,6 +54,7 @@ _LIKE = {
     "adversarial.snr_db": 0.0,
     "model.subsampling_channels": 0,
     "optimizer.momentum": 0.0,
+    **{f"decoder.{field.name}": field.default for field in dataclasses.fields(Settings)},
 }
 _ABOVE_ZERO = ("must be greater than 0", lambda value: value > 0)
 _FROM_ZERO = ("must be at least 0", lambda value: value >= 0)
@@ -207,6 +210,20 @@ def default() -> ConfigDict:
     robustness.epsilons = (0.0001, 0.0003, 0.001, 0.002, 0.003, 0.005, 0.01)
     robustness.noise_root = ""  # a folder of noise; empty: white noise
     robustness.noise_snr_db = (20.0, 10.0, 5.0, 0.0)
+
+    # How logits become words: fields of Settings in decoding/decoder.py. None: what the model's
+    # own record says, or else the default there.
+    config.decoder = decoder = ConfigDict()
+    decoder.name = config_dict.placeholder(str)  # greedy, beam or lexicon
+    decoder.width = config_dict.placeholder(int)  # hypotheses of a beam
+    decoder.labels = config_dict.placeholder(int)  # of a frame, that a hypothesis is extended by
+    decoder.skip = config_dict.placeholder(float)  # frames whose blank is more probable; 1: none
+    decoder.nbest = config_dict.placeholder(int)  # readings that are given
+    decoder.lm = config_dict.placeholder(str)  # an .arpa, see python -m speech_jax.decoding.lm
+    decoder.lm_weight = config_dict.placeholder(float)  # found by --mode=tune, as is the bonus
+    decoder.bonus = config_dict.placeholder(float)  # nats for each label (beam) or word (lexicon)
+    decoder.lexicon = config_dict.placeholder(str)  # a file of words; empty: those of the .arpa
+    decoder.calibration = config_dict.placeholder(tuple)  # of confidences, by --mode=tune too
 
     config.train = train = ConfigDict()
     train.steps = 100_000
@@ -364,6 +381,7 @@ def check(config: ConfigDict) -> None:
             changed[name],
             cure,
         )
+    Settings.of(config.decoder)
 
 
 def _changed(config: ConfigDict) -> dict[str, Any]:

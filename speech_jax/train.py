@@ -308,7 +308,7 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
     splits = split_names(config.data.eval_splits)
     with alone(workdir, splits) as on_batch:
         mesh = sharding.make_mesh(**config.mesh)
-        task = model.task()
+        task = experiment.make_task(config, model.parts)
         params, state = bundle.on_mesh(model, mesh)
         evaluation = Evaluation(config, task, model.parts, mesh, on_batch)
         longest = round(config.data.max_seconds * config.data.sample_rate)
