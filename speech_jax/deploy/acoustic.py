@@ -1,4 +1,4 @@
-"""What makes logits of samples, whatever it was opened from: all that transcription asks of a model.
+"""What makes logits of samples, wherever it came from: all that transcription asks of a model.
 
 `open_acoustic` opens a workdir, a saved model, a folder of Hugging Face, or a file of a kind that
 `FILES` lists. A new kind of file is a module and a line in that table.
