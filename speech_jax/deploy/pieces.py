@@ -1,17 +1,18 @@
 """A recording as the pieces that a model hears: cut at its pauses, what is silent left out.
 
-A model has learned from utterances: some seconds of speech between pauses, each normalized by its
-own mean and variance. So a recording is cut into such pieces wherever it pauses, whatever memory
-would allow: then text does not depend on how much is heard at once, and silence, which would
-weigh in the statistics of the features, does not change it either. Pieces come as the file is read,
-so that recordings of any length take the memory of two minutes.
+A model has learned from utterances: some seconds of speech, each normalized by its own mean and
+variance. So a long recording is cut into such pieces where it pauses, and not where memory ends:
+then the text does not depend on how much is heard at once, and silence, which would weigh in the
+statistics of the features, does not change it. Pieces come as the file is read, so that recordings
+of any length take the memory of a minute.
 
 - A run of zeros of a second or more is no part of any piece, and neither are zeros at the end of
   the recording: nothing was recorded there.
 - A second or more at the level of the background noise is left out but for its edges.
-- A recording that is then no longer than an utterance is one piece, as evaluation hears it. A
-  longer one is cut where it is quietest; where it has no pause within ten seconds, the piece is
-  longer, and `chunks` cuts it for the model, with an overlap.
+- A recording that is then no longer than an utterance is one piece, as evaluation hears it.
+- A longer one is also cut in pauses of 0.3 s or more at the level of the background noise, and
+  where it has none for ten seconds, where it is quietest. Where that is no pause either, the piece
+  is longer, and `chunks` cuts it for the model, with an overlap.
 """
 
 import math
@@ -25,16 +26,16 @@ import numpy as np
 LONGEST = 10.0
 # A piece ends after so many seconds, even if there is no pause.
 _MOST = 60.0
-# What a piece has at least, as a share of the longest: short ones have statistics of few sounds.
-_LEAST = 0.4
-# Silence of so many seconds is left out, but for so many at the sides of what is heard.
-_SILENCE, _EDGE = 1.0, 0.25
-# Energy is measured in frames of so many seconds. It is averaged over so many to find silence, and
-# over so many to find a pause between words rather than the closure of a plosive.
-_FRAME, _STEADY, _PAUSE = 0.01, 10, 30
-# Energies: of a pause, as a share of that of speech; of silence, as a share of that of speech, and
-# as a multiple of the background's.
-_PAUSE_SHARE, _SILENCE_SHARE, _BACKGROUND = 1e-2, 1e-3, 4.0
+# What a piece has at least, in seconds: shorter ones have the statistics of few sounds.
+_LEAST = 1.5
+# Silence of so many seconds is left out of every recording, pauses of so many are cuts of long
+# ones, and so many seconds of either stay on each side.
+_SILENCE, _PAUSE, _EDGE = 1.0, 0.3, 0.1
+# Energy is measured in frames of so many seconds, and averaged over so many frames: a closure of a
+# plosive is no pause.
+_FRAME, _STEADY = 0.01, 10
+# Pauses have at most such a share of the energy of speech, and such a multiple of the background's.
+_SHARE, _BACKGROUND = 1e-2, 4.0
 
 
 class Piece(NamedTuple):
@@ -73,40 +74,47 @@ def cut(blocks: Iterator[np.ndarray], rate: int, longest: float) -> Iterator[Pie
 def _next(ahead: np.ndarray, rate: int, longest: float, first: bool) -> tuple[int, int]:
     """(samples in the next piece, samples that are done with) of what is ahead."""
     hop = max(1, round(_FRAME * rate))
-    run, edge = round(_SILENCE / _FRAME), round(_EDGE / _FRAME)
     energy = _energy(ahead, hop)
-    zeros = _first_run(energy == 0, run)
+    zeros = next((run for run in _runs(energy == 0) if _lasts(run, _SILENCE)), None)
     end = len(ahead) if zeros is None else zeros[0] * hop
-    end = done = len(np.trim_zeros(ahead[:end], "b"))
-    energy = energy[: end // hop]
-    if len(energy) <= run:
-        return end, done
-    steady = _smooth(energy, _STEADY)
+    end = len(np.trim_zeros(ahead[:end], "b"))
+    energy = energy[: end // hop]  # [F]
+    if len(energy) <= _SILENCE / _FRAME:
+        return end, end
+    is_long = not first or end > longest * rate
+    steady = np.convolve(energy, np.ones(_STEADY) / _STEADY, "same")
     speech, background = np.percentile(steady, 95), np.percentile(steady[steady > 0], 5)
-    level = min(_SILENCE_SHARE * speech, _BACKGROUND * background)
-    silence = _first_run(steady <= level, run)
-    if silence is not None:
-        begun, ended = silence
-        done = end if ended == len(energy) else (ended - edge) * hop
+    quiet = steady <= min(_SHARE * speech, _BACKGROUND * background)
+    edge = round(_EDGE / _FRAME)
+    for begun, ended in _runs(quiet):
+        done = end if ended == len(quiet) else (ended - edge) * hop
         if begun == 0:
-            return 0, done
-        end = (begun + edge) * hop
-    if not first:
-        longest = min(longest, LONGEST)
-    if end <= longest * rate:
+            if ended > edge and (is_long or _lasts((begun, ended), _SILENCE)):
+                return 0, done
+        elif _lasts((begun, ended), _SILENCE) or (
+            is_long
+            and _lasts((begun, ended), _PAUSE)
+            and ended < len(quiet)
+            and begun >= _LEAST / _FRAME
+            and len(quiet) - ended >= _LEAST / _FRAME
+        ):
+            end = (begun + edge) * hop
+            break
+    else:
+        done = end
+    if end <= (min(longest, LONGEST) if is_long else longest) * rate:
         return end, done
-    longest = min(longest, LONGEST)
-    place = hop * _pause(_smooth(energy[: end // hop], _PAUSE), speech, round(longest / _FRAME))
+    place = _quietest(steady[: end // hop], speech, round(min(longest, LONGEST) / _FRAME)) * hop
     return place, place
 
 
-def _pause(energy: np.ndarray, speech: float, longest: int) -> int:
-    """The frame at which to end a piece of which more follows."""
-    first = int(_LEAST * longest)
-    last = len(energy) - first  # the rest is no splinter
+def _quietest(energy: np.ndarray, speech: float, longest: int) -> int:
+    """The frame at which to end a piece of which more follows, without a clear pause."""
+    first = longest // 2
+    last = len(energy) - round(_LEAST / _FRAME)  # the rest is no splinter
     near = energy[first : min(longest, last)]
-    if near.min() > _PAUSE_SHARE * speech:  # a word would be cut in two: on to the next pause
-        later = np.flatnonzero(energy[longest:last] <= _PAUSE_SHARE * speech)
+    if near.min() > _SHARE * speech:  # a word would be cut in two: on to the next pause
+        later = np.flatnonzero(energy[longest:last] <= _SHARE * speech)
         if len(later):
             return longest + int(later[0])
         near = energy[first:last]
@@ -115,22 +123,20 @@ def _pause(energy: np.ndarray, speech: float, longest: int) -> int:
     return first + int(places[len(places) // 2])
 
 
+def _lasts(run: tuple[int, int], seconds: float) -> bool:
+    return run[1] - run[0] >= round(seconds / _FRAME)
+
+
+def _runs(holds: np.ndarray) -> list[tuple[int, int]]:
+    """(start, stop) of the runs of frames in which `holds`."""
+    edges = np.flatnonzero(np.diff(holds, prepend=False, append=False))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
 def _energy(samples: np.ndarray, hop: int) -> np.ndarray:
     """Of every whole frame: float64 [frames]."""
     frames = samples[: len(samples) // hop * hop].reshape(-1, hop)
     return np.einsum("nh,nh->n", frames, frames, dtype=np.float64)
-
-
-def _smooth(energy: np.ndarray, frames: int) -> np.ndarray:
-    return np.convolve(energy, np.ones(frames) / frames, "same")
-
-
-def _first_run(holds: np.ndarray, least: int) -> tuple[int, int] | None:
-    """(start, stop) of the first run of `least` or more where `holds`, None if there is none."""
-    edges = np.flatnonzero(np.diff(holds, prepend=False, append=False))
-    runs = edges.reshape(-1, 2)
-    long = runs[runs[:, 1] - runs[:, 0] >= least]
-    return (int(long[0, 0]), int(long[0, 1])) if len(long) else None
 
 
 # ---- Chunks ------------------------------------------------------------------------------------
