@@ -6,6 +6,7 @@ the command line overrides single values (`--config.train.steps=1000`). The resu
 any work is done.
 """
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict, config_dict
 from speech_jax import models, tasks
 from speech_jax.data.sources import SOURCES
 from speech_jax.data.text import NORMALIZERS
-from speech_jax.decoding.decoder import DECODERS
+from speech_jax.decoding.decoder import Settings
 from speech_jax.errors import UserError
 from speech_jax.models import frontend
 from speech_jax.ops import augment
@@ -34,7 +35,6 @@ CHOICES = {
     "features.normalize": ("utterance", "global", "none"),
     "robustness.space": SPACES,
     "robustness.norm": NORMS,
-    "decoder.name": DECODERS,
     "model.dtype": ("float32", "bfloat16"),
     "optimizer.name": OPTIMIZERS,
     "schedule.name": SCHEDULES,
@@ -46,8 +46,7 @@ _LIKE = {
     "features.high_hz": 0.0,
     "adversarial.snr_db": 0.0,
     "model.subsampling_channels": 0,
-    "decoder.name": "",
-    "decoder.calibration": (1.0, 0.0),
+    **{f"decoder.{field.name}": field.default for field in dataclasses.fields(Settings)},
 }
 _ABOVE_ZERO = ("must be greater than 0", lambda value: value > 0)
 _FROM_ZERO = ("must be at least 0", lambda value: value >= 0)
@@ -206,8 +205,16 @@ def default() -> ConfigDict:
     # How logits become words: fields of Settings in decoding/decoder.py. None: what the model's
     # own record says, or else the default there.
     config.decoder = decoder = ConfigDict()
-    decoder.name = config_dict.placeholder(str)  # greedy
-    decoder.calibration = config_dict.placeholder(tuple)  # of confidences: (scale, offset)
+    decoder.name = config_dict.placeholder(str)  # greedy, beam or lexicon
+    decoder.width = config_dict.placeholder(int)  # hypotheses of a beam
+    decoder.labels = config_dict.placeholder(int)  # of a frame, that a hypothesis is extended by
+    decoder.skip = config_dict.placeholder(float)  # frames whose blank is more probable; 1: none
+    decoder.nbest = config_dict.placeholder(int)  # readings that are given
+    decoder.lm = config_dict.placeholder(str)  # an .arpa, see python -m speech_jax.decoding.lm
+    decoder.lm_weight = config_dict.placeholder(float)  # found by --mode=tune, as is the bonus
+    decoder.bonus = config_dict.placeholder(float)  # nats for each label (beam) or word (lexicon)
+    decoder.lexicon = config_dict.placeholder(str)  # a file of words; empty: those of the .arpa
+    decoder.calibration = config_dict.placeholder(tuple)  # of confidences, by --mode=tune too
 
     config.train = train = ConfigDict()
     train.steps = 100_000
@@ -327,6 +334,7 @@ def check(config: ConfigDict) -> None:
             "one first"
         )
     Adversary(**config.adversarial)
+    Settings.of(config.decoder)
     frontend.check_used(
         models.listens(config.model.name),
         _changed(config),
