@@ -197,16 +197,16 @@ class Model:
         return self._transcribe((self._opener(file, None) for file in recordings), progress)
 
     def _opener(self, recording, sample_rate: int | None):
-        """A context manager that gives blocks int16 [n] at the model's rate, and seconds or None.
+        """(a name, a context manager that gives what audio.stream does) of a recording.
 
-        It raises when it is entered, so that each recording has its own error.
+        A file's errors are raised when that is entered, so that each recording has its own.
         """
         if isinstance(recording, (str, os.PathLike, io.IOBase)):
             if sample_rate is not None:
                 raise TranscriptionError("a file says its own sample rate: leave sample_rate out")
             if isinstance(recording, (str, os.PathLike)):
                 recording = str(pathlib.Path(recording).expanduser())
-            return audio.stream(recording, self.sample_rate)
+            return audio.name_of(recording), audio.stream(recording, self.sample_rate)
         rate = self.sample_rate if sample_rate is None else sample_rate
         low, high = decoders.RATES
         if not isinstance(rate, numbers.Integral) or not low <= rate <= high:
@@ -214,42 +214,48 @@ class Model:
                 f"sample_rate={rate!r} must be a whole number of Hz from {low} to {high}"
             )
         samples = audio.resample(_to_int16(recording), int(rate), self.sample_rate)
-        return contextlib.nullcontext((iter([samples]), len(samples) / self.sample_rate))
+        opened = iter([samples]), len(samples) / self.sample_rate
+        return "the array", contextlib.nullcontext(opened)
 
     def _transcribe(
-        self, openers: Iterable[Any], progress: Callable[[float, float], None]
+        self, opened: Iterable[tuple[str, Any]], progress: Callable[[float, float], None]
     ) -> Iterator[Transcription | UserError]:
+        """What is said in each recording, which `opened` gives as `_opener` does."""
         waiting: collections.deque[_Recording] = collections.deque()
         pool: list[_Piece] = []
         most = _POOL_BATCHES * self._batch_seconds * self.sample_rate
-        heard = 0.0
-        for number, opener in enumerate(openers):
-            recording = _Recording()
+        before = 0.0  # seconds of the recordings before
+        for number, (name, opener) in enumerate(opened):
+            recording = _Recording(name)
             waiting.append(recording)
-            try:
-                with opener as (blocks, seconds):
-                    for piece in pieces.cut(
-                        recording.counted(blocks), self.sample_rate, self.acoustic.longest_seconds
-                    ):
-                        recording.pieces.append(_Piece(*piece))
-                        pool.append(recording.pieces[-1])
-                        if sum(len(piece.samples) for piece in pool) >= most:
-                            self._hear(pool)
-                            pool.clear()
-                            yield from self._ready(waiting)
-                        read = recording.samples / self.sample_rate
-                        progress(number + min(1, read / (seconds or math.inf)), heard + read)
-                if not recording.samples:
-                    raise audio.AudioError("the recording holds no samples")
-            except UserError as error:
-                recording.error = error
-                lost = set(map(id, recording.pieces))
-                pool = [piece for piece in pool if id(piece) not in lost]
-            recording.is_read = True
-            heard += recording.samples / self.sample_rate
-            progress(number + 1, heard)
+            for share in self._read(recording, opener, pool):
+                if sum(len(piece.samples) for piece in pool) >= most:
+                    self._hear(pool)
+                    pool.clear()
+                    yield from self._ready(waiting)
+                progress(number + share, before + recording.samples / self.sample_rate)
+            before += recording.samples / self.sample_rate
+            progress(number + 1, before)
         self._hear(pool)
         yield from self._ready(waiting)
+
+    def _read(self, recording: "_Recording", opener: Any, pool: "list[_Piece]") -> Iterator[float]:
+        """Adds the pieces of a recording to the pool; yields what share of it has been read."""
+        try:
+            with opener as (blocks, seconds):
+                for piece in pieces.cut(
+                    recording.counted(blocks), self.sample_rate, self.acoustic.longest_seconds
+                ):
+                    recording.pieces.append(_Piece(*piece))
+                    pool.append(recording.pieces[-1])
+                    yield min(1.0, recording.samples / self.sample_rate / (seconds or math.inf))
+            if not recording.samples:
+                raise audio.AudioError(f"{recording.name}: holds no samples")
+        except UserError as error:
+            recording.error = error
+            lost = set(map(id, recording.pieces))
+            pool[:] = [piece for piece in pool if id(piece) not in lost]
+        recording.is_read = True
 
     def _ready(
         self, waiting: "collections.deque[_Recording]"
@@ -322,6 +328,7 @@ class _Piece:
 class _Recording:
     """A recording on its way."""
 
+    name: str
     pieces: list[_Piece] = dataclasses.field(default_factory=list)
     samples: int = 0
     is_read: bool = False
@@ -329,7 +336,8 @@ class _Recording:
 
     @property
     def is_ready(self) -> bool:
-        return self.is_read and all(piece.samples is None for piece in self.pieces)
+        heard = self.error or all(piece.samples is None for piece in self.pieces)
+        return self.is_read and bool(heard)
 
     def counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         for block in blocks:
