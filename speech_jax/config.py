@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_dict
 from speech_jax import models, tasks
 from speech_jax.data.sources import SOURCES
 from speech_jax.data.text import NORMALIZERS
+from speech_jax.decoding.decoder import DECODERS
 from speech_jax.errors import UserError
 from speech_jax.models import frontend
 from speech_jax.ops import augment
@@ -33,6 +34,7 @@ CHOICES = {
     "features.normalize": ("utterance", "global", "none"),
     "robustness.space": SPACES,
     "robustness.norm": NORMS,
+    "decoder.name": DECODERS,
     "model.dtype": ("float32", "bfloat16"),
     "optimizer.name": OPTIMIZERS,
     "schedule.name": SCHEDULES,
@@ -40,7 +42,13 @@ CHOICES = {
 # Rules: pairs of a regular expression and a number, see rules.py.
 _RULES = ("optimizer.decay", "optimizer.rates", "optimizer.frozen")
 # What is None by default, and a value of its type.
-_LIKE = {"features.high_hz": 0.0, "adversarial.snr_db": 0.0, "model.subsampling_channels": 0}
+_LIKE = {
+    "features.high_hz": 0.0,
+    "adversarial.snr_db": 0.0,
+    "model.subsampling_channels": 0,
+    "decoder.name": "",
+    "decoder.calibration": (1.0, 0.0),
+}
 _ABOVE_ZERO = ("must be greater than 0", lambda value: value > 0)
 _FROM_ZERO = ("must be at least 0", lambda value: value >= 0)
 _SHARE = ("must be in [0, 1]", lambda value: 0 <= value <= 1)
@@ -194,6 +202,12 @@ def default() -> ConfigDict:
     robustness.epsilons = (0.0001, 0.0003, 0.001, 0.002, 0.003, 0.005, 0.01)
     robustness.noise_root = ""  # a folder of noise; empty: white noise
     robustness.noise_snr_db = (20.0, 10.0, 5.0, 0.0)
+
+    # How logits become words: fields of Settings in decoding/decoder.py. None: what the model's
+    # own record says, or else the default there.
+    config.decoder = decoder = ConfigDict()
+    decoder.name = config_dict.placeholder(str)  # greedy
+    decoder.calibration = config_dict.placeholder(tuple)  # of confidences: (scale, offset)
 
     config.train = train = ConfigDict()
     train.steps = 100_000

@@ -26,6 +26,7 @@ from speech_jax.data.batch import Bucket, Fields, shapes, signature
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.audio import open_noise
 from speech_jax.data.plan import Plan
+from speech_jax.decoding.decoder import Decoder
 from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import features
@@ -301,9 +302,20 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
         arguments["encoder"] = models.make_encoder(**config.model)
     if "frontend" in accepted:
         arguments["frontend"] = make_frontend(config, arguments["encoder"], parts)
+    if "decoder" in accepted:
+        seconds = frame_seconds(config, arguments["encoder"], arguments["frontend"])
+        arguments["decoder"] = Decoder(config.decoder, parts["labels"], seconds)
     if "counts" in accepted:
         arguments["counts"] = {name: part.count for name, part in parts.items() if part.count}
     return registry.call(constructor, arguments, what=f"task ({name})")
+
+
+def frame_seconds(config: ConfigDict, encoder: Any, frontend: FrontEnd) -> float:
+    """Seconds from one frame of an encoder's output to the next."""
+    seconds = 3600  # beside which the frames at the ends are nothing
+    samples = seconds * config.data.sample_rate
+    short, long = (encoder.output_lengths(frontend.lengths(n * samples)) for n in (1, 2))
+    return seconds / (int(long) - int(short))
 
 
 def make_frontend(config: ConfigDict, encoder, parts: Mapping[str, Part]) -> FrontEnd:

@@ -309,7 +309,7 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
     with Interruption() as interruption, workdir.locked():
         workdir.prepare(splits)
         mesh = sharding.make_mesh(**config.mesh)
-        task = model.task()
+        task = experiment.make_task(config, model.parts)
         params, state = bundle.on_mesh(model, mesh)
         evaluation = Evaluation(config, task, model.parts, mesh, interruption.check)
         longest = round(config.data.max_seconds * config.data.sample_rate)

@@ -108,6 +108,8 @@ _OWN = ("sample_rate", "max_seconds")
 def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
     """The configuration to use a model with: its own, on the data and mesh that `config` names.
 
+    What `config.decoder` says goes before what the model's own does.
+
     Raises:
       BundleError: `config` is for another task or encoder.
     """
@@ -122,6 +124,8 @@ def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
     with merged.unlocked():
         for section in ("mesh", "robustness"):
             merged[section] = config[section]
+        given = {key: value for key, value in config.decoder.items() if value is not None}
+        merged.decoder.update(given)
         kept = {key: merged.data[key] for key in _OWN}
         merged.data = config.data.copy_and_resolve_references()
         merged.data.update(kept)

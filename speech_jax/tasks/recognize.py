@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speech_jax.decoding.ctc import greedy
+from speech_jax.decoding.decoder import Decoder
 from speech_jax.evaluators.errors import Errors
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc
@@ -42,6 +43,7 @@ class Recognize:
     encoder: nn.Module
     frontend: FrontEnd
     counts: Mapping[str, int]
+    decoder: Decoder | None = None  # None: greedy labels alone
 
     parts: ClassVar = {"audio": "audio", "labels": "transcript"}
     along: ClassVar = "samples"
@@ -105,8 +107,10 @@ class Recognize:
         return (nats * weight).sum(), tokens, {"state": state, "sums": sums}
 
     def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
-        """Greedy hypotheses: {"labels": int32 [B, T'], "labels_length": int32 [B]}."""
+        """{"labels": int32 [B, T'], "labels_length": int32 [B]}, and what else a decoder finds."""
         logits, lengths, _ = self.logits(params, state, batch)
+        if self.decoder:
+            return self.decoder.search(logits, lengths)
         labels, count = greedy(logits, lengths)
         return {"labels": labels, "labels_length": count}
 
@@ -130,4 +134,4 @@ class Recognize:
 
     def evaluator(self, parts: Mapping[str, Any]) -> Errors:
         """Word and character errors."""
-        return Errors(parts["labels"])
+        return Errors(parts["labels"], self.decoder)
