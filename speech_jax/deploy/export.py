@@ -11,8 +11,8 @@ MODEL is a workdir, a saved model or a folder of Hugging Face. The kind of file 
          model at several lengths and numbers of rows, and not written where it differs.
 
 Both take int16 samples [B, S] and lengths [B], of any number of rows and samples, and give logits
-[B, T, K] and frames [B]. `python -m speech_jax.transcribe --model=mine.sjx` and speech_jax.load take
-either.
+[B, T, K] and frames [B]. `python -m speech_jax.transcribe --model=mine.sjx` and speech_jax.load
+take either.
 
 --weights chooses what an .sjx keeps of matrices (of all parameters of two dimensions and more that
 multiply inputs; biases, norms and statistics stay float32):
@@ -25,9 +25,8 @@ multiply inputs; biases, norms and statistics stay float32):
 import argparse
 import bisect
 import hashlib
-import json
+import os
 import pathlib
-import re
 import sys
 import tempfile
 import zipfile
@@ -41,19 +40,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import speech_jax
-from speech_jax import bundle, files, workdir
-from speech_jax.data import text
+from speech_jax import bundle, files, rules
 from speech_jax.deploy import acoustic, sjx
 from speech_jax.errors import UserError
 from speech_jax.ops import partition
-from speech_jax.rules import Rules
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 WEIGHTS = ("float32", "bfloat16", "int8")
 
 # Parameters that multiply inputs, and how many of their first dimensions are inputs; -1: all but
 # the last one. Layers that are stacked for a scan have one dimension before these.
-_MATRICES: Rules = (
+_MATRICES: rules.Rules = (
     (r"attention/(qkv?|value|position)/kernel|convolution/gate/kernel", 1),
     (r"kernel(_\d+)?|direction", -1),
 )
@@ -65,23 +62,26 @@ class ExportError(UserError):
     """A model that cannot be exported, or a file that cannot be written; the message says why."""
 
 
-def export(model: bundle.Bundle, out: pathlib.Path, weights: str = "float32") -> dict[str, Any]:
-    """Writes a model as an .sjx file and returns its card.
+def write_sjx(
+    heard: acoustic.BundleAcoustic,
+    out: pathlib.Path,
+    scores: Mapping[str, Any],
+    weights: str = "float32",
+) -> None:
+    """Writes a model as an .sjx file.
 
     Args:
-      weights: one of WEIGHTS.
+      scores: figures by split, as results.json has them; weights: one of WEIGHTS.
 
     Raises:
-      ExportError: the model gives no logits, or another file is in the place of `out`.
       UserError: the file cannot be written.
     """
-    check_place(out)
-    heard = acoustic.BundleAcoustic(model)
+    model = heard.bundle
     arrays, restore = stored(model.params, model.state, weights)
     exported = _program(heard, restore, list(arrays.values()))
     members = {sjx.PROGRAM: exported.mlir_module_serialized}
     members |= {name: _little_endian(array) for name, array in arrays.items()}
-    card = make_card(heard) | {
+    card = make_card(heard, scores) | {
         "weights": weights,
         "program": sjx.describe(exported),
         "arguments": [
@@ -92,7 +92,6 @@ def export(model: bundle.Bundle, out: pathlib.Path, weights: str = "float32") ->
     }
     card["sha256"] = sjx.digest(card)
     _write(out, {sjx.CARD: files.dump_json(card).encode()} | members)
-    return card
 
 
 def check_place(out: pathlib.Path) -> None:
@@ -217,7 +216,7 @@ def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict
         "shortest": shortest(heard),
         "outputs": "logits float32 [B, T, K] of labels (the blank is 0) and frames int32 [B]",
         "labels": list(heard.transcript.tokenizer.spellings),
-        "decoder": heard.decoder,
+        "decoder": files.plain(config)["decoder"],
         "parts": parts,
         "model": {
             "task": config.task.name,
@@ -299,3 +298,39 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    out = files.expand(arguments.out)
+    kind = arguments.format or out.suffix.lower().lstrip(".")
+    if kind not in FORMATS or out.suffix.lower() != f".{kind}":
+        wanted = f"end it in .{kind}" if kind in FORMATS else "end it in .sjx or .onnx"
+        raise ExportError(f"{out.name} does not say its format by its name: {wanted}")
+    if kind == "onnx" and arguments.weights != "float32":
+        raise ExportError("--weights is of .sjx files: an .onnx keeps float32")
+    check_place(out)
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    say(f"opening {arguments.model}")
+    model = bundle.open(arguments.model)
+    heard = acoustic.BundleAcoustic(model)
+    say("tracing and writing the program")
+    write_sjx(heard, out, _scores(files.expand(arguments.model)), arguments.weights)
+    say("comparing with the model")
+    difference = compare(heard, sjx.load(out), [(2, 1.5)])
+    say(f"logits differ by at most {difference:.1e} of the largest")
+    print(f"{out} ({out.stat().st_size / 1e6:.2f} MB)")
+
+
+def _scores(folder: pathlib.Path) -> dict[str, Any]:
+    """Figures by split of a workdir; nothing of other folders."""
+    try:
+        splits = files.read_json(folder / "results.json").get("splits", {})
+    except (OSError, UserError):
+        return {}
+    return splits if isinstance(splits, dict) else {}
+
+
+FORMATS = ("sjx", "onnx")
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -72,7 +72,9 @@ def load(path: str | os.PathLike) -> "Model":
         try:
             program = _verified(path, archive, card, PROGRAM)
             arrays = [_array(path, archive, card, entry) for entry in card["arguments"]]
-            return Model(card, _exported(card, program), arrays)
+            exported = _exported(card, program)
+            exported.mlir_module()  # raises where it is of another version of StableHLO
+            return Model(card, exported, arrays)
         except SjxError:
             raise
         except Exception as error:  # whatever a card's values or StableHLO's bytes make them raise
