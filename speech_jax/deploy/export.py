@@ -24,14 +24,15 @@ multiply inputs; biases, norms and statistics stay float32):
 
 import argparse
 import bisect
+import contextlib
 import hashlib
 import os
 import pathlib
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import flax.traverse_util
 import jax
@@ -41,10 +42,11 @@ import numpy as np
 
 import speech_jax
 from speech_jax import bundle, files, rules
-from speech_jax.deploy import acoustic, sjx
+from speech_jax.deploy import acoustic, onnx, sjx
 from speech_jax.errors import UserError
 from speech_jax.ops import partition
 
+FORMATS = ("sjx", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")
 WEIGHTS = ("float32", "bfloat16", "int8")
 
@@ -78,7 +80,7 @@ def write_sjx(
     """
     model = heard.bundle
     arrays, restore = stored(model.params, model.state, weights)
-    exported = _program(heard, restore, list(arrays.values()))
+    exported = program(heard, restore, list(arrays.values()))
     members = {sjx.PROGRAM: exported.mlir_module_serialized}
     members |= {name: _little_endian(array) for name, array in arrays.items()}
     card = make_card(heard, scores) | {
@@ -165,7 +167,7 @@ def _little_endian(array: np.ndarray) -> bytes:
 # ---- Program and card --------------------------------------------------------------------------
 
 
-def _program(
+def program(
     heard: acoustic.BundleAcoustic, restore: Restore, arrays: list[np.ndarray]
 ) -> jax.export.Exported:
     """The program of (arrays, int16 [B, S], int32 [B]) for all PLATFORMS, B and S symbols."""
@@ -231,32 +233,38 @@ def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict
 
 
 def _write(out: pathlib.Path, members: Mapping[str, bytes]) -> None:
-    scratch = out.with_name(f".{out.name}.{os.getpid()}")
     with files.writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with zipfile.ZipFile(scratch, "w") as archive:
-                for name, data in members.items():
-                    # Without the time of day: the same model gives the same bytes.
-                    archive.writestr(zipfile.ZipInfo(name), data)
-            scratch.replace(out)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with zipfile.ZipFile(out, "w") as archive:
+            for name, data in members.items():
+                # Without the time of day: the same model gives the same bytes.
+                archive.writestr(zipfile.ZipInfo(name), data)
 
 
 # ---- Comparison --------------------------------------------------------------------------------
 
-# Largest difference of logits, as a share of the largest logit.
-_CLOSE = {"float32": 1e-4, "bfloat16": 0.05}
+# Largest difference of logits, as a share of the largest logit: by what the file keeps of weights,
+# or by what the model computes in.
+_CLOSE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.5}
+# Rows and seconds of what they are compared on.
+_NOISE = {"sjx": ((2, 1.5),), "onnx": ((1, 0.6), (2, 1.5), (3, 2.6))}
 
 
-def compare(heard: acoustic.BundleAcoustic, other: Any, shapes: Any) -> float:
-    """The largest difference of logits, as a share of the largest, over noise of [rows, seconds].
+class Runs(Protocol):
+    """What gives logits: a model, or a file that was opened."""
 
-    Each row is of another length. Raises ExportError where frames differ.
+    def logits(self, samples: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def compare(
+    heard: acoustic.BundleAcoustic, other: Runs, noise: Sequence[tuple[int, float]]
+) -> float:
+    """The largest difference of logits, as a share of the largest, on noise of (rows, seconds).
+
+    Each row is of another length. Raises ExportError where the frames differ.
     """
-    rng, worst = np.random.default_rng(0), 0.0
-    for rows, seconds in shapes:
+    rng, worst = np.random.default_rng(0), [0.0]
+    for rows, seconds in noise:
         size = round(seconds * heard.sample_rate)
         samples = rng.normal(0, 3000, (rows, size)).clip(-32768, 32767).astype(np.int16)
         lengths = np.linspace(size, shortest(heard), rows).astype(np.int32)
@@ -264,13 +272,12 @@ def compare(heard: acoustic.BundleAcoustic, other: Any, shapes: Any) -> float:
         found, found_frames = other.logits(samples, lengths)
         if found.shape != wanted.shape or not np.array_equal(found_frames, frames):
             raise ExportError(
-                f"what was exported gives {list(found.shape)} logits where the model gives "
-                f"{list(wanted.shape)}: it cannot be used"
+                f"what was exported gives logits {list(found.shape)} where the model gives "
+                f"{list(wanted.shape)} of {rows} rows of {size} samples: no file is written"
             )
         valid = np.arange(wanted.shape[1])[None, :, None] < frames[:, None, None]
-        difference = np.abs(np.where(valid, found - wanted, 0)).max() / np.abs(wanted).max()
-        worst = max(worst, float(difference))  # NaN stays nowhere: checked by the caller
-    return worst
+        worst.append(np.abs(np.where(valid, found - wanted, 0)).max() / np.abs(wanted).max())
+    return float(np.max(worst))  # NaN where one is
 
 
 # ---- The command -------------------------------------------------------------------------------
@@ -305,19 +312,42 @@ def _run(arguments: argparse.Namespace) -> None:
     kind = arguments.format or out.suffix.lower().lstrip(".")
     if kind not in FORMATS or out.suffix.lower() != f".{kind}":
         wanted = f"end it in .{kind}" if kind in FORMATS else "end it in .sjx or .onnx"
-        raise ExportError(f"{out.name} does not say its format by its name: {wanted}")
+        raise ExportError(f"{out} does not say by its name what it is: {wanted}")
     if kind == "onnx" and arguments.weights != "float32":
-        raise ExportError("--weights is of .sjx files: an .onnx keeps float32")
+        raise ExportError("--weights is for .sjx files: an .onnx keeps float32")
     check_place(out)
     say = lambda text: print(text, file=sys.stderr, flush=True)
     say(f"opening {arguments.model}")
-    model = bundle.open(arguments.model)
-    heard = acoustic.BundleAcoustic(model)
-    say("tracing and writing the program")
-    write_sjx(heard, out, _scores(files.expand(arguments.model)), arguments.weights)
-    say("comparing with the model")
-    difference = compare(heard, sjx.load(out), [(2, 1.5)])
-    say(f"logits differ by at most {difference:.1e} of the largest")
+    heard = acoustic.BundleAcoustic(bundle.open(arguments.model))
+    scores = _scores(files.expand(arguments.model))
+    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        if kind == "onnx":
+            say("writing the graph")
+            heard = acoustic.BundleAcoustic(onnx.in_float32(heard.bundle))
+            graph = onnx.make(heard, make_card(heard, scores), *batch(heard))
+            with files.writing(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                scratch.write_bytes(graph)
+            opened = onnx.load(scratch)
+        else:
+            say(f"writing the program for {', '.join(PLATFORMS)}")
+            write_sjx(heard, scratch, scores, arguments.weights)
+            opened = sjx.load(scratch)
+        say("comparing it with the model")
+        difference = compare(heard, opened, _NOISE[kind])
+        limit = max(_CLOSE[arguments.weights], _CLOSE[heard.bundle.config.model.dtype])
+        if not difference <= limit:
+            raise ExportError(
+                f"what was exported gives other logits than the model (by {difference:.1e} of the "
+                f"largest, more than {limit:g}): no file is written"
+            )
+        say(f"its logits differ from the model's by {difference:.1e} of the largest, at most")
+        with files.writing(out):
+            scratch.replace(out)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
     print(f"{out} ({out.stat().st_size / 1e6:.2f} MB)")
 
 
@@ -329,8 +359,6 @@ def _scores(folder: pathlib.Path) -> dict[str, Any]:
         return {}
     return splits if isinstance(splits, dict) else {}
 
-
-FORMATS = ("sjx", "onnx")
 
 if __name__ == "__main__":
     sys.exit(main())

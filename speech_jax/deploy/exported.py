@@ -2,20 +2,26 @@
 
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 
 from speech_jax.data.parts.transcript import Transcript
-from speech_jax.deploy import sjx
+from speech_jax.deploy import onnx, sjx
 from speech_jax.errors import UserError
 
 
 class Exported:
     """An exported model, as Acoustic (deploy/acoustic.py) says."""
 
-    def __init__(self, path: pathlib.Path, card: Mapping[str, Any], logits: Any):
-        """`logits` is a function as that of sjx.Model. Raises UserError for a model of no text."""
+    def __init__(
+        self,
+        path: pathlib.Path,
+        card: Mapping[str, Any],
+        logits: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    ):
+        """`logits` is the method of an opened file. Raises UserError for a model of no text."""
         self.sample_rate = int(card["sample_rate"])
         self.frame_seconds = float(card["frame_seconds"])
         self.longest_seconds = float(card["longest_seconds"])
@@ -23,13 +29,17 @@ class Exported:
         self.transcript = _transcript(path, card["parts"])
         self.logits = logits
 
-    logits: Any
-
 
 def open_sjx(path: pathlib.Path) -> Exported:
     """Opens an .sjx file; UserError where it is damaged or gives no text."""
     model = sjx.load(path)
     return Exported(path, model.card, model.logits)
+
+
+def open_onnx(path: pathlib.Path) -> Exported:
+    """Opens an ONNX file of speech_jax; UserError where it cannot be used or gives no text."""
+    session = onnx.load(path)
+    return Exported(path, session.card, session.logits)
 
 
 def _transcript(path: pathlib.Path, parts: Mapping[str, str]) -> Transcript:
