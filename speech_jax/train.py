@@ -22,6 +22,7 @@ from speech_jax.data.plan import Plan
 from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
 from speech_jax.evaluators.loop import Evaluation
+from speech_jax.evaluators.report import write_report
 from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
 from speech_jax.training.checkpoint import Checkpoints
@@ -321,7 +322,11 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
             raise UserError(
                 "interrupted: nothing was written; run the same command again"
             ) from None
-        return workdir.write_results(found)
+        results = workdir.write_results(found)
+        corpora = {split: evaluation.corpus(split) for split in splits}
+        if write_report(workdir, task.evaluator(model.parts), corpora, results):
+            say(f"report: {workdir.report}")
+        return results
 
 
 def measure(
