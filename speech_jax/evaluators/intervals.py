@@ -32,15 +32,15 @@ def bootstrap(
       level: the probability that the interval is to have.
 
     Returns:
-      The percentiles of the drawn rates; None for fewer than two groups, or without a size. The
-      same numbers give the same interval.
+      The percentiles of the drawn rates; None where drawing tells nothing: for fewer than two
+      groups, without a size, and without an error. The same numbers give the same interval.
     """
     sums = np.stack([np.asarray(errors, np.float64), np.asarray(sizes, np.float64)])
     if groups is not None:
         _, places = np.unique(np.asarray(groups, str), return_inverse=True)
         sums = np.stack([np.bincount(places, of) for of in sums])
     count = sums.shape[1]
-    if count < 2 or not sums[1].any():
+    if count < 2 or not sums.any(axis=1).all():
         return None
     rng = np.random.default_rng(0)
     at_once = max(1, _DRAWN // count)

@@ -41,7 +41,7 @@ def markup(content: object) -> Html:
     return Html(html.escape(str(content).encode("utf-8", "backslashreplace").decode()))
 
 
-def element(name: str, *content: object, **attributes: object) -> Html:
+def element(tag: str, /, *content: object, **attributes: object) -> Html:
     """An element of HTML; `_` at the end of an attribute's name is dropped, inside it is `-`.
 
     An attribute that is True has no value, one that is None or False is left out.
@@ -51,9 +51,9 @@ def element(name: str, *content: object, **attributes: object) -> Html:
         if value is not None and value is not False:
             key = key.rstrip("_").replace("_", "-")
             written += f" {key}" if value is True else f' {key}="{_attribute(value)}"'
-    if name in ("img", "br", "meta", "input"):
-        return Html(f"<{name}{written}>")
-    return Html(f"<{name}{written}>{join(content)}</{name}>")
+    if tag in ("img", "meta", "input"):
+        return Html(f"<{tag}{written}>")
+    return Html(f"<{tag}{written}>{join(content)}</{tag}>")
 
 
 def join(content: Iterable[object]) -> Html:

@@ -36,7 +36,7 @@
       const pair = make("span", undefined, "pair " + kind);
       const sign = make("i", { inserted: "+", deleted: "−", substituted: "≠" }[kind]);
       sign.title = kind;
-      pair.append(make("bdi", one[0] || " "), sign, make("bdi", one[1] || " "));
+      pair.append(make("bdi", one[0]), sign, make("bdi", one[1]));
       made.append(pair, " ");
     }
     return made;

@@ -137,7 +137,7 @@ def _read(
     evaluator: Evaluator,
     results: Mapping[str, Any],
 ) -> _Split:
-    text = workdir.predictions(name).read_text("utf-8")
+    text = workdir.predictions(name).read_bytes().decode()
     lines = [json.loads(line) for line in text.split("\n") if line]
     places = {utterance.id: index for index, utterance in enumerate(corpus.source.utterances)}
     found = [evaluator.tallies(line) for line in lines] if hasattr(evaluator, "tallies") else []
@@ -160,7 +160,7 @@ def _summary(splits: Sequence[_Split]) -> Html:
     heads, rows = ["split"], [[split.name] for split in splits]
     for name in names:
         share = any(name in split.tallies for split in splits)
-        heads += [_title(name), "95% interval"] if share else [_title(name).replace("left", "left")]
+        heads += [_title(name), "95% interval"] if share else [_title(name)]
         for split, row in zip(splits, rows, strict=True):
             value = split.results.get(name)
             if not share:
@@ -280,8 +280,10 @@ def _groups(
     order = order[:_ROWS]
     chosen = {label: np.asarray(members[label]) for label in order}
     intervals = {label: split.interval(split.main, places) for label, places in chosen.items()}
-    ends = [interval[1] for interval in intervals.values() if interval]
-    top = max([*ends, *(rates[label] or 0.0 for label in order)], default=0.0)
+    # The scale is of groups that an interval says something of; wider ones go over its edge.
+    many = [label for label in order if len(members[label]) >= FEW] or order
+    ends = [(intervals[label] or (0.0, 0.0))[1] for label in many]
+    top = max([*ends, *(rates[label] or 0.0 for label in many)], default=0.0)
     counted = split.speakers and head != "speaker"
     rows = []
     for label, places in chosen.items():
@@ -351,7 +353,10 @@ _LEGEND = element(
 def _utterance(split: _Split, place: int, media: Media) -> Html:
     utterance, line = split.utterances[place], split.lines[place]
     errors, size = (_count(value) for value in split.tallies[split.main][:, place])
-    facts = [f"{errors:,} errors of {size:,}", f"{utterance.duration:.2f} s"]
+    facts = [
+        f"{errors:,} {'error' if errors == 1 else 'errors'} of {size:,}",
+        f"{utterance.duration:.2f} s",
+    ]
     facts += [f"{name} {value}" for name, value in utterance.tags.items() if len(str(value)) < 60]
     facts = " · ".join(facts)
     compared = "reference" in line and "hypothesis" in line
@@ -425,7 +430,12 @@ def _row(split: _Split, number: int, place: int) -> list[Any]:
     counts = split.tallies[split.main][:, place] if split.main else (None, None)
     text: list[Any] = []
     if "reference" not in line or "hypothesis" not in line:
-        text = [" · ".join(f"{name} {value}" for name, value in _details(line).items())]
+        text = [
+            " · ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in _details(line).items()
+            )
+        ]
     elif line["reference"] == line["hypothesis"]:
         text = [line["reference"]]
     else:
@@ -452,7 +462,7 @@ def _row(split: _Split, number: int, place: int) -> list[Any]:
 def _curves(metrics: pathlib.Path) -> Html | None:
     """A plot of everything in metrics.jsonl that changes; the scores of the splits come first."""
     try:
-        text = metrics.read_text("utf-8", "replace")
+        text = metrics.read_bytes().decode("utf-8", "replace")
     except FileNotFoundError:
         return None
     series: dict[str, list[page.Point]] = {}

@@ -55,7 +55,7 @@ class Media:
         )
         return element(
             "div",
-            element("audio", controls=True, preload="none", src=sound),
+            element("audio", controls=True, preload="metadata", src=sound),
             page.scrolled(seen),
             element("p", note, class_="note") if note else "",
             class_="sound",
@@ -71,6 +71,7 @@ def _times(line: Mapping[str, Any], seconds: float) -> Html:
     pairs = words.align(str(line.get("reference", "")).split(), [word[0] for word in heard])
     right = [a == b for a, b in pairs if b is not None]
     for (text, start, end, confidence), good in zip(heard, right, strict=True):
+        end = min(end, seconds)
         sure = "" if confidence is None else f", confidence {confidence:.2f}"
         found.append(
             element(
