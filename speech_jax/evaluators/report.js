@@ -29,14 +29,14 @@
     made.dir = "auto";
     for (const one of pieces) {
       if (typeof one === "string") {
-        made.append(make("bdi", one), " ");
+        made.append(make("span", one), " ");
         continue;
       }
       const kind = !one[0] ? "inserted" : !one[1] ? "deleted" : "substituted";
       const pair = make("span", undefined, "pair " + kind);
-      const sign = make("i", { inserted: "+", deleted: "−", substituted: "≠" }[kind]);
+      const sign = make("i", { inserted: "+", deleted: "−", substituted: "×" }[kind]);
       sign.title = kind;
-      pair.append(make("bdi", one[0]), sign, make("bdi", one[1]));
+      pair.append(make("span", one[0]), sign, make("span", one[1]));
       made.append(pair, " ");
     }
     return made;
@@ -45,7 +45,7 @@
   const row = (of) => {
     const made = make("tr");
     of.slice(0, 6).forEach((value, column) => {
-      const shown = column === 0 ? splits[value] : value === null ? "–" : value;
+      const shown = [splits[value], value, value, value?.toFixed?.(2)][column] ?? value ?? "–";
       const cell = make("td", shown, column > 2 ? "right" : "");
       if (column < 3) cell.dir = "auto";
       made.append(cell);

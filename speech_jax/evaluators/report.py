@@ -37,6 +37,7 @@ _ROWS = 100
 # More values of a tag than this are no groups but texts or names.
 _VALUES = 50
 _CURVE_POINTS = 300
+_DOTS = 30  # a curve of fewer points has a dot for each
 
 
 def write_report(
@@ -340,7 +341,7 @@ def _worst(split: _Split, media: Media) -> Html:
 _LEGEND = element(
     "p",
     "The reference stands above, the hypothesis below: ",
-    element("span", "≠", class_="sign"),
+    element("span", "×", class_="sign"),
     " another word was heard, ",
     element("span", "−", class_="sign"),
     " a word was missed, ",
@@ -370,7 +371,10 @@ def _utterance(split: _Split, place: int, media: Media) -> Html:
 
 
 def _alignment(pairs: Iterable[words.Pair]) -> Html:
-    """Words above each other, with a sign between those that differ."""
+    """Words above each other, with a sign between those that differ, from where the text begins.
+
+    There is no `bdi` in it: the direction of an element with dir=auto does not depend on those.
+    """
     cells = []
     for reference, hypothesis in pairs:
         kind, sign = "same", ""
@@ -379,13 +383,13 @@ def _alignment(pairs: Iterable[words.Pair]) -> Html:
         elif hypothesis is None:
             kind, sign = "deleted", "−"
         elif reference != hypothesis:
-            kind, sign = "substituted", "≠"
+            kind, sign = "substituted", "×"
         cells.append(
             element(
                 "span",
-                element("bdi", reference or " "),
+                element("span", reference or " "),
                 element("i", sign, title=kind if sign else None),
-                element("bdi", hypothesis or " "),
+                element("span", hypothesis or " "),
                 class_=f"pair {kind}",
             )
         )
@@ -477,7 +481,12 @@ def _curves(metrics: pathlib.Path) -> Html | None:
                 series.setdefault(name, []).append((step, value))
     shown = {name: of for name, of in series.items() if len({value for _, value in of}) > 1}
     plots = [
-        page.plot(name.replace("_", " "), _thinned(shown[name]), labels=("updates", ""))
+        page.plot(
+            name.replace("_", " "),
+            _thinned(shown[name]),
+            labels=("updates", ""),
+            marked=len(shown[name]) <= _DOTS,
+        )
         for name in sorted(shown, key=lambda name: "/" not in name)
     ]
     return element("div", *plots, class_="plots") if plots else None
