@@ -22,6 +22,7 @@ from speech_jax.data.plan import Plan
 from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
 from speech_jax.evaluators.loop import Evaluation, alone
+from speech_jax.evaluators.report import write_report
 from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
 from speech_jax.training.checkpoint import Checkpoints
@@ -315,7 +316,11 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
         for split in splits:
             evaluation.check_memory(split, params, state, longest)
         found = measure(evaluation, params, state, splits, workdir, say)
-        return workdir.write_results(found)
+        results = workdir.write_results(found)
+        corpora = {split: evaluation.corpus(split) for split in splits}
+        if write_report(workdir, task.evaluator(model.parts), corpora, results):
+            say(f"report: {workdir.report}")
+        return results
 
 
 def measure(
