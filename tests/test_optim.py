@@ -232,10 +232,12 @@ def test_no_gradient_is_taken_of_what_is_frozen():
         return lambda params, *rest: (jax.grad(lambda p: task.loss(p, *rest)[0])(params), None)
 
     mask = groups.trainable(PARAMS, FROZEN)
-    function = groups.gradients(gradient, Task(), mask)
-    found, _ = function(PARAMS, {}, 3.0, None, 0)
-    assert found["head"]["kernel"] is None
-    np.testing.assert_array_equal(found["layer"]["bias"], 3.0)
+    function = groups.gradients(gradient, Task(), groups.thaw(PARAMS, FROZEN))
+    for step, thawed in ((0, 0.0), (1, 0.0), (2, 3.0)):
+        found, _ = function(PARAMS, {}, 3.0, None, step)
+        assert found["head"]["kernel"] is None
+        np.testing.assert_array_equal(found["layer"]["kernel"], 3.0)
+        np.testing.assert_array_equal(found["layer"]["bias"], thawed)
     learned, still = groups.split(PARAMS, mask)
     assert len(jax.tree.leaves(learned)) == 2
     joined = groups.join(learned, still)

@@ -91,7 +91,7 @@ def test_a_run_starts_from_the_encoder_of_another(pretrained, tones, tmp_path):
     workdir = pretrained.workdir
     config = fine_tuning(tones, workdir.folder)
     fresh, new = init(config)
-    started, state = start.with_encoder(fresh, new, config)
+    started, state, report = start.with_bundle(fresh, new, config)
     jax.tree.map(np.testing.assert_array_equal, started["head"], fresh["head"])
     moved = lambda old, new: max(
         jax.tree.leaves(jax.tree.map(lambda a, b: abs(a - b).max(), old, new))
@@ -105,7 +105,7 @@ def test_a_run_starts_from_the_encoder_of_another(pretrained, tones, tmp_path):
     assert moved(state, new) > 1e-3
     # The same weights, whichever way their layers are kept.
     config.model.scan = True
-    scanned, stacked = start.with_encoder(*init(config), config)
+    scanned, stacked, _ = start.with_bundle(*init(config), config)
     for theirs, ours in ((scanned, started), (stacked["batch_stats"], state["batch_stats"])):
         unstacked = models.unstack_layers(theirs["encoder"])
         jax.tree.map(np.testing.assert_array_equal, unstacked, ours["encoder"])
@@ -115,7 +115,7 @@ def test_a_run_starts_from_the_encoder_of_another(pretrained, tones, tmp_path):
     config.train.ema_decay = 0.9
     train.run(config, Workdir(tmp_path / "finetuned"))
     again = fine_tuning(tones, tmp_path / "finetuned")
-    ended = start.with_encoder(fresh, new, again)[0]["encoder"]
+    ended = start.with_bundle(fresh, new, again)[0]["encoder"]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ended, started["encoder"]
     )
@@ -130,7 +130,7 @@ def test_a_hugging_face_folder_is_taken_up(scan, name):
         config.model = model.config.model
         config.model.scan = scan
     config.init.folder = str(GOLDEN / name)
-    params, state = start.with_encoder(*init(config), config)
+    params, state, _ = start.with_bundle(*init(config), config)
     assert state.keys() == model.state.keys()
     pairs = [(params, model.params)] + [(state[key], model.state[key]) for key in state]
     for ours, theirs in pairs:
@@ -138,7 +138,7 @@ def test_a_hugging_face_folder_is_taken_up(scan, name):
         jax.tree.map(np.testing.assert_array_equal, unstacked, theirs["encoder"])
     config.model.heads = 1
     with pytest.raises(UserError, match=r"has model.heads=\d+, and this run config.model.heads=1"):
-        start.with_encoder({}, {}, config)
+        start.with_bundle({}, {}, config)
 
 
 @pytest.mark.parametrize("name", ["wav2vec2_base", "wav2vec2_conformer"])
@@ -190,9 +190,9 @@ def test_another_model_is_refused(pretrained, tones, key, value, message):
     config = fine_tuning(tones, pretrained.workdir.folder)
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
-        start.with_encoder({}, {}, config)
+        start.with_bundle({}, {}, config)
 
 
 def test_a_folder_without_a_model_is_named(tones, tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
-        start.with_encoder({}, {}, fine_tuning(tones, tmp_path))
+        start.with_bundle({}, {}, fine_tuning(tones, tmp_path))
