@@ -1,5 +1,7 @@
 """LoRA and adapters: they begin as the base, leave it as it is, and can be kept without it."""
 
+import contextlib
+import io
 import shutil
 
 import flax.traverse_util
@@ -10,15 +12,16 @@ import pytest
 
 import runs
 import test_encoders
-from speech_jax import bundle, experiment, files, models, train
-from speech_jax.bundle import base
+from speech_jax import bundle, experiment, train
+from speech_jax.bundle import base, format
 from speech_jax.bundle import runs as run_folders
 from speech_jax.data.batch import Bucket
 from speech_jax.data.parts.audio import Audio
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.text import CharacterTokenizer
 from speech_jax.errors import UserError
-from speech_jax.training import peft, sharding
+from speech_jax.models import layers
+from speech_jax.training import costs, peft, sharding
 from speech_jax.workdir import Workdir
 
 pytestmark = pytest.mark.optax
@@ -57,22 +60,22 @@ def test_every_encoder_begins_as_its_base_and_is_the_same_merged(name):
             for layer, rows in zip(layers, a, strict=True):
                 matrix = layer.reshape(rows.shape[0], -1)
                 assert np.linalg.matrix_rank(matrix, tol=1e-4) == min(2, *matrix.shape)
-    apply = case.encoder.apply
-    unmerged = jax.jit(
-        lambda grown: apply(
+    apply = jax.jit(
+        lambda grown: case.encoder.apply(
             {"params": peft.merged(grown, LORA)["encoder"], **case.state},
             case.inputs,
             case.lengths,
             True,
-        )
+        )[0].astype(jnp.float32)
     )
-    ours, theirs = (
-        np.asarray(found[0], np.float32)
-        for found in (unmerged(grown), case.apply(merged["encoder"], case.inputs, case.lengths))
+    # What was merged, with factors that change nothing, so that one program serves for all.
+    still = {name: np.zeros_like(leaf) for name, leaf in factors.items()}
+    beside = lambda tree: flax.traverse_util.unflatten_dict(
+        flax.traverse_util.flatten_dict(tree, sep="/") | still, sep="/"
     )
-    assert np.abs(ours - theirs).max() < 1e-5
-    unchanged = case.apply(case.params, case.inputs, case.lengths)[0]
-    assert np.abs(theirs - np.asarray(unchanged, np.float32)).max() > 1e-2
+    unmerged, whole, before = (apply(x) for x in (grown, beside(merged), beside(params)))
+    assert np.abs(unmerged - whole).max() < 1e-5
+    assert np.abs(whole - before).max() > 1e-2
 
 
 def test_a_kernel_is_cut_between_what_comes_in_and_what_goes_out():
@@ -81,7 +84,7 @@ def test_a_kernel_is_cut_between_what_comes_in_and_what_goes_out():
         (16, 3, 2, 8): (16, 48),
         (2, 8, 16): (16, 16),
         (16, 2, 16): (16, 32),
-        (3, 3, 8, 8): (72, 8),
+        (3, 3, 32, 32): (288, 32),
         (10, 1, 512): (10, 512),
     }
     for shape, sides in shapes.items():
@@ -91,27 +94,17 @@ def test_a_kernel_is_cut_between_what_comes_in_and_what_goes_out():
         assert (factors["a"].shape[0], factors["b"].shape[1]) == sides
     with pytest.raises(UserError, match=r"lora.targets matches a parameter of the shape \[3\]"):
         peft.extended({"bias": jnp.ones(3)}, peft.LoRA(1, targets=".*"), jax.random.key(0))
-    with pytest.raises(UserError, match="lora.targets='atention/.*' matches no parameter"):
+    with pytest.raises(UserError, match=r"lora.targets='atention/.*' matches no parameter"):
         peft.extended(params, peft.LoRA(1, targets="atention/.*"), jax.random.key(0))
 
 
 def test_a_new_adapter_changes_nothing():
-    for name, variant in (("conformer", "tiny"), ("wav2vec2", "tiny")):
-        settings = test_encoders.SMALL if name == "conformer" else test_encoders.WAVEFORM
-        inputs = jnp.ones((1, 64, 40)) if name == "conformer" else jnp.ones((1, 6_400))
-        lengths = jnp.array([inputs.shape[1]])
-        found = []
-        for adapter in (0, 3):
-            encoder = models.make_encoder(
-                **models.settings(name, variant, **settings | {"adapter": adapter})
-            )
-            run = jax.jit(lambda e=encoder: e.init_with_output(jax.random.key(0), inputs, lengths, True))
-            (hidden, _), variables = run()
-            found.append((hidden, variables["params"]))
-        np.testing.assert_array_equal(found[0][0], found[1][0])
-        added = set(flatten(found[1][1])) - set(flatten(found[0][1]))
-        assert len(added) == 8
-        assert all(name.split("/")[1] == "adapter" for name in added)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    adapter = layers.Adapter(3)
+    same, variables = adapter.init_with_output(jax.random.key(1), x)
+    np.testing.assert_array_equal(same, x)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, variables)
+    assert np.abs(adapter.apply(moved, x) - x).max() > 0.01
 
 
 def flatten(params):
@@ -121,44 +114,150 @@ def flatten(params):
 # ---- What it costs -----------------------------------------------------------------------------
 
 
-def flops(tmp_path, frozen=(), **sections):
-    """(arithmetic of the compiled step, of the loss alone, numbers in the optimizer's state)."""
+def setup(tmp_path, frozen=(), **lora):
     config = runs.tiny_config(tmp_path)
     config.features.normalize = "utterance"
-    config.model.update({"num_layers": 3, "width": 32})
+    config.model.update({"num_layers": 2, "width": 32})
     config.optimizer.frozen = frozen
-    for section, values in sections.items():
-        config[section].update(values)
+    config.lora.update(lora)
     parts = {"audio": Audio(), "labels": Transcript(CharacterTokenizer("abc "), "labels")}
     task = experiment.make_task(config, parts)
     fields = parts["audio"].fields | parts["labels"].fields
-    bucket = Bucket(4, (("samples", 32_000), ("labels", 8)))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    setup = experiment.make_setup(config, task, fields, mesh, bucket)
-    count = lambda lowered: lowered.compile().cost_analysis()["flops"]
-    abstract, batch = setup.abstract, setup.batch(bucket)
-    step = count(setup.step().lower(abstract, batch))
-    moments = sum(leaf.size for leaf in jax.tree.leaves(abstract.opt_state))
-    learned = sum(leaf.size for leaf in jax.tree.leaves(abstract.params) if leaf.size)
-    if frozen or sections:
-        return step, moments
-    forward = jax.jit(lambda *x: task.loss(*x)[:2]).lower(
-        abstract.params, abstract.model_state, batch, abstract.rng
-    )
-    return step, moments, count(forward), learned
+    return experiment.make_setup(config, task, fields, mesh, BUCKET)
+
+
+BUCKET = Bucket(4, (("samples", 32_000), ("labels", 8)))
+
+
+def traced(made):
+    return made.step().trace(made.abstract, made.batch(BUCKET))
+
+
+def compiled_flops(program):
+    return program.lower().compile().cost_analysis()["flops"]
+
+
+def moments(made):
+    return sum(leaf.size for leaf in jax.tree.leaves(made.abstract.opt_state))
 
 
 def test_what_is_frozen_costs_nothing(tmp_path):
-    """In the program that XLA compiled: no backward pass below the lowest layer that learns."""
-    full, moments, forward, parameters = flops(tmp_path)
-    below = r"encoder/(subsampling|layer_[01])/.*"
-    head, head_moments = flops(tmp_path, (("encoder/.*", -1),))
-    top, _ = flops(tmp_path, ((below, -1),))
-    lora, lora_moments = flops(tmp_path, lora={"rank": 1, "targets": "layer_2/attention/.*kernel"})
-    print(f"forward {forward:.3g} head {head:.3g} top {top:.3g} lora {lora:.3g} full {full:.3g}")
-    assert moments > 2 * parameters
-    assert head < 1.15 * forward
-    assert head < top < head + 0.5 * (full - head)
-    assert head < lora < top * 1.02
-    assert head_moments < 0.02 * moments
-    assert lora_moments < 0.05 * moments
+    """Neither memory of the optimizer nor, below the lowest layer that learns, a backward pass."""
+    full = setup(tmp_path)
+    head = setup(tmp_path, (("encoder/.*", -1),))
+    top = setup(tmp_path, ((r"encoder/(subsampling|layer_0)/.*", -1),))
+    lora = setup(tmp_path, rank=1, targets="layer_1/attention/.*kernel")
+    forward = jax.jit(lambda *x: head.task.loss(*x)[:2]).trace(
+        head.abstract.params, head.abstract.model_state, head.batch(BUCKET), head.abstract.rng
+    )
+    # In the program as XLA compiled it.
+    assert compiled_flops(traced(head)) < 1.1 * compiled_flops(forward)
+    # In the products of matrices that are left.
+    cost = {
+        name: costs.matmul_flops(program.jaxpr)
+        for name, program in {
+            "forward": forward, "head": traced(head), "top": traced(top), "lora": traced(lora),
+            "full": traced(full),
+        }.items()
+    }  # fmt: skip
+    assert cost["forward"] < cost["head"] < 1.05 * cost["forward"]
+    assert cost["head"] < cost["lora"] < cost["top"] < 0.75 * cost["full"]
+    assert moments(full) > 2 * full.parameters
+    assert moments(head) < 0.02 * moments(full)
+    assert moments(lora) < 0.05 * moments(full)
+
+
+# ---- A run -------------------------------------------------------------------------------------
+
+
+def adapting(finished, tones):
+    config = runs.tiny_config(tones, steps=4, eval_every=2, ema_decay=0.5)
+    config.init.update({"folder": str(finished.workdir.folder), "take": "model"})
+    config.lora.update({"rank": 1, "alpha": 2.0})
+    config.optimizer.frozen = (("head/.*", -1),)
+    return config
+
+
+@pytest.fixture(scope="module")
+def adapted(finished, tones, tmp_path_factory):
+    """A run of LoRA that came to its end, and what it said."""
+    config = adapting(finished, tones)
+    workdir = Workdir(tmp_path_factory.mktemp("adapted") / "work")
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        results = train.run(config, workdir)
+    return runs.Finished(config, workdir, results), said.getvalue()
+
+
+def test_the_log_begins_with_what_learns_and_what_it_starts_from(adapted, finished):
+    said = adapted[1]
+    assert "encoder/layers (added)" in said
+    assert f"starts from {finished.workdir.folder}: takes encoder" in said
+    rows = [line.split() for line in said.splitlines() if line.startswith(("encoder/", "head"))]
+    assert [row[-1] for row in rows] == ["no", "1", "no", "no"]
+    assert "416 of 7,409 parameters learn (5.61%)" in said
+
+
+def test_a_run_of_lora_leaves_its_base_as_it_was(adapted, finished):
+    workdir = adapted[0].workdir
+    before = flatten(bundle.open(finished.workdir.folder).params)
+    after = flatten(run_folders.open_workdir(workdir.folder).params)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after.pop(name), value)
+    assert after
+    assert all(name.endswith(("_lora/a", "_lora/b")) for name in after)
+    assert max(np.abs(value).max() for name, value in after.items() if name.endswith("b")) > 1e-3
+    saved = runs.saved_state(workdir)
+    averaged = {name.removeprefix("ema/") for name in saved if name.startswith("ema/")}
+    assert averaged == after.keys()
+    memory = sum(value.size for name, value in saved.items() if name.startswith("opt_state/"))
+    assert memory < 2.1 * sum(value.size for value in after.values())
+
+
+def test_a_run_of_lora_resumes_bit_for_bit(adapted, tmp_path):
+    (config, workdir, results), _ = adapted
+    again = Workdir(shutil.copytree(workdir.folder, tmp_path / "run"))
+    shutil.rmtree(again.checkpoints / "4")
+    again.results.unlink()
+    assert train.run(config, again)["splits"] == results["splits"]
+    jax.tree.map(
+        np.testing.assert_array_equal, runs.saved_state(again, 4), runs.saved_state(workdir, 4)
+    )
+    assert runs.metrics(again.folder) == runs.metrics(workdir.folder)
+
+
+def test_what_was_trained_is_kept_alone_and_merged_again(adapted, finished, tmp_path, capsys):
+    workdir = adapted[0].workdir
+    small, whole = tmp_path / "small", tmp_path / "whole"
+    base.main(["split", str(workdir.folder), str(small)])
+    base.main(["merge", str(small), str(whole)])
+    kept = format.open_saved(small)
+    assert all(name.endswith(("_lora/a", "_lora/b")) for name in flatten(kept.params))
+    assert kept.base["folder"] == str(finished.workdir.folder)
+    unmerged = run_folders.open_workdir(workdir.folder)
+    opened = [bundle.open(folder) for folder in (workdir.folder, small, whole)]
+    for model in opened[1:]:
+        jax.tree.map(np.testing.assert_array_equal, model.params, opened[0].params)
+    assert opened[0].config.lora.rank == 0
+    assert unmerged.config.lora.rank == 1
+    batch = {
+        "audio": np.random.default_rng(0).integers(-3000, 3000, (2, 16_000), np.int16),
+        "audio_length": np.array([16_000, 12_000], np.int32),
+    }
+    logits = [
+        model.task().logits(model.params, model.state, batch)[0] for model in (unmerged, opened[2])
+    ]
+    assert np.abs(logits[0] - logits[1]).max() < 1e-5
+    # The base has to be what it was.
+    changed = bundle.open(finished.workdir.folder)
+    changed.params["head"]["bias"] = changed.params["head"]["bias"] + 1e-6
+    bundle.save(changed, tmp_path / "changed")
+    arguments = ["merge", str(small), str(tmp_path / "other"), "--base"]
+    with pytest.raises(SystemExit, match=f"{small} was trained on .*changed as it was"):
+        base.main([*arguments, str(tmp_path / "changed")])
+    with pytest.raises(SystemExit, match="which is not there"):
+        base.main([*arguments, str(tmp_path / "nowhere")])
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(UserError, match="trained all of its parameters"):
+        base.split(finished.workdir.folder)

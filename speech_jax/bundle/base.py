@@ -24,7 +24,7 @@ import numpy as np
 
 from speech_jax import bundle, experiment, files
 from speech_jax.bundle import runs, start
-from speech_jax.bundle.format import Bundle, BundleError
+from speech_jax.bundle.format import Bundle, BundleError, open_saved
 from speech_jax.errors import UserError
 from speech_jax.training import groups, peft
 
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
             model = split(arguments.source)
         else:
             folder = files.expand(arguments.source)
-            model = whole(bundle.open_saved(folder), folder, arguments.base)
+            model = whole(open_saved(folder), folder, arguments.base)
         bundle.save(model, arguments.target)
     except UserError as error:
         sys.exit(f"error: {error}")

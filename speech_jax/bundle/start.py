@@ -137,7 +137,7 @@ def flat(params: Any, state: Any, scan: bool | None = None) -> dict[str, Any]:
 
 def _asked(config: ConfigDict, name: str) -> bool:
     """Whether a parameter or statistic is of what a run takes from a bundle that has it."""
-    return config.init.take == "model" or name.split("/")[1] == "encoder"
+    return config.init.take == "model" or name.split("/")[1:2] == ["encoder"]
 
 
 def _is_new(config: ConfigDict, name: str) -> bool:
