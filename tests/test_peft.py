@@ -12,7 +12,9 @@ import pytest
 
 import runs
 import test_encoders
+from configs import finetune_lora
 from speech_jax import bundle, experiment, train
+from speech_jax import config as defaults
 from speech_jax.bundle import base, format
 from speech_jax.bundle import runs as run_folders
 from speech_jax.data.batch import Bucket
@@ -261,3 +263,15 @@ def test_what_was_trained_is_kept_alone_and_merged_again(adapted, finished, tmp_
     assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match="trained all of its parameters"):
         base.split(finished.workdir.folder)
+
+
+def test_the_recipe_takes_all_of_a_model(finished):
+    folder = str(finished.workdir.folder)
+    config = finetune_lora.get_config(folder)
+    defaults.check(config)
+    theirs = finished.workdir.recorded()
+    for section in ("model", "features", "text", "task"):
+        assert config[section].to_dict() == theirs[section].to_dict()
+    assert (config.init.folder, config.init.take) == (folder, "model")
+    with pytest.raises(UserError, match="needs a model to start from"):
+        finetune_lora.get_config()

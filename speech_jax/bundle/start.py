@@ -16,6 +16,7 @@ from speech_jax.bundle.format import place
 from speech_jax.data.parts import Part
 from speech_jax.errors import UserError
 from speech_jax.training import peft, sharding
+from speech_jax.workdir import Workdir
 
 # Settings of an encoder that change neither its parameters nor what they mean.
 _TRAINING = re.compile(r"drop|mask|gradient|padding|scan|remat|dtype")
@@ -100,6 +101,26 @@ def takes(config: ConfigDict, theirs: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in theirs.items()
         if _asked(config, name) and not _is_new(config, name)
     }
+
+
+def start_from(config: ConfigDict, folder: str, take: str = "encoder") -> None:
+    """Sets `config` to start from a model: the encoder's settings, and what it hears.
+
+    With `take` 'model', its task and what it writes too: a run goes on with all of it.
+
+    Raises:
+      UserError: there is no model in the folder.
+    """
+    path = files.expand(folder)
+    run = Workdir(path)
+    theirs = run.recorded() if run.config.exists() and run.checkpoints.is_dir() else None
+    theirs = theirs or bundle.open(path).config
+    config.init.folder = str(folder)
+    config.init.take = take
+    config.data.sample_rate = theirs.data.sample_rate
+    sections = ("model", "features") + (("task", "text", "parts") if take == "model" else ())
+    for section in sections:
+        config[section] = theirs[section].copy_and_resolve_references()
 
 
 def parts(config: ConfigDict, folder: pathlib.Path) -> dict[str, Part]:
