@@ -117,7 +117,7 @@ def test_the_loss_of_mixed_speech_is_that_of_both_transcripts():
     batch |= {"labels": 1 + batch["labels"] % 3, "labels_length": jnp.ones(6, jnp.int32)}
     mixing, plain = (Rows(None, None, {"labels": 4}, mixup=mixup) for mixup in (1.0, 0.0))
     rng = jax.random.key(3)
-    total, tokens, aux = mixing.loss({}, {}, batch, rng)
+    total, tokens, _ = mixing.loss({}, {}, batch, rng)
     rng, key = jax.random.split(rng)
     each = [plain.loss({}, {}, one, rng) for one in augment.mixup(key, batch, 1.0)]
     assert total == pytest.approx(float(each[0][0] + each[1][0]), rel=1e-6)
