@@ -11,7 +11,6 @@ benchmarks/RESULTS.md. The argument is the encoder: `configs/spoken_digits.py:de
 from speech_jax import config as defaults
 from speech_jax import models
 
-
 # A hidden frame is eight of log-mel: of pieces that are words there are few.
 ENCODERS = {
     "conformer": {"subsampling": 8},

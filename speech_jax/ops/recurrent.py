@@ -92,7 +92,7 @@ _in_time = _in_turn  # it is its own inverse
 
 
 def _directed(valid: jax.Array, directions: int) -> jax.Array:
-    """bool [T, B] to [T, N, B, 1]."""
+    """Bool [T, B] to [T, N, B, 1]."""
     return _in_turn(jnp.repeat(valid[:, None, :, None], directions, axis=1))
 
 
