@@ -14,8 +14,11 @@ from speech_jax import models
 # A hidden frame is eight of log-mel: of pieces that are words there are few.
 ENCODERS = {
     "conformer": {"subsampling": 8},
-    "deepspeech": {"subsampling": 8, "conv_channels": (32,) * 3, "conv_kernels": ((3, 3),) * 3},
-}
+    "deepspeech": {
+        "subsampling": 8, "conv_channels": (32,) * 3, "conv_kernels": (3,) * 3,
+        "conv_bands": (3,) * 3,
+    },
+}  # fmt: skip
 
 
 def get_config(encoder: str = "conformer"):

@@ -29,8 +29,9 @@ class DeepSpeech(nn.Module):
       lookahead: frames of the future that a row convolution after the recurrent layers hears; 0:
         none.
       subsampling: log-mel frames per hidden frame: 1, 2, 4 or 8.
-      conv_channels, conv_kernels: of the 2-D convolutions; a kernel is (frames, bands). The first
-        ones halve the frames, and each halves the bands. Without any, see `context`.
+      conv_channels, conv_kernels, conv_bands: of the 2-D convolutions; a kernel sees so many frames
+        and mel bands. The first ones halve the frames, and each halves the bands. Without any, see
+        `context`.
       context: frames on either side that the first dense layer sees, where there are no
         convolutions.
       dense_before, dense_after: dense layers with clipped ReLU around the recurrent ones.
@@ -48,7 +49,8 @@ class DeepSpeech(nn.Module):
     lookahead: int = 0
     subsampling: int = 4
     conv_channels: Sequence[int] = (32, 32)
-    conv_kernels: Sequence[Sequence[int]] = ((11, 41), (11, 21))
+    conv_kernels: Sequence[int] = (11, 11)
+    conv_bands: Sequence[int] = (41, 21)
     context: int = 0
     dense_before: int = 0
     dense_after: int = 0
@@ -72,12 +74,13 @@ class DeepSpeech(nn.Module):
     )
     VARIANTS: ClassVar = {
         "tiny": {
-            "width": 192, "num_layers": 3, "conv_kernels": ((3, 3), (3, 3)), "dropout": 0.2,
+            "width": 192, "num_layers": 3, "conv_kernels": (3, 3), "conv_bands": (3, 3),
+            "dropout": 0.2,
         },
         "original": {
             "width": 2048, "num_layers": 1, "cell": "simple", "subsampling": 2,
-            "conv_channels": (), "conv_kernels": (), "context": 9, "dense_before": 2,
-            "dense_after": 1, "residual": False, "dropout": 0.05,
+            "conv_channels": (), "conv_kernels": (), "conv_bands": (), "context": 9,
+            "dense_before": 2, "dense_after": 1, "residual": False, "dropout": 0.05,
         },
         "ds2": {"subsampling": 2, "norm": "batch", "residual": False},
         "ds2_lookahead": {
@@ -137,20 +140,21 @@ class DeepSpeech(nn.Module):
 
         Frames past an utterance's length are zero before each, as if it ended there.
         """
-        if len(self.conv_channels) != len(self.conv_kernels):
+        kernels = list(zip(self.conv_kernels, self.conv_bands, strict=False))
+        if not len(kernels) == len(self.conv_channels) == len(self.conv_kernels):
             raise UserError(
-                f"conv_channels={tuple(self.conv_channels)} and conv_kernels="
-                f"{tuple(map(tuple, self.conv_kernels))} must be of equal length"
+                f"conv_channels={tuple(self.conv_channels)}, conv_kernels="
+                f"{tuple(self.conv_kernels)} and conv_bands={tuple(self.conv_bands)} must be of "
+                "equal length"
             )
         x = x[..., None]  # [B, F, M, 1]
-        settings = zip(self.conv_channels, self.conv_kernels, strict=True)
-        for i, (channels, kernel) in enumerate(settings):
+        for i, (channels, kernel) in enumerate(zip(self.conv_channels, kernels, strict=True)):
             mask = masking.length_mask(lengths, x.shape[1])
             x = jnp.where(mask[:, :, None, None], x, jnp.zeros((), x.dtype))
             halve = i < self._halvings()
             x = nn.Conv(
                 channels,
-                tuple(kernel),
+                kernel,
                 strides=(1 + halve, 2),
                 padding=[((size - 1) // 2, size // 2) for size in kernel],
                 dtype=self.dtype,
