@@ -40,7 +40,10 @@ CHOICES = {
 # Rules: pairs of a regular expression and a number, see rules.py.
 _RULES = ("optimizer.decay", "optimizer.rates", "optimizer.frozen")
 # What is None by default, and a value of its type.
-_LIKE = {"features.high_hz": 0.0, "adversarial.snr_db": 0.0, "model.subsampling_channels": 0}
+_LIKE = {
+    "features.high_hz": 0.0, "adversarial.snr_db": 0.0, "model.subsampling_channels": 0,
+    "model.attention_dropout": 0.0,
+}  # fmt: skip
 _ABOVE_ZERO = ("must be greater than 0", lambda value: value > 0)
 _FROM_ZERO = ("must be at least 0", lambda value: value >= 0)
 _SHARE = ("must be in [0, 1]", lambda value: 0 <= value <= 1)
@@ -84,7 +87,8 @@ RANGES = {
     **dict.fromkeys(
         (
             "train.ema_decay", "optimizer.b1", "optimizer.b2", "model.dropout",
-            "model.input_dropout", "model.layer_drop", "task.feature_dropout",
+            "model.attention_dropout", "model.input_dropout", "model.layer_drop",
+            "task.feature_dropout",
         ),
         _SHARE_BELOW_ONE,
     ),
