@@ -110,9 +110,6 @@ def _parts(
     """(name in a batch, class, settings) of each part of the configured task."""
     for name, kind in tasks.constructor(config.task.name).parts.items():
         constructor = part_kinds.constructor(kind)
-        known = inspect.signature(constructor.make).parameters
-        for key in config.parts.get(name, {}):
-            registry.lookup(f"setting of config.parts.{name}", known, key)
         yield name, constructor, _part_settings(config, name, kind, making)
 
 

@@ -9,7 +9,7 @@ import concurrent.futures
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,9 +27,28 @@ from speech_jax.errors import UserError
 from speech_jax.evaluators import Evaluator, Row
 from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
+from speech_jax.training.stopping import Interrupted, Interruption
+from speech_jax.workdir import Workdir
 
 # Batches that may be on the device, or on their way back, while the next one is loaded.
 _WAITING = 2
+
+
+@contextlib.contextmanager
+def alone(workdir: Workdir, splits: Iterable[str] = ()) -> Iterator[Callable[[], None]]:
+    """The only command in a workdir, to evaluate `splits`; yields what to call after every batch.
+
+    Raises:
+      UserError: another run is there, it cannot be written, or the command was told to leave.
+    """
+    with Interruption() as interruption, workdir.locked():
+        workdir.prepare(splits)
+        try:
+            yield interruption.check
+        except Interrupted:
+            raise UserError(
+                "interrupted: nothing was written; run the same command again"
+            ) from None
 
 
 class Score(NamedTuple):
