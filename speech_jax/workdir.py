@@ -31,8 +31,8 @@ from speech_jax.training import sharding
 # never what is computed. Another mesh must fit the recorded plan.
 FREE = (
     "data.root", "data.cache", "data.threads", "data.eval_splits", "data.test_splits",
-    "data.eval_buckets", "data.eval_max_seconds", "robustness", "train.log_every", "checkpoint",
-    "mesh",
+    "data.eval_buckets", "data.eval_max_seconds", "robustness", "decoder", "train.log_every",
+    "checkpoint", "mesh",
 )  # fmt: skip
 
 # What had another name when a record was written: keys, and the values of a key.
@@ -74,6 +74,7 @@ class Workdir:
         self.metrics = self.folder / "metrics.jsonl"
         self.tensorboard = self.folder / "tensorboard"
         self.results = self.folder / "results.json"
+        self.report = self.folder / "report.html"
         self.robustness = self.folder / "robustness.json"
         self.lock = self.folder / "lock"
 
