@@ -111,9 +111,6 @@ def _parts(
     """(name in a batch, class, settings) of each part of the configured task."""
     for name, kind in tasks.constructor(config.task.name).parts.items():
         constructor = part_kinds.constructor(kind)
-        known = inspect.signature(constructor.make).parameters
-        for key in config.parts.get(name, {}):
-            registry.lookup(f"setting of config.parts.{name}", known, key)
         yield name, constructor, _part_settings(config, name, kind, making)
 
 
@@ -406,15 +403,17 @@ class Setup:
         with jax.set_mesh(self.mesh):  # for what ops/partition.py says
             traced = [step.trace(self.abstract, self.batch(bucket)) for bucket in buckets]
             lowered = [program.lower() for program in traced]
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            compiled = list(pool.map(lambda program: program.compile(), lowered))
-        for bucket, program in zip(buckets, compiled, strict=True):
-            costs.check_memory(
+
+        def compile(program, bucket: Bucket):
+            return costs.compile_within_memory(
                 program,
                 f"a batch of {bucket}",
                 "lower config.data.batch_seconds, raise config.train.accumulate, set "
                 "config.model.remat=True or take a smaller model",
             )
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            compiled = list(pool.map(compile, lowered, buckets))
         return {
             signature(self.batch(bucket)): Program(run, costs.matmul_flops(program.jaxpr))
             for bucket, program, run in zip(buckets, traced, compiled, strict=True)

@@ -21,7 +21,7 @@ from speech_jax.data.pipeline import Corpus
 from speech_jax.data.plan import Plan
 from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
-from speech_jax.evaluators.loop import Evaluation
+from speech_jax.evaluators.loop import Evaluation, alone
 from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
 from speech_jax.training.checkpoint import Checkpoints
@@ -306,21 +306,15 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
     model = bundle.open(workdir.folder)
     config = bundle.for_use(model, config)
     splits = split_names(config.data.eval_splits)
-    with Interruption() as interruption, workdir.locked():
-        workdir.prepare(splits)
+    with alone(workdir, splits) as on_batch:
         mesh = sharding.make_mesh(**config.mesh)
         task = experiment.make_task(config, model.parts)
         params, state = bundle.on_mesh(model, mesh)
-        evaluation = Evaluation(config, task, model.parts, mesh, interruption.check)
+        evaluation = Evaluation(config, task, model.parts, mesh, on_batch)
         longest = round(config.data.max_seconds * config.data.sample_rate)
         for split in splits:
             evaluation.check_memory(split, params, state, longest)
-        try:
-            found = measure(evaluation, params, state, splits, workdir, say)
-        except Interrupted:
-            raise UserError(
-                "interrupted: nothing was written; run the same command again"
-            ) from None
+        found = measure(evaluation, params, state, splits, workdir, say)
         return workdir.write_results(found)
 
 

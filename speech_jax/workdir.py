@@ -371,8 +371,8 @@ def _compare(
         moved = key == "data.noise_root" and was and now  # where it is, not whether there is noise
         if was != now and not moved and not _free(key):
             raise WorkdirError(
-                f"{folder} was trained with config.{key}={was!r}, not {now!r}: use another "
-                "--workdir, or the same value"
+                f"{folder} was trained with config.{key}={was!r}, not {now!r}: use the same value, "
+                f"or another --workdir (where config.init.folder={folder} starts from its encoder)"
             )
 
 

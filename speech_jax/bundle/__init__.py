@@ -11,6 +11,7 @@ from speech_jax.bundle.format import (
     DESCRIPTION,
     Bundle,
     BundleError,
+    checked,
     for_use,
     on_mesh,
     open_saved,
@@ -35,9 +36,9 @@ def open(folder: str | os.PathLike) -> Bundle:
             f"{folder} is no folder: name a workdir, a saved model or one of Hugging Face"
         )
     if (folder / DESCRIPTION).exists():
-        return open_saved(folder)
+        return checked(open_saved(folder), folder)
     if (folder / "checkpoints").is_dir():
-        return runs.open_workdir(folder)
+        return checked(runs.open_workdir(folder), folder)
     if (folder / "model.json").exists():
         return huggingface.read_model_folder(folder)
     if (folder / "config.json").exists():

@@ -101,6 +101,20 @@ def open_saved(folder: pathlib.Path) -> Bundle:
     )
 
 
+def checked(model: Bundle, folder: pathlib.Path) -> Bundle:
+    """The model; BundleError where a part has not the symbols that the head was trained for."""
+    head = model.params.get("head") or model.params.get("classifier") or {}
+    outputs = np.shape(head.get("kernel", ()))[-1:]
+    counts = {name: part.count for name, part in model.parts.items() if part.count}
+    if outputs and len(counts) == 1 and outputs[0] not in counts.values():
+        ((name, count),) = counts.items()
+        raise BundleError(
+            f"{folder}: what it keeps of {name!r} has {count} symbols, and the model's head was "
+            f"trained for {outputs[0]}: bring back the file that it had (tokenizer.json, of labels)"
+        )
+    return model
+
+
 # Settings of the data that belong to a model, not to what it is used on.
 _OWN = ("sample_rate", "max_seconds")
 

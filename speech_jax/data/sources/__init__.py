@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import os
 import pathlib
 
@@ -91,6 +92,11 @@ def open_source(
             f"a source of kind {kind!r} needs {error.name}; install it with "
             f"pip install 'speech_jax[{EXTRAS[kind]}]'"
         ) from error
+    for key, parameter in inspect.signature(opener).parameters.items():
+        usual, given = parameter.default, kwargs.get(key)
+        if isinstance(usual, str | bool) and given is not None and type(given) is not type(usual):
+            wanted = "True or False" if isinstance(usual, bool) else "a text"
+            raise SourceError(f"{key}={given!r} of a source of kind {kind!r} must be {wanted}")
     return registry.call(
         functools.partial(opener, pathlib.Path(root).expanduser(), split, on_error, cache),
         kwargs,
