@@ -75,6 +75,7 @@ class Workdir:
         self.tensorboard = self.folder / "tensorboard"
         self.results = self.folder / "results.json"
         self.robustness = self.folder / "robustness.json"
+        self.decoder = self.folder / "decoder.json"  # its settings, as --mode=tune found them
         self.lock = self.folder / "lock"
 
     def predictions(self, split: str) -> pathlib.Path:

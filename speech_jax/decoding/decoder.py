@@ -1,5 +1,6 @@
 """From logits to words: the one object that evaluation, transcription and export decode with."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -126,7 +127,7 @@ class Decoder:
         """
         self.settings = Settings.of(settings)
         self._transcript = transcript
-        self._frame_seconds = frame_seconds
+        self.frame_seconds = frame_seconds
         self._compiled = jax.jit(self._search)
 
     def __call__(self, logits: Any, lengths: Any) -> list[Decoded]:
@@ -180,6 +181,21 @@ class Decoder:
         row = _row(best) | {"frames": lengths, "score": found.score[:, 0]}
         return row | (others if settings.nbest > 1 else {})
 
+    def weighed(self, lm_weight: float, bonus: float) -> "Decoder":
+        """The same decoder with other weights; on the device nothing is compiled for it."""
+        other = copy.copy(self)
+        other.settings = dataclasses.replace(self.settings, lm_weight=lm_weight, bonus=bonus)
+        other.__dict__.pop("_lexicon", None)
+        if self.fusion:
+            other.__dict__["fusion"] = self.fusion.weighed(lm_weight, bonus)
+        return other
+
+    def calibrated_by(self, scale: float, offset: float) -> "Decoder":
+        """The same decoder with another calibration of its confidences."""
+        other = copy.copy(self)
+        other.settings = dataclasses.replace(self.settings, calibration=(scale, offset))
+        return other
+
     def read(self, row: Mapping[str, np.ndarray]) -> Decoded:
         """The words of a row of what `search` gave."""
         if self.settings.name == "lexicon":
@@ -223,7 +239,7 @@ class Decoder:
         frames: int,
     ) -> tuple[Word, ...]:
         """Words of labels that are in frames [start, end), each [N], of so many in all."""
-        spoken = timed(labels, starts, ends, sure, self._spellings, self._frame_seconds, frames)
+        spoken = timed(labels, starts, ends, sure, self._spellings, self.frame_seconds, frames)
         if not spoken:
             return ()
         texts, begins, stops, evidence = zip(*spoken, strict=True)
