@@ -31,7 +31,7 @@ from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import features
 from speech_jax.tasks import Task
-from speech_jax.training import adversarial, costs, groups, optim, sharding
+from speech_jax.training import adversarial, costs, groups, optim, peft, sharding
 from speech_jax.training import step as steps
 
 # Batch lengths are rounded up to so much audio.
@@ -56,7 +56,8 @@ def open_splits(config: ConfigDict, names: str) -> sources.Source:
         )
         for name in split_names(names)
     ]
-    return opened[0] if len(opened) == 1 else sources.concatenate(opened)
+    source = opened[0] if len(opened) == 1 else sources.concatenate(opened)
+    return sources.only(source, data.only) if data.only else source
 
 
 def open_training(config: ConfigDict) -> sources.Source:
@@ -304,7 +305,9 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
         arguments["decoder"] = Decoder(config.decoder, parts["labels"], seconds)
     if "counts" in accepted:
         arguments["counts"] = {name: part.count for name, part in parts.items() if part.count}
-    return registry.call(constructor, arguments, what=f"task ({name})")
+    task = registry.call(constructor, arguments, what=f"task ({name})")
+    lora = peft.LoRA(**config.lora)
+    return peft.Adapted(task, lora) if lora.rank else task
 
 
 def frame_seconds(config: ConfigDict, encoder: Any, frontend: FrontEnd) -> float:
@@ -329,6 +332,18 @@ def make_frontend(config: ConfigDict, encoder, parts: Mapping[str, Part]) -> Fro
         spec_augment_start=start,
         **(parts["audio"].statistics or {}),
     )
+
+
+def frozen(config: ConfigDict) -> tuple[tuple[str, int], ...]:
+    """What stands still, and for how many updates: rules of `groups.thaw`.
+
+    They are config.optimizer.frozen; LoRA and adapters are learned in any case, and the encoder
+    that they are added to stands still where no rule says otherwise.
+    """
+    rules = tuple(config.optimizer.get("frozen", ()))
+    if config.lora.rank or config.model.get("adapter"):
+        rules = ((peft.ADDED, 0), *rules, ("encoder/.*", groups.FOREVER))
+    return rules
 
 
 # ---- Step --------------------------------------------------------------------------------------
@@ -382,13 +397,13 @@ class Setup:
         """The step as one jitted function; it gives its state's memory to the next one."""
         config, everywhere = self.config, sharding.replicated(self.mesh)
         adversary = make_adversary(config)
-        mask = groups.trainable(self.abstract.params, config.optimizer.get("frozen", ()))
+        until = groups.thaw(self.abstract.params, frozen(config))
         make = lambda task: adversarial.gradients(task, adversary)
-        gradients = groups.gradients(make, self.task, mask)
+        gradients = groups.gradients(make, self.task, until)
         step = steps.make_step(
             steps.accumulate(gradients, config.train.accumulate),
             self.tx,
-            mask=mask,
+            mask=groups.trainable(self.abstract.params, frozen(config)),
             measured=steps.measured(self.fields),
             ema_decay=config.train.ema_decay,
             log_every=config.train.log_every,
@@ -427,12 +442,12 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
         steps=config.train.steps, defaults=default().schedule, **config.schedule
     )
     params, model_state = jax.eval_shape(task.init, jax.random.key(config.seed), probe)
+    settings = {**config.optimizer, "frozen": frozen(config)}
     tx = optim.make_optimizer(
-        schedule=schedule, params=params, defaults=default().optimizer, **config.optimizer
+        schedule=schedule, params=params, defaults=default().optimizer, **settings
     )
-    learned = lambda tree: groups.split(
-        tree, groups.trainable(params, config.optimizer.get("frozen", ()))
-    )[0]
+    mask = groups.trainable(params, frozen(config))
+    learned = lambda tree: groups.split(tree, mask)[0]
     sums = jax.eval_shape(task.loss, params, model_state, probe)[2]["sums"]
 
     def init() -> steps.TrainState:
@@ -444,7 +459,7 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
             params=params,
             model_state=model_state,
             opt_state=tx.init(learned(params)),
-            ema=params if config.train.ema_decay else {},
+            ema=learned(params) if config.train.ema_decay else {},
             sums={name: jnp.zeros(()) for name in (*steps.SUMS, *sums)},
         )
 
@@ -453,7 +468,7 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
     shardings = jax.tree.map(lambda _: sharding.replicated(mesh), shapes).replace(
         params=split,
         opt_state=sharding.shard_optimizer(tx, learned(params), learned(split), mesh),
-        ema=split if config.train.ema_decay else {},
+        ema=learned(split) if config.train.ema_decay else {},
     )
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings

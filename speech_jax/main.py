@@ -8,7 +8,8 @@
 
 Train and run the same command again after an interruption: it goes on where it was. A workdir
 holds config.json, plan.json, what the vocabulary and features have learned, checkpoints/,
-metrics.jsonl, tensorboard/, predictions/ and results.json; speech_jax/workdir.py names them all.
+metrics.jsonl, tensorboard/, predictions/, results.json and, once it is evaluated, report.html;
+speech_jax/workdir.py names them all.
 Every setting and its meaning: speech_jax/config.py; override any with --config.SECTION.KEY=VALUE.
 """
 

@@ -74,6 +74,7 @@ class Workdir:
         self.metrics = self.folder / "metrics.jsonl"
         self.tensorboard = self.folder / "tensorboard"
         self.results = self.folder / "results.json"
+        self.report = self.folder / "report.html"
         self.robustness = self.folder / "robustness.json"
         self.decoder = self.folder / "decoder.json"  # its settings, as --mode=tune found them
         self.lock = self.folder / "lock"

@@ -93,14 +93,9 @@ class BundleAcoustic:
         self.transcript = labels
         self.sample_rate = model.config.data.sample_rate
         self.longest_seconds = float(model.config.data.max_seconds)
-<<<<<<< HEAD
         self.decoder = dict(model.config.decoder)
-        self.frame_seconds = experiment.frame_seconds(model.config, task.encoder, task.frontend)
-=======
-        self.decoder = dict(model.config.get("decoder", {}))
         self.frames = lambda samples: task.encoder.output_lengths(task.frontend.lengths(samples))
-        self.frame_seconds = _frame_samples(self.frames) / self.sample_rate
->>>>>>> h-export
+        self.frame_seconds = experiment.frame_seconds(model.config, task.encoder, task.frontend)
         self._params, self._state = jax.device_put((model.params, model.state))
         self.function = functools.partial(_logits, task)
         self._logits = jax.jit(self.function)
