@@ -111,7 +111,7 @@ def _next(ahead: np.ndarray, rate: int, longest: float, first: bool) -> tuple[in
 def _quietest(energy: np.ndarray, speech: float, longest: int) -> int:
     """The frame at which to end a piece of which more follows, without a clear pause."""
     first = longest // 2
-    last = len(energy) - round(_LEAST / _FRAME)  # the rest is no splinter
+    last = max(first + 1, len(energy) - round(_LEAST / _FRAME))  # the rest is no splinter
     near = energy[first : min(longest, last)]
     if near.min() > _SHARE * speech:  # a word would be cut in two: on to the next pause
         later = np.flatnonzero(energy[longest:last] <= _SHARE * speech)
