@@ -1,5 +1,6 @@
-"""python -m speech_jax.transcribe: whatever it is given, the rest is done, and the status says so."""
+"""python -m speech_jax.transcribe: whatever is bad is named, and the rest is done."""
 
+import functools
 import io
 import json
 import pathlib
@@ -13,6 +14,7 @@ import soundfile
 
 import runs
 from speech_jax import transcribe
+from speech_jax.deploy import acoustic
 
 RATE = 16_000
 
@@ -36,10 +38,16 @@ def folder(tmp_path, tones, said) -> pathlib.Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def open_once():
+    return functools.cache(acoustic.open_acoustic)
+
+
 @pytest.fixture
-def command(finished, folder, capsys, monkeypatch):
+def command(finished, folder, capsys, monkeypatch, open_once):
     """Runs the command in `folder`; gives (status, standard output, standard error)."""
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("speech_jax.deploy.transcribe.open_acoustic", open_once)
 
     def run(*arguments, model=finished.workdir.folder):
         try:
@@ -149,7 +157,7 @@ BAD = {
 def test_what_is_bad_is_named_and_the_rest_is_done(kind, command, folder, said):
     make, path, message = BAD[kind]
     make(folder)
-    status, out, err = command("calls/a.flac", path, "calls/b.flac", "--out=texts")
+    status, _, err = command("calls/a.flac", path, "calls/b.flac", "--out=texts")
     assert status == 1
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -173,7 +181,8 @@ def test_what_is_left_of_a_cut_pipe_and_of_a_full_disk(command, folder, finished
     status, _, err = command("calls/a.flac", "--out=blocked/texts")
     assert (status, err.count("error: ")) == (1, 1)
     if pathlib.Path("/dev/full").exists():
-        line = f"{sys.executable} -m speech_jax.transcribe {folder}/calls --model={finished.workdir.folder}"
+        line = f"{sys.executable} -m speech_jax.transcribe {folder}/calls"
+        line += f" --model={finished.workdir.folder}"
         for end, status, message in (
             (">/dev/full", 1, "error: cannot write standard output"),
             ("| true", 1, ""),
