@@ -112,14 +112,15 @@ def make(model: NGrams, spellings: Sequence[str], weight: float, bonus: float = 
       bonus: nats that are added for each label.
 
     Raises:
-      LanguageModelError: it knows few of the labels, so it is of something else.
+      LanguageModelError: its units are not labels, so it is of something else.
     """
     labels = np.asarray([model.ids.get(one.replace(" ", SPACE), -1) for one in spellings[1:]])
-    if (labels >= 0).mean() < 0.5:
+    named = [unit for unit in model.ids if unit not in (BEGIN, END, UNKNOWN)]
+    if (labels >= 0).sum() < max(1, 0.9 * len(named)):
         raise LanguageModelError(
-            f"the language model knows {(labels >= 0).sum()} of the model's {len(labels)} labels: "
-            "build one of them with `python -m speech_jax.decoding.lm build TEXT OUT.arpa "
-            "--model MODEL`"
+            f"{(labels >= 0).sum()} of the language model's {len(named)} units are labels of the "
+            "model: build one of its labels with `python -m speech_jax.decoding.lm build TEXT "
+            "OUT.arpa --model MODEL`"
         )
     label_of = np.full(len(model.units), _EMPTY)
     label_of[labels[labels >= 0]] = np.flatnonzero(labels >= 0) + 1

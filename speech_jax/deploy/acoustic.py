@@ -18,7 +18,10 @@ from speech_jax.data.parts.transcript import Transcript
 from speech_jax.errors import UserError
 
 # Models that are one file: how its name ends -> "module:function" that opens it.
-FILES: dict[str, str] = {}
+FILES: dict[str, str] = {
+    ".onnx": "speech_jax.deploy.exported:open_onnx",
+    ".sjx": "speech_jax.deploy.exported:open_sjx",
+}
 
 
 class AcousticError(UserError):
@@ -73,6 +76,8 @@ class BundleAcoustic:
 
     Attributes:
       bundle: the model as plain data.
+      function: (params, state, samples, lengths) -> (logits, frames), as `logits` but traceable.
+      frames: how many frames come of so many samples.
     """
 
     def __init__(self, model: bundle.Bundle):
@@ -89,9 +94,11 @@ class BundleAcoustic:
         self.sample_rate = model.config.data.sample_rate
         self.longest_seconds = float(model.config.data.max_seconds)
         self.decoder = dict(model.config.decoder)
+        self.frames = lambda samples: task.encoder.output_lengths(task.frontend.lengths(samples))
         self.frame_seconds = experiment.frame_seconds(model.config, task.encoder, task.frontend)
         self._params, self._state = jax.device_put((model.params, model.state))
-        self._logits = jax.jit(functools.partial(_logits, task))
+        self.function = functools.partial(_logits, task)
+        self._logits = jax.jit(self.function)
 
     def logits(self, samples: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As Acoustic says."""

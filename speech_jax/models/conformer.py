@@ -23,7 +23,9 @@ class Conformer(nn.Module):
       subsampling_channels: channels of the strided convolutions; None is D.
       position: 'rotary' or 'relative' attention.
       conv_norm: 'layer' or 'batch' in the convolution module.
-      dropout: on every residual branch and on attention weights.
+      dropout: on every residual branch and on attention weights; attention_dropout: on these alone,
+        in its place. With 0.0, attention is one kernel on GPUs (ops/attention.py).
+      adapter: hidden units of the adapter behind each layer (layers.Adapter); 0: none.
       scan: compile one layer and loop over it (fast to compile), or unroll (faster to run on CPU).
       remat: recompute each layer's activations in the backward pass.
       dtype: what the arithmetic runs in; parameters are float32.
@@ -39,6 +41,8 @@ class Conformer(nn.Module):
     position: str = "rotary"
     conv_norm: str = "layer"
     dropout: float = 0.1
+    attention_dropout: float | None = None
+    adapter: int = 0
     scan: bool = True
     remat: bool = False
     dtype: Any = "float32"
@@ -103,7 +107,10 @@ class Conformer(nn.Module):
         return jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype)), lengths
 
     def _block_settings(self) -> dict[str, Any]:
-        names = ("heads", "kernel", "position", "conv_norm", "dropout", "dtype")
+        names = (
+            "heads", "kernel", "position", "conv_norm", "dropout", "attention_dropout", "adapter",
+            "dtype",
+        )  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         return settings | {"feed_forward": self.expansion * self.width}
 
@@ -121,9 +128,11 @@ class Block(nn.Module):
     position: str
     conv_norm: str
     dropout: float
+    attention_dropout: float | None
     dtype: Any
     conv_bias: bool = True
     conv_momentum: float = 0.99
+    adapter: int = 0
 
     @nn.compact
     def __call__(
@@ -137,8 +146,9 @@ class Block(nn.Module):
         half = jnp.asarray(0.5, self.dtype)
         x = residual = partition.split_rows(x)
         first = layers.FeedForward(self.feed_forward, name="feed_forward_1", site=0, **common)
+        by_weight = layers.weight_dropout(self.dropout, self.attention_dropout)
         attention = layers.SelfAttention(
-            self.heads, self.position, name="attention", site=2, **common
+            self.heads, self.position, weight_dropout=by_weight, name="attention", site=2, **common
         )
         convolution = layers.ConvolutionModule(
             self.kernel,
@@ -155,6 +165,8 @@ class Block(nn.Module):
         x = x + convolution(x, mask, seed)
         x = x + half * second(x, seed)
         x = layers.LayerNorm(self.dtype, name="norm")(x)
+        if self.adapter:
+            x = layers.Adapter(self.adapter, self.dtype, name="adapter")(x)
         if skip is not None:
             x = jnp.where(skip, residual, x)
         return partition.split_rows(x), None

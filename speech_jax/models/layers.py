@@ -9,6 +9,7 @@ Shapes: B rows, T frames, D the width of the residual stream, H heads of W = D /
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speech_jax.errors import UserError
-from speech_jax.ops import convolution, masking
+from speech_jax.ops import attention, convolution, masking
 from speech_jax.rules import Rules
 
 Dtype = Any
@@ -42,6 +43,7 @@ RULES: Rules = (
     (r"convolution/middle_norm/(scale|bias)", ()),
     (r"convolution/project/kernel", ("tensor", "fsdp")),
     (r"(attention|feed_forward(_\d)?|convolution)/project/bias", ()),
+    (r"adapter/(down|up)/(kernel|bias)", ()),
 )
 
 
@@ -64,6 +66,23 @@ class FeedForward(nn.Module):
         return dropout(x, self.dropout, seed, self.site + 1)
 
 
+class Adapter(nn.Module):
+    """x [B, T, D] and a change of it through a few hidden units (Houlsby et al. 2019).
+
+    It begins as the identity: beneath it, a pretrained layer is what it was. Fine-tuning then
+    leaves the layers as they are and learns the adapters alone (experiment.frozen).
+    """
+
+    hidden: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.swish(nn.Dense(self.hidden, dtype=self.dtype, name="down")(x))  # [B, T, hidden]
+        zeros = nn.initializers.zeros
+        return x + nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=zeros, name="up")(y)
+
+
 def dropout(x: jax.Array, rate: float, seed: jax.Array | None, site: int = 0) -> jax.Array:
     """Zeroes each number with probability `rate` and scales the others (Srivastava et al. 2014).
 
@@ -79,6 +98,18 @@ def dropout(x: jax.Array, rate: float, seed: jax.Array | None, site: int = 0) ->
     bits = _mix(place ^ _mix(seed[1] + jnp.uint32(site)))
     keep = bits >= jnp.uint32(round(rate * 2**32))
     return jnp.where(keep, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
+def dropping(rate: float, seed: jax.Array | None, site: int) -> Callable | None:
+    """`dropout` as a function of its array alone; None where it would do nothing."""
+    if seed is None or not rate:
+        return None
+    return functools.partial(dropout, rate=rate, seed=seed, site=site)
+
+
+def weight_dropout(dropout: float, attention_dropout: float | None) -> float:
+    """The rate at which weights of attention are dropped, by the settings of an encoder."""
+    return dropout if attention_dropout is None else attention_dropout
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -107,11 +138,13 @@ class SelfAttention(nn.Module):
     queries and keys is rotated, instead of queries and keys: scores then depend on absolute
     position too; as in fairseq's Conformer) or 'relative' (Transformer-XL, Dai et al. 2019, as in
     the Conformer paper). The mask is bool [B, T], True where a key may be attended to.
+    `weight_dropout` is of the attention's weights, `dropout` of its output.
     """
 
     heads: int
     position: str = "rotary"
     dropout: float = 0.0
+    weight_dropout: float = 0.0
     dtype: Dtype = jnp.float32
     site: int = 0
 
@@ -134,22 +167,17 @@ class SelfAttention(nn.Module):
         else:
             projected = dense((3, self.heads, each), name="qkv")(x)
             query, key, value = (projected[:, :, i] for i in range(3))
+        last = (value, mask, dropping(self.weight_dropout, seed, self.site), np.sqrt(each))
         if self.position == "rotary":
-            scores = _dot(rotate(query), rotate(key))
+            context = attention.attend(rotate(query), rotate(key), *last)
         elif self.position == "rotary_input":
-            scores = _dot(query, key)
+            context = attention.attend(query, key, *last)
         elif self.position == "relative":
-            scores = self._relative_scores(query, key)
+            context = attention.weigh(self._relative_scores(query, key), *last)
         else:
             raise UserError(
                 f"position must be 'rotary', 'rotary_input' or 'relative', got {self.position!r}"
             )
-        scores = scores.astype(jnp.float32) / np.sqrt(each).astype(np.float32)  # [B, H, T, T]
-        # Finite, so that a row without a single valid frame stays free of NaN.
-        scores = jnp.where(mask[:, None, None, :], scores, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        weights = dropout(weights, self.dropout, seed, self.site)
-        context = jnp.einsum("bhts,bshd->bthd", weights, value)  # [B, T, H, W]
         zeros = nn.initializers.zeros
         output = dense(width, axis=(-2, -1), kernel_init=zeros, name="project")(context)
         return dropout(output, self.dropout, seed, self.site + 1)
@@ -158,19 +186,16 @@ class SelfAttention(nn.Module):
         frames, heads, width = query.shape[1:]
         content_bias = self.param("content_bias", nn.initializers.zeros, (heads, width))
         position_bias = self.param("position_bias", nn.initializers.zeros, (heads, width))
-        distances = np.arange(frames - 1, -frames, -1)
-        table = jnp.asarray(sinusoids(distances, heads * width), self.dtype)  # [2T - 1, D]
+        table = sinusoids(frames - 1, 2 * frames - 1, -1, heads * width)  # [2T - 1, D]
+        table = jnp.asarray(table, self.dtype)
         position = nn.DenseGeneral(
             (heads, width), use_bias=False, dtype=self.dtype, name="position"
         )(table)
         query_content = query + content_bias.astype(self.dtype)[None, None]
         query_position = query + position_bias.astype(self.dtype)[None, None]
         by_distance = jnp.einsum("bthd,rhd->bhtr", query_position, position)  # [B, H, T, 2T - 1]
-        return _dot(query_content, key) + _distance_to_key(by_distance)
-
-
-def _dot(query: jax.Array, key: jax.Array) -> jax.Array:
-    return jnp.einsum("bthd,bshd->bhts", query, key)
+        content = jnp.einsum("bthd,bshd->bhts", query_content, key)
+        return content + _distance_to_key(by_distance)
 
 
 def _distance_to_key(scores: jax.Array) -> jax.Array:
@@ -181,18 +206,34 @@ def _distance_to_key(scores: jax.Array) -> jax.Array:
     return skewed.reshape(batch, heads, frames, distances)[..., :frames]
 
 
-def sinusoids(positions: np.ndarray, width: int) -> np.ndarray:
-    """Sinusoidal embeddings [len(positions), width] (Vaswani et al. 2017)."""
+def sinusoids(first: int, count: int, step: int, width: int) -> np.ndarray | jax.Array:
+    """Sinusoidal embeddings float32 [count, width] of positions first, first + step, ...
+
+    (Vaswani et al. 2017). Where `count` is a symbol of an export, they are computed in the program.
+    """
     rates = np.exp(-np.log(10_000.0) * np.arange(0, width, 2) / width)
-    angles = positions[:, None] * rates[None, :]
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
+    if not jax.export.is_symbolic_dim(count):
+        angles = (first + step * np.arange(count))[:, None] * rates[None, :]
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
+    # Products of int32 wrap around as angles do, in units of 2**-32 of a turn: a float32 product
+    # would be off by 1e-4 after a minute.
+    unit = 2 * np.pi / 2**32
+    whole = np.round(rates / unit)
+    rest = (rates - whole * unit).astype(np.float32)
+    positions = jnp.asarray(first, jnp.int32) + step * jnp.arange(count, dtype=jnp.int32)
+    turned = positions[:, None] * whole.astype(np.int32)[None, :]
+    angles = turned.astype(jnp.float32) * np.float32(unit)
+    angles = angles + positions.astype(jnp.float32)[:, None] * rest[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def rotate(x: jax.Array) -> jax.Array:
     """Rotary position embedding of [B, T, H, W]."""
     frames, width = x.shape[1], x.shape[3]
-    table = sinusoids(np.arange(frames), width).reshape(1, frames, 1, width)
-    sin, cos = (jnp.asarray(half, x.dtype) for half in np.split(table, 2, axis=-1))
+    table = sinusoids(0, frames, 1, width)[None, :, None]  # [1, T, 1, W]
+    sin, cos = (
+        jnp.asarray(half, x.dtype) for half in (table[..., : width // 2], table[..., width // 2 :])
+    )
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
