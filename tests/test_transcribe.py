@@ -194,7 +194,8 @@ class Local:
         logits = np.zeros((len(samples), samples.shape[1] // 80, 8), np.float32)
         for row, count in enumerate(frames):
             for frame in range(count):
-                around = samples[row, max(0, 80 * frame - 1000) : 80 * frame + 1080].astype(float)
+                last = min(80 * frame + 1080, lengths[row])  # padding is not heard
+                around = samples[row, max(0, 80 * frame - 1000) : last].astype(float)
                 logits[row, frame, int(np.square(around).mean() ** 0.5) // 1000 % 8] = 9.0
         return logits, frames.astype(np.int32)
 
@@ -291,7 +292,7 @@ def test_a_model_of_another_task_is_one_sentence(model):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: said_version(folder, 2), "version 2, .* up to 1: install a newer one"),
+        (lambda folder: said_version(folder, 99), "version 99, .* up to .*: install a newer one"),
         (lambda folder: said_version(folder, "1"), "version '1'"),
         (lambda folder: (folder / "bundle.json").write_text("{"), r"bundle\.json is damaged"),
         (lambda folder: (folder / "bundle.json").write_text("[]"), r"bundle\.json holds a JSON"),
