@@ -31,7 +31,7 @@ import pathlib
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.traverse_util
@@ -177,10 +177,27 @@ def program(
         return compute(*restore(arrays), samples, lengths)
 
     like = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype)
-    with partition.several_platforms():
+    with partition.several_platforms(), _without_lines():
         return jax.export.export(jax.jit(logits), platforms=PLATFORMS)(
             [like(array) for array in arrays], *batch(heard)
         )
+
+
+@contextlib.contextmanager
+def _without_lines() -> Iterator[None]:
+    """What is lowered within does not name the files and lines of this machine."""
+    settings = {
+        "jax_include_full_tracebacks_in_locations": True,
+        "jax_traceback_in_locations_limit": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def batch(heard: acoustic.BundleAcoustic) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
