@@ -74,6 +74,7 @@ class Workdir:
         self.metrics = self.folder / "metrics.jsonl"
         self.tensorboard = self.folder / "tensorboard"
         self.results = self.folder / "results.json"
+        self.report = self.folder / "report.html"
         self.robustness = self.folder / "robustness.json"
         self.lock = self.folder / "lock"
 
@@ -371,8 +372,8 @@ def _compare(
         moved = key == "data.noise_root" and was and now  # where it is, not whether there is noise
         if was != now and not moved and not _free(key):
             raise WorkdirError(
-                f"{folder} was trained with config.{key}={was!r}, not {now!r}: use another "
-                "--workdir, or the same value"
+                f"{folder} was trained with config.{key}={was!r}, not {now!r}: use the same value, "
+                f"or another --workdir (where config.init.folder={folder} starts from its encoder)"
             )
 
 

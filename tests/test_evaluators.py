@@ -124,6 +124,14 @@ def test_a_split_is_more_than_the_mean_of_its_halves(row):
         assert found[name] == pytest.approx(row.results[name])
 
 
+def test_tallies_of_lines_divide_to_the_results(row):
+    evaluator, lines = _measure(row, [*row.given, *row.empty])
+    tallies = [evaluator.tallies(line) for line in lines]
+    for name in tallies[0]:
+        errors, sizes = np.sum([one[name] for one in tallies], axis=0)
+        assert errors / sizes == pytest.approx(evaluator.results()[name])
+
+
 def test_nothing_to_measure_has_no_value(row):
     for some in ([], row.empty):
         evaluator, lines = _measure(row, some)

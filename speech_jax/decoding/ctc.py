@@ -1,4 +1,4 @@
-"""Greedy decoding of CTC, on the device."""
+"""Greedy decoding of CTC, and the frames of labels that are known, on the device."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from speech_jax.ops import masking
+from speech_jax.ops.ctc import ctc_align
 
 
 class Path(NamedTuple):
-    """The best path through the frames, as labels that are packed left and filled with blanks.
+    """A path through the frames, as labels that are packed left and filled with blanks.
 
     labels: int32 [B, T]; count: int32 [B], labels in each row; starts, ends: int32 [B, T], the
     frames [start, end) that each label is emitted in, -1 beyond `count`; sure: float32 [B, T], the
@@ -63,3 +64,21 @@ def best_path(logits: jax.Array, lengths: jax.Array, *, blank_id: int = 0) -> Pa
         sure=fill(0, jnp.float32).max(jnp.exp(most), mode="drop"),
         score=jnp.where(valid, most, 0).sum(axis=1),
     )
+
+
+def aligned(logits: jax.Array, lengths: jax.Array, labels: jax.Array, count: jax.Array) -> Path:
+    """The best path of labels int32 [B, T] of which each row has `count` [B]; the blank is 0."""
+    frames = logits.shape[1]
+    starts, ends, score = ctc_align(logits, lengths, labels, count)
+    rows = jnp.broadcast_to(jnp.arange(len(labels))[:, None], labels.shape)
+    # The label of each frame: the last one that has begun, if it is not over.
+    begun = jnp.zeros(labels.shape, jnp.int32)
+    begun = begun.at[rows, jnp.where(starts < 0, frames, starts)].add(1, mode="drop")
+    place = jnp.cumsum(begun, axis=1) - 1
+    pick = lambda x: jnp.take_along_axis(x, jnp.maximum(place, 0), axis=1)
+    inside = (place >= 0) & (jnp.arange(frames)[None] < pick(ends))
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    own = jnp.take_along_axis(log_probs, pick(labels)[..., None], axis=2)[..., 0]
+    sure = jnp.zeros(labels.shape, jnp.float32)
+    sure = sure.at[rows, jnp.where(inside, place, frames)].max(jnp.exp(own), mode="drop")
+    return Path(labels, count, starts, ends, sure, score)

@@ -4,7 +4,6 @@
 `FILES` lists. A new kind of file is a module and a line in that table.
 """
 
-import bisect
 import functools
 import importlib
 import os
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from speech_jax import bundle, files
+from speech_jax import bundle, experiment, files
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.errors import UserError
 
@@ -94,9 +93,9 @@ class BundleAcoustic:
         self.transcript = labels
         self.sample_rate = model.config.data.sample_rate
         self.longest_seconds = float(model.config.data.max_seconds)
-        self.decoder = dict(model.config.get("decoder", {}))
+        self.decoder = dict(model.config.decoder)
         self.frames = lambda samples: task.encoder.output_lengths(task.frontend.lengths(samples))
-        self.frame_seconds = _frame_samples(self.frames) / self.sample_rate
+        self.frame_seconds = experiment.frame_seconds(model.config, task.encoder, task.frontend)
         self._params, self._state = jax.device_put((model.params, model.state))
         self.function = functools.partial(_logits, task)
         self._logits = jax.jit(self.function)
@@ -110,9 +109,3 @@ def _logits(task, params, state, samples, lengths):
     batch = {"audio": samples, "audio_length": lengths}
     logits, frames, _ = task.logits(params, state, batch)
     return logits, frames
-
-
-def _frame_samples(frames) -> float:
-    """Samples from one frame to the next, where `frames` gives the frames of so many samples."""
-    first = lambda count: bisect.bisect_left(range(1 << 30), count, key=frames)
-    return (first(201) - first(1)) / 200

@@ -1,6 +1,7 @@
 """Word and character error rates of transcripts, as sums of edits over a split."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from rapidfuzz.distance import Levenshtein
@@ -8,7 +9,8 @@ from rapidfuzz.distance import Levenshtein
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.sources import Utterance
 from speech_jax.decoding.decoder import Decoder
-from speech_jax.evaluators import Row
+from speech_jax.evaluators import Row, words
+from speech_jax.evaluators.page import Section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +32,14 @@ class ErrorCounts:
         return ErrorCounts(*(a + b for a, b in sums))
 
     @property
+    def word_errors(self) -> int:
+        """Edits of words, of all three kinds."""
+        return self.insertions + self.deletions + self.substitutions
+
+    @property
     def wer(self) -> float | None:
         """Word error rate; None without a reference word."""
-        errors = self.insertions + self.deletions + self.substitutions
-        return errors / self.words if self.words else None
+        return self.word_errors / self.words if self.words else None
 
     @property
     def cer(self) -> float | None:
@@ -43,11 +49,11 @@ class ErrorCounts:
 
 def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
     """Edits of a minimal alignment of two texts; words are what whitespace separates."""
-    words, spoken = reference.split(), hypothesis.split()
-    edits = [tag for tag, _, _ in Levenshtein.editops(words, spoken).as_list()]
-    characters, heard = " ".join(words), " ".join(spoken)
+    said, heard = reference.split(), hypothesis.split()
+    edits = [tag for tag, _, _ in Levenshtein.editops(said, heard).as_list()]
+    characters, heard = " ".join(said), " ".join(heard)
     return ErrorCounts(
-        words=len(words),
+        words=len(said),
         insertions=edits.count("insert"),
         deletions=edits.count("delete"),
         substitutions=edits.count("replace"),
@@ -97,3 +103,15 @@ class Errors:
         if self.counts.wer is None:
             return "no reference words, so no error rate"
         return f"WER {100 * self.counts.wer:.2f}%  CER {100 * self.counts.cer:.2f}%"
+
+    def tallies(self, line: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """Errors and what they are of, in one utterance."""
+        counts = count_errors(line["reference"], line["hypothesis"])
+        return {
+            "wer": (counts.word_errors, counts.words),
+            "cer": (counts.character_errors, counts.characters),
+        }
+
+    def sections(self, lines: Sequence[Mapping[str, Any]]) -> list[Section]:
+        """Confusions of words, and the reliability of their confidence."""
+        return words.sections(lines)

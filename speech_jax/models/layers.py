@@ -42,6 +42,7 @@ RULES: Rules = (
     (r"convolution/middle_norm/(scale|bias)", ()),
     (r"convolution/project/kernel", ("tensor", "fsdp")),
     (r"(attention|feed_forward(_\d)?|convolution)/project/bias", ()),
+    (r"adapter/(down|up)/(kernel|bias)", ()),
 )
 
 
@@ -62,6 +63,23 @@ class FeedForward(nn.Module):
         zeros = nn.initializers.zeros
         x = nn.Dense(width, dtype=self.dtype, kernel_init=zeros, name="project")(x)  # [B, T, D]
         return dropout(x, self.dropout, seed, self.site + 1)
+
+
+class Adapter(nn.Module):
+    """x [B, T, D] and a change of it through a few hidden units (Houlsby et al. 2019).
+
+    It begins as the identity: beneath it, a pretrained layer is what it was. Fine-tuning then
+    leaves the layers as they are and learns the adapters alone (experiment.frozen).
+    """
+
+    hidden: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.swish(nn.Dense(self.hidden, dtype=self.dtype, name="down")(x))  # [B, T, hidden]
+        zeros = nn.initializers.zeros
+        return x + nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=zeros, name="up")(y)
 
 
 def dropout(x: jax.Array, rate: float, seed: jax.Array | None, site: int = 0) -> jax.Array:
