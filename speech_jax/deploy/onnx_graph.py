@@ -146,7 +146,7 @@ class Graph:
         kind, params = equation.primitive.name, equation.params
         inner = next((params[key] for key in _PROGRAMS if key in params), None)
         if kind == "scan":
-            return self._scan(params, inputs)
+            return self._scan(equation, inputs)
         if kind == "cond":  # of platforms; the last one is for those that are not named
             if not params.get("branches_platforms"):
                 raise GraphError("a branch that depends on values cannot be written as ONNX")
@@ -164,10 +164,17 @@ class Graph:
             return [np.asarray(output) for output in outputs]
         return _as_list(_converter(kind)(self, equation, *inputs))
 
-    def _scan(self, params: Mapping[str, Any], inputs: list[Value]) -> list[Value]:
+    def _scan(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        params = equation.params
         if params["reverse"]:
-            raise GraphError("a scan from the end cannot be written as ONNX")
-        constants, carries = params["num_consts"], params["num_carry"]
+            raise GraphError("a scan from the end cannot be written as ONNX: use .sjx")
+        # What is scanned has a dimension more outside of the loop than inside.
+        inner = getattr(params["jaxpr"], "jaxpr", params["jaxpr"])
+        same = lambda outside, inside: sum(
+            a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True)
+        )
+        carries = same(equation.outvars, inner.outvars)
+        constants = same(equation.invars, inner.invars) - carries
         fixed, carry = inputs[:constants], inputs[constants : constants + carries]
         stacked: list[list[Value]] = []
         for turn in range(params["length"]):
