@@ -73,7 +73,7 @@ RANGES = {
             "train.accumulate", "train.log_every", "train.eval_every", "checkpoint.every",
             "checkpoint.keep", "schedule.peak", "data.speeds", "model.width", "model.heads",
             "model.num_layers", "model.kernel", "model.expansion", "model.feed_forward",
-            "model.conv_channels", "model.conv_kernels", "model.conv_strides",
+            "model.conv_channels", "model.conv_kernels", "model.conv_strides", "model.conv_bands",
             "model.subsampling_channels", "model.position_groups", "task.codes", "task.groups",
             "task.negatives", "task.mask_length", "lora.alpha",
         ),

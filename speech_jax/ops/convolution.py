@@ -132,10 +132,15 @@ def normalize_over_time(
 # ---- Depthwise ---------------------------------------------------------------------------------
 
 
-def depthwise(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Each of D channels of [B, T, D] convolved on its own with weight [K, D], 'same' padding."""
+def depthwise(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, past: int | None = None
+) -> jax.Array:
+    """Each of D channels of [B, T, D] convolved on its own with weight [K, D], to [B, T, D].
+
+    A frame sees `past` frames before it and K - 1 - past after it; by default as many ('same').
+    """
     kernel, width = weight.shape
-    frames, left = x.shape[1], (kernel - 1) // 2
+    frames, left = x.shape[1], (kernel - 1) // 2 if past is None else past
     sides = (left, kernel - 1 - left)
     start = jnp.zeros((1, 1, width), x.dtype) if bias is None else bias[None, None]
 
