@@ -21,6 +21,7 @@ import pytest
 import soundfile
 from etils import epath
 
+import speech_jax
 from speech_jax import bundle, models, tasks
 from speech_jax.deploy import acoustic, export, onnx, onnx_graph, sjx
 from speech_jax.models.frontend import FrontEnd
@@ -161,7 +162,7 @@ def test_every_encoder_is_exported_both_ways(name):
     arrays, restore = export.stored(heard.bundle.params, heard.bundle.state, "float32")
     program = export.program(heard, restore, list(arrays.values()))
     card = {"labels": [""] * 5, "shortest": export.shortest(heard), "version": 1}
-    session = onnx.Session(onnx.make(heard, card, *export.batch(heard)), "a file")
+    session = onnx.Session(onnx.make(heard, card, *export.batch(heard), {}), "a file")
     assert program.platforms == export.PLATFORMS
     samples, lengths = ragged(3, 9_000, [9_000, 4_321, 0])
     wanted = jax.device_get(jax.jit(program.call)(list(arrays.values()), samples, lengths))
@@ -170,6 +171,37 @@ def test_every_encoder_is_exported_both_ways(name):
     # Neither padding nor neighbours change a row, in a graph of any size.
     logits, frames = session.logits(samples[1:2, :5_000], lengths[1:2])
     assert_close((logits, frames), (wanted[0][1:2, : logits.shape[1]], wanted[1][1:2]))
+
+
+SAME = ("workdir", "m.sjx", "m.onnx")
+
+
+def test_every_kind_of_file_says_the_same(files, tones):
+    recording = max((tones / "dev").rglob("*.flac"), key=lambda path: path.stat().st_size)
+    said = {name: speech_jax.load(files[name]).transcribe(recording) for name in SAME}
+    assert len(said["workdir"].text.split()) > 2
+    for name in ("m.sjx", "m.onnx"):
+        assert said[name].text == said["workdir"].text
+        assert [w[:3] for w in said[name].words] == [w[:3] for w in said["workdir"].words]
+
+
+def test_a_language_model_travels_in_the_file(heard, tmp_path):
+    path = tmp_path / "my.arpa"
+    path.write_text("what a language model is")
+    config = heard.bundle.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.decoder.update({"name": "beam", "lm": str(path), "lm_weight": 0.7})
+    beam = acoustic.BundleAcoustic(dataclasses.replace(heard.bundle, config=config))
+    export.write_sjx(beam, tmp_path / "m.sjx", {})
+    card, kept = export.make_card(beam, {}), export.kept_files(config)
+    (tmp_path / "m.onnx").write_bytes(onnx.make(beam, card, *export.batch(beam), kept))
+    path.unlink()
+    for name in ("m.sjx", "m.onnx"):
+        decoder = acoustic.open_acoustic(tmp_path / name).decoder
+        assert (decoder["name"], decoder["lm_weight"]) == ("beam", 0.7)
+        assert pathlib.Path(decoder["lm"]).name.endswith("my.arpa")
+    with pytest.raises(export.ExportError, match=r"my\.arpa cannot be read"):
+        export.write_sjx(beam, tmp_path / "again.sjx", {})
 
 
 # ---- Weights -----------------------------------------------------------------------------------
@@ -423,7 +455,7 @@ def test_without_the_extra_it_is_one_line(lacks, files, heard, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", lacking)
     uses = {
-        "onnx": lambda: onnx.make(heard, {}, *export.batch(heard)),
+        "onnx": lambda: onnx.make(heard, {}, *export.batch(heard), {}),
         "onnxruntime": lambda: onnx.load(files["m.onnx"]),
     }
     with pytest.raises(onnx.OnnxError, match=r"pip install 'speech_jax\[onnx\]'"):
