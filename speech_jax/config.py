@@ -6,6 +6,7 @@ the command line overrides single values (`--config.train.steps=1000`). The resu
 any work is done.
 """
 
+import dataclasses
 import difflib
 import inspect
 import math
@@ -19,10 +20,11 @@ from speech_jax import models, registry, tasks
 from speech_jax.data import parts
 from speech_jax.data.sources import SOURCES
 from speech_jax.data.text import NORMALIZERS
+from speech_jax.decoding.decoder import Settings
 from speech_jax.errors import UserError
 from speech_jax.models import frontend
 from speech_jax.ops import augment
-from speech_jax.training import groups
+from speech_jax.training import groups, peft
 from speech_jax.training.adversarial import NORMS, SPACES, Adversary
 from speech_jax.training.optim import OPTIMIZERS, SCHEDULES, make_optimizer
 
@@ -32,6 +34,7 @@ CHOICES = {
     "data.on_error": ("raise", "skip"),
     "text.tokenizer": ("characters", "sentencepiece"),
     "text.normalizer": NORMALIZERS,
+    "init.take": ("encoder", "model"),
     "features.normalize": ("utterance", "global", "none"),
     "robustness.space": SPACES,
     "robustness.norm": NORMS,
@@ -52,6 +55,7 @@ _LIKE = {
     "adversarial.snr_db": 0.0,
     "model.subsampling_channels": 0,
     "optimizer.momentum": 0.0,
+    **{f"decoder.{field.name}": field.default for field in dataclasses.fields(Settings)},
 }
 _ABOVE_ZERO = ("must be greater than 0", lambda value: value > 0)
 _FROM_ZERO = ("must be at least 0", lambda value: value >= 0)
@@ -69,9 +73,9 @@ RANGES = {
             "train.accumulate", "train.log_every", "train.eval_every", "checkpoint.every",
             "checkpoint.keep", "schedule.peak", "data.speeds", "model.width", "model.heads",
             "model.num_layers", "model.kernel", "model.expansion", "model.feed_forward",
-            "model.conv_channels", "model.conv_kernels", "model.conv_strides",
+            "model.conv_channels", "model.conv_kernels", "model.conv_strides", "model.conv_bands",
             "model.subsampling_channels", "model.position_groups", "task.codes", "task.groups",
-            "task.negatives", "task.mask_length",
+            "task.negatives", "task.mask_length", "lora.alpha",
         ),
         _ABOVE_ZERO,
     ),
@@ -83,14 +87,15 @@ RANGES = {
             "spec_augment.frequency_width", "optimizer.clip_norm", "optimizer.weight_decay",
             "schedule.warmup", "schedule.hold", "train.max_skipped", "checkpoint.patience",
             "checkpoint.watchdog_seconds", "model.position_kernel", "model.feature_gradient",
+            "model.adapter", "lora.rank",
         ),
         _FROM_ZERO,
     ),
     **dict.fromkeys(
         (
             "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
-            "model.mask_time", "model.mask_channel", "task.mask_fraction", "optimizer.eps",
-            "optimizer.eps_root",
+            "model.mask_time", "model.mask_channel", "task.mask_fraction", "task.mixup",
+            "optimizer.eps", "optimizer.eps_root",
         ),
         _SHARE,
     ),
@@ -114,6 +119,7 @@ def default() -> ConfigDict:
     data.root = ""  # the folder that holds the splits
     data.cache = ""  # for what is derived from the data; empty: ~/.cache/speech_jax
     data.train_splits = ""  # names joined by commas
+    data.only = ""  # utterances with these tags alone, of every split: "speaker=84", "speaker!=84"
     data.train_minutes = 0.0  # of the training splits, drawn with the seed; 0: all of them
     data.eval_splits = ""  # evaluated while training; the first one picks the best checkpoint
     data.test_splits = ""  # evaluated once, at the end, with the best checkpoint
@@ -166,7 +172,14 @@ def default() -> ConfigDict:
     config.source = ""  # what a model was imported from, in the words of its own folder
 
     config.init = ConfigDict()
-    config.init.folder = ""  # pretrained weights of the encoder: a workdir, or of Hugging Face
+    config.init.folder = ""  # what to start from: a workdir, a saved model, or of Hugging Face
+    config.init.take = "encoder"  # or model: of the same task, with its head and vocabulary
+    config.init.new = ()  # ends of the paths of parameters that begin anew, whatever is there
+
+    config.lora = ConfigDict()  # a change of low rank beside a frozen encoder, see training/peft.py
+    config.lora.rank = 0  # 0: none
+    config.lora.alpha = 16.0  # the change counts alpha / rank times
+    config.lora.targets = peft.LoRA.targets  # the end of the paths of the kernels that get one
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adam, adamw, lion, nadamw or sgd
@@ -207,6 +220,20 @@ def default() -> ConfigDict:
     robustness.epsilons = (0.0001, 0.0003, 0.001, 0.002, 0.003, 0.005, 0.01)
     robustness.noise_root = ""  # a folder of noise; empty: white noise
     robustness.noise_snr_db = (20.0, 10.0, 5.0, 0.0)
+
+    # How logits become words: fields of Settings in decoding/decoder.py. None: what the model's
+    # own record says, or else the default there.
+    config.decoder = decoder = ConfigDict()
+    decoder.name = config_dict.placeholder(str)  # greedy, beam or lexicon
+    decoder.width = config_dict.placeholder(int)  # hypotheses of a beam
+    decoder.labels = config_dict.placeholder(int)  # of a frame, that a hypothesis is extended by
+    decoder.skip = config_dict.placeholder(float)  # frames whose blank is more probable; 1: none
+    decoder.nbest = config_dict.placeholder(int)  # readings that are given
+    decoder.lm = config_dict.placeholder(str)  # an .arpa, see python -m speech_jax.decoding.lm
+    decoder.lm_weight = config_dict.placeholder(float)  # found by --mode=tune, as is the bonus
+    decoder.bonus = config_dict.placeholder(float)  # nats for each label (beam) or word (lexicon)
+    decoder.lexicon = config_dict.placeholder(str)  # a file of words; empty: those of the .arpa
+    decoder.calibration = config_dict.placeholder(tuple)  # of confidences, by --mode=tune too
 
     config.train = train = ConfigDict()
     train.steps = 100_000
@@ -324,6 +351,9 @@ def check(config: ConfigDict) -> None:
                     f"config.{key} holds {_shown(rule)}, which is no rule: a rule is the end of a "
                     "parameter's path and a number, such as ('encoder/.*', 0.5)"
                 )
+    for pattern in config.init.new:
+        if not isinstance(pattern, str):
+            raise UserError(f"config.init.new holds {_shown(pattern)}, which is no end of a path")
     data = config.data
     if data.batch_seconds < data.max_seconds:
         raise UserError(
@@ -364,6 +394,7 @@ def check(config: ConfigDict) -> None:
             changed[name],
             cure,
         )
+    Settings.of(config.decoder)
 
 
 def _changed(config: ConfigDict) -> dict[str, Any]:

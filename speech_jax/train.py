@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from speech_jax import bundle, experiment, files, versions
-from speech_jax.bundle import start
+from speech_jax.bundle import runs, start
 from speech_jax.config import split_names
 from speech_jax.data.batch import signature
 from speech_jax.data.parts import Part
@@ -24,7 +24,7 @@ from speech_jax.errors import UserError
 from speech_jax.evaluators.loop import Evaluation, alone
 from speech_jax.evaluators.report import write_report
 from speech_jax.tasks import Task
-from speech_jax.training import costs, sharding
+from speech_jax.training import costs, groups, sharding
 from speech_jax.training.checkpoint import Checkpoints
 from speech_jax.training.report import Report
 from speech_jax.training.step import TrainState
@@ -57,11 +57,11 @@ def run(config: ConfigDict, workdir: Workdir) -> dict | None:
 
 def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> dict | None:
     started = time.monotonic()
-    frozen = config.optimizer.get("frozen")
+    frozen = experiment.frozen(config)
     if frozen and not config.init.folder:
         raise TrainingError(
-            f"config.optimizer.frozen={frozen} would hold random weights still: "
-            "name what to start from in config.init.folder"
+            f"random weights would be held still (config.optimizer.frozen={frozen}; LoRA and "
+            "adapters freeze the encoder): name what to start from in config.init.folder"
         )
     eval_splits = split_names(config.data.eval_splits)
     splits = dict.fromkeys(eval_splits + split_names(config.data.test_splits))
@@ -75,6 +75,8 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     source = experiment.open_training(config)
     if workdir.config.exists():
         parts = experiment.restore_parts(config, workdir.folder)
+    elif config.init.folder and config.init.take == "model":
+        parts = start.parts(config, workdir.folder)
     else:  # what a start that failed has left may be of other settings
         parts = experiment.make_parts(config, workdir.folder, source)
     task = experiment.make_task(config, parts)
@@ -105,9 +107,9 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     checkpoints = Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, watched=watched)
     restored = checkpoints.restore(setup.abstract)
     if restored is None:
-        state, data = _first_state(setup), {"next_batch": 0, "seconds": 0.0}
+        (state, started_from), data = _first_state(setup), {"next_batch": 0, "seconds": 0.0}
     else:
-        state, data = restored.state, restored.data
+        state, started_from, data = restored.state, (), restored.data
         note = stopper.from_dict(restored.stopper) or note
     first, seconds = data["next_batch"], data["seconds"]
     workdir.record(config)  # all that can fail early has not
@@ -127,7 +129,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     )
     report.from_dict(data.get("totals", {}))
     report.say(_opening(corpus, parts, setup, first))
-    for line in (note, *_lost(parts, source)):
+    for line in (*_table(setup), *started_from, note, *_lost(parts, source)):
         if line:
             report.say(line)
 
@@ -146,10 +148,9 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
 
     def evaluate(step: int) -> dict[str, float | None]:
         """The scores of the first split, or Interrupted."""
-        params = state.ema or state.params
         found = {}
         for split in eval_splits:
-            found[split] = evaluation.run(params, state.model_state, split)
+            found[split] = evaluation.run(state.evaluated, state.model_state, split)
         rates = {
             split: {name: value for name, value in score.rates.items() if value is not None}
             for split, score in found.items()
@@ -196,7 +197,8 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         _check(report, config.train.max_skipped, task)
 
     # ---- Results -------------------------------------------------------------------------------
-    params, model_state = bundle.on_mesh(bundle.open(workdir.folder), mesh)
+    # As it was trained, LoRA beside the kernels: nothing has to be compiled again.
+    params, model_state = bundle.on_mesh(runs.open_workdir(workdir.folder), mesh)
     with watchdog:
         scores = measure(evaluation, params, model_state, splits, workdir, report.say)
     training = {
@@ -242,14 +244,30 @@ def _plan(
     return plan, f"{note}: from here on the order of the data is another"
 
 
-def _first_state(setup: experiment.Setup) -> TrainState:
-    """The state that training begins with: random, or with the encoder of config.init.folder."""
-    state = setup.fresh_state()
-    if setup.config.init.folder:
-        params, stats = start.with_encoder(state.params, state.model_state, setup.config)
-        ema = jax.tree.map(jnp.copy, params) if setup.config.train.ema_decay else {}
-        state = state.replace(params=params, model_state=stats, ema=ema)
-    return state
+def _first_state(setup: experiment.Setup) -> tuple[TrainState, Iterable[str]]:
+    """The state that training begins with, and what is to be said of it.
+
+    It is random, but for what config.init takes of a bundle.
+    """
+    state, config = setup.fresh_state(), setup.config
+    if not config.init.folder:
+        return state, ()
+    params, stats, report = start.with_bundle(state.params, state.model_state, config)
+    ema = {}
+    if config.train.ema_decay:
+        mask = groups.trainable(params, experiment.frozen(config))
+        ema = jax.tree.map(jnp.copy, groups.split(params, mask)[0])
+    return state.replace(params=params, model_state=stats, ema=ema), tuple(report.lines())
+
+
+def _table(setup: experiment.Setup) -> list[str]:
+    """What learns, how fast and with how much decay."""
+    optimizer = setup.config.optimizer
+    settings = {
+        key: optimizer[key] for key in ("decay", "rates", "layer_decay") if key in optimizer
+    }
+    frozen = experiment.frozen(setup.config)
+    return groups.shown(groups.table(setup.abstract.params, frozen=frozen, **settings))
 
 
 def _opening(corpus: Corpus, parts: Mapping[str, Part], setup: experiment.Setup, first: int) -> str:
@@ -309,7 +327,7 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
     splits = split_names(config.data.eval_splits)
     with alone(workdir, splits) as on_batch:
         mesh = sharding.make_mesh(**config.mesh)
-        task = model.task()
+        task = experiment.make_task(config, model.parts)
         params, state = bundle.on_mesh(model, mesh)
         evaluation = Evaluation(config, task, model.parts, mesh, on_batch)
         longest = round(config.data.max_seconds * config.data.sample_rate)

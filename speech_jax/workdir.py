@@ -31,8 +31,8 @@ from speech_jax.training import sharding
 # never what is computed. Another mesh must fit the recorded plan.
 FREE = (
     "data.root", "data.cache", "data.threads", "data.eval_splits", "data.test_splits",
-    "data.eval_buckets", "data.eval_max_seconds", "robustness", "train.log_every", "checkpoint",
-    "mesh",
+    "data.eval_buckets", "data.eval_max_seconds", "robustness", "decoder", "train.log_every",
+    "checkpoint", "mesh",
 )  # fmt: skip
 
 # What had another name when a record was written: keys, and the values of a key.
@@ -372,8 +372,8 @@ def _compare(
         moved = key == "data.noise_root" and was and now  # where it is, not whether there is noise
         if was != now and not moved and not _free(key):
             raise WorkdirError(
-                f"{folder} was trained with config.{key}={was!r}, not {now!r}: use another "
-                "--workdir, or the same value"
+                f"{folder} was trained with config.{key}={was!r}, not {now!r}: use the same value, "
+                f"or another --workdir (where config.init.folder={folder} starts from its encoder)"
             )
 
 

@@ -8,6 +8,7 @@ from rapidfuzz.distance import Levenshtein
 
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.sources import Utterance
+from speech_jax.decoding.decoder import Decoder
 from speech_jax.evaluators import Row, words
 from speech_jax.evaluators.page import Section
 
@@ -66,18 +67,30 @@ class Errors:
 
     rates: ClassVar = ("wer", "cer")
 
-    def __init__(self, transcript: Transcript):
-        self._transcript = transcript
+    def __init__(self, transcript: Transcript, decoder: Decoder | None = None):
+        """`decoder` is what made the predictions, and reads them; without one they are labels."""
+        self._transcript, self._decoder = transcript, decoder
         self.counts = ErrorCounts()
 
     def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]:
-        """Counts one utterance; its line has both texts and its own word error rate."""
+        """Counts one utterance; its line has both texts and its own word error rate.
+
+        Of a decoder's prediction also the `words`, [text, start, end, confidence] each with times
+        in seconds, and the `score`.
+        """
         del example
-        reference, hypothesis = self._transcript.text(utterance), self._transcript.read(prediction)
+        reference, found = self._transcript.text(utterance), {}
+        if self._decoder:
+            decoded = self._decoder.read(prediction)
+            hypothesis = decoded.text
+            words = [[one.text, *(round(x, 4) for x in one[1:])] for one in decoded.words]
+            found = {"words": words, "score": round(decoded.score, 4)}
+        else:
+            hypothesis = self._transcript.read(prediction)
         counts = count_errors(reference, hypothesis)
         self.counts += counts
         wer = None if counts.wer is None else round(counts.wer, 4)
-        return {"reference": reference, "hypothesis": hypothesis, "wer": wer}
+        return {"reference": reference, "hypothesis": hypothesis, "wer": wer} | found
 
     def results(self) -> dict[str, float | None]:
         """Both rates, and the counts that the first one is made of."""

@@ -108,9 +108,9 @@ class Evaluation:
             return
         batch = experiment.batch_shapes(corpus.fields, plan.buckets[-1], self._mesh)
         with jax.set_mesh(self._mesh):
-            program = self._predict.lower(params, state, batch).compile()
+            program = self._predict.lower(params, state, batch)
         longest = corpus.source.utterances[corpus.index[corpus.lengths[self._task.along].argmax()]]
-        costs.check_memory(
+        costs.compile_within_memory(
             program,
             f"evaluating utterance {longest.id} of {split} ({longest.duration:.0f} s)",
             "cut it into utterances, lower config.data.batch_seconds or take a smaller model",
@@ -163,6 +163,7 @@ class _Reader:
         shared: Mapping[str, jax.Array],
     ) -> None:
         if jax.process_index():
+            jax.block_until_ready(found)  # the processes stay together, and leave together
             return
         prediction = {name: np.asarray(value.addressable_data(0)) for name, value in found.items()}
         shared = {name: np.asarray(value.addressable_data(0)) for name, value in shared.items()}

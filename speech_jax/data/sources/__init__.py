@@ -17,6 +17,7 @@ from speech_jax.data.sources.base import (
     concatenate,
     default_cache,
     draw,
+    only,
     select,
 )
 
@@ -30,7 +31,7 @@ __all__ = [
     "SourceError",
     "Utterance",
 ]
-__all__ += ["concatenate", "default_cache", "draw", "open_source", "select"]
+__all__ += ["concatenate", "default_cache", "draw", "only", "open_source", "select"]
 
 # Kind -> 'module:function', called as function(root, split, on_error, cache, **settings of it).
 SOURCES = {
