@@ -27,7 +27,7 @@ from speech_jax.training import costs, peft, sharding
 from speech_jax.workdir import Workdir
 
 pytestmark = pytest.mark.optax
-LORA = peft.LoRA(rank=2, targets=r"(attention|feed_forward(_\d)?|convolution|subsampling)/.*kernel")
+LORA = peft.LoRA(rank=2, targets=rf"{peft.LoRA.targets}|(convolution|subsampling)/.*kernel")
 
 
 # ---- The transform -----------------------------------------------------------------------------
