@@ -38,6 +38,7 @@ CASES = {
             "cell": "gru",
             "bidirectional": False,
             "lookahead": 3,
+            "adapter": 3,
             "norm": "batch",
             "subsampling": 2,
         },
