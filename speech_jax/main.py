@@ -32,10 +32,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything 
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "robustness", "compile"],
+    ["train", "evaluate", "tune", "robustness", "compile"],
     "train: train, or go on training. evaluate: measure the best checkpoint of the workdir on "
-    "config.data.eval_splits. robustness: measure it there under attacks and noise. compile: say "
-    "what a training step needs and how fast it can be, without data or a workdir.",
+    "config.data.eval_splits. tune: find the weights of its decoder on half of the first of them, "
+    "and keep them in the workdir. robustness: measure it there under attacks and noise. compile: "
+    "say what a training step needs and how fast it can be, without data or a workdir.",
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
@@ -74,6 +75,10 @@ def main(argv: list[str]) -> None:
         workdir = Workdir(_WORKDIR.value)
         if _MODE.value == "evaluate":
             train.evaluate(_CONFIG.value, workdir)
+        elif _MODE.value == "tune":
+            from speech_jax.evaluators import tune
+
+            tune.run(_CONFIG.value, workdir)
         elif _MODE.value == "robustness":
             from speech_jax.evaluators import robustness
 
