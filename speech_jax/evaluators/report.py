@@ -336,7 +336,8 @@ def _worst(split: _Split, media: Media) -> Html:
     share = errors[chosen].sum() / errors.sum()
     intro = f"These {len(chosen)} utterances make {100 * share:.0f}% of all errors."
     cards = (_utterance(split, place, media) for place in chosen)
-    return page.join([element("p", intro, class_="note"), _LEGEND, *cards])
+    legend = _LEGEND if any("hypothesis" in split.lines[place] for place in chosen) else ""
+    return page.join([element("p", intro, class_="note"), legend, *cards])
 
 
 _LEGEND = element(
