@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from speech_jax.data.parts.transcript import Transcript
+from speech_jax.data.text import CharacterTokenizer
 from speech_jax.decoding import beam, fusion, ngram
 from speech_jax.decoding.ctc import aligned, best_path, greedy
+from speech_jax.decoding.decoder import Decoder
 from speech_jax.ops.ctc import ctc_loss
 
 FRAMES, CLASSES = 5, 4
@@ -154,6 +157,21 @@ def test_flashlight_finds_nothing_better():
     for row, log_probs in enumerate(np.asarray(jax.nn.log_softmax(logits))):
         best = theirs.decode(np.ascontiguousarray(log_probs).ctypes.data, 50, 8)[0]
         assert found.score[row, 0] > best.score - 1e-3
+
+
+def test_a_decoder_can_be_traced_again(tmp_path):
+    path = tmp_path / "lm.arpa"
+    path.write_text(arpa(3))
+    settings = {"name": "beam", "lm": str(path), "width": 4, "nbest": 3}
+    decoder = Decoder(settings, Transcript(CharacterTokenizer(" AB")), 0.04)
+    logits, lengths = speech(4, 24, 4), jnp.full(4, 24, jnp.int32)
+    rows = jax.jit(decoder.search)(logits, lengths)
+    first = decoder.read({name: value[0] for name, value in jax.device_get(rows).items()})
+    assert decoder(logits[:1], lengths[:1]) == [first]
+    assert first.alternatives[0] == (first.text, first.score)
+    scores = [score for _, score in first.alternatives]
+    assert scores == sorted(scores, reverse=True)
+    assert decoder.weighed(0.0, 0.0)(logits[:1], lengths[:1])[0].score > first.score
 
 
 def test_a_large_table_holds_every_arc():

@@ -260,9 +260,9 @@ class Decoder:
         if settings.name != "beam" or not settings.lm:
             return None
         try:
-            return fusion.make(
-                ngram.read(settings.lm), self._spellings, settings.lm_weight, settings.bonus
-            )
+            known = ngram.read(settings.lm)
+            with jax.ensure_compile_time_eval():  # it may be asked for first inside a jit
+                return fusion.make(known, self._spellings, settings.lm_weight, settings.bonus)
         except UserError as error:
             raise DecoderError(f"config.decoder.lm={settings.lm!r}: {error}") from error
 
