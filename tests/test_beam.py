@@ -68,7 +68,7 @@ def test_a_wide_beam_finds_the_best_of_all():
         assert len(set(said)) == 20
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("order", [1, 4])
 def test_the_language_model_is_added(order, tmp_path):
     path = tmp_path / "lm.arpa"
     path.write_text(arpa(order))

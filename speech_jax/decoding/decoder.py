@@ -86,7 +86,11 @@ class Settings:
             "labels": (self.labels >= 1, "at least 1"),
             "skip": (0.5 <= self.skip <= 1, "in [0.5, 1]"),
             "nbest": (1 <= self.nbest <= self.width, f"1 to config.decoder.width={self.width}"),
-            "calibration": (len(self.calibration) == 2, "a scale and an offset"),
+            "calibration": (
+                len(self.calibration) == 2
+                and all(isinstance(number, int | float) for number in self.calibration),
+                "a scale and an offset",
+            ),
         }
         for key, (holds, demand) in demands.items():
             if not holds:
