@@ -107,10 +107,10 @@ def load(
     chunk_seconds: float | None = None,
     decoder: Mapping[str, Any] | None = None,
 ) -> "Model":
-    """Opens a trained model for use: a workdir, a saved model or a folder of Hugging Face.
+    """Opens a trained model for use.
 
     Args:
-      path: where it is.
+      path: a workdir, a saved model, a folder of Hugging Face or an exported file (.sjx, .onnx).
       chunk_seconds, decoder: as of Model.
 
     Raises:
