@@ -253,8 +253,6 @@ class Model:
                 raise audio.AudioError(f"{recording.name}: holds no samples")
         except UserError as error:
             recording.error = error
-            lost = set(map(id, recording.pieces))
-            pool[:] = [piece for piece in pool if id(piece) not in lost]
         recording.is_read = True
 
     def _ready(
@@ -336,8 +334,7 @@ class _Recording:
 
     @property
     def is_ready(self) -> bool:
-        heard = self.error or all(piece.samples is None for piece in self.pieces)
-        return self.is_read and bool(heard)
+        return self.is_read and all(piece.samples is None for piece in self.pieces)
 
     def counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         for block in blocks:
