@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         if not _WORKDIR.value:
             raise UserError(f"--mode={_MODE.value} needs a --workdir")
         _join_processes(jax)
-        if jax.default_backend() == "cpu":
+        if _backend(jax) == "cpu":
             _keep_memory()
         workdir = Workdir(_WORKDIR.value)
         if _MODE.value == "evaluate":
@@ -95,6 +95,21 @@ def main(argv: list[str]) -> None:
             # A proper end waits for the other processes, which wait for this one in a collective.
             os._exit(1)
         sys.exit(1)
+
+
+def _backend(jax) -> str:
+    """The kind of the devices here; UserError where there are none of the kind asked for."""
+    from speech_jax.errors import UserError
+
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # an assertion is what JAX has for cuda
+        why = " ".join(str(error).split())[:300] or "JAX finds none"
+        raise UserError(
+            f"there is no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} ({why}): "
+            "install what JAX needs for it (speech_jax[gpu] or speech_jax[tpu]), or leave the "
+            "variable empty, which takes what there is"
+        ) from error
 
 
 def _keep_memory() -> None:

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from speech_jax import bundle, experiment, files, versions
 from speech_jax.bundle import runs, start
 from speech_jax.config import split_names
-from speech_jax.data.batch import signature
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.pipeline import Corpus
@@ -169,7 +168,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
             if stopper.should_stop:
                 break
             batch = next(batches)
-            program = programs[signature(batch)]
+            program = programs.at(step, batch)
             state, sums, finite = program.run(state, sharding.put_batch(batch, mesh))
             report.step(step, sums, finite, batch["index"], program.flops)
             _check(report, config.train.max_skipped, task)

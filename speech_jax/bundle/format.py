@@ -113,16 +113,19 @@ def open_saved(folder: pathlib.Path) -> Bundle:
     )
 
 
+# Task -> the parameters that end in a number for each symbol of a part, and that part.
+_HEADS = {"recognize": ("head", "labels"), "classify": ("classifier", "target")}
+
+
 def checked(model: Bundle, folder: pathlib.Path) -> Bundle:
     """The model; BundleError where a part has not the symbols that the head was trained for."""
-    head = model.params.get("head") or model.params.get("classifier") or {}
-    outputs = np.shape(head.get("kernel", ()))[-1:]
-    counts = {name: part.count for name, part in model.parts.items() if part.count}
-    if outputs and len(counts) == 1 and outputs[0] not in counts.values():
-        ((name, count),) = counts.items()
+    head, name = _HEADS.get(model.config.task.name, ("", ""))
+    outputs = np.shape(model.params.get(head, {}).get("kernel", ()))[-1:]
+    if outputs and name in model.parts and model.parts[name].count != outputs[0]:
         raise BundleError(
-            f"{folder}: what it keeps of {name!r} has {count} symbols, and the model's head was "
-            f"trained for {outputs[0]}: bring back the file that it had (tokenizer.json, of labels)"
+            f"{folder}: what it keeps of {name!r} has {model.parts[name].count} symbols, and the "
+            f"model's head was trained for {outputs[0]}: bring back the file that it had "
+            "(tokenizer.json, of labels)"
         )
     return model
 
