@@ -63,6 +63,8 @@ def main(argv: list[str]) -> None:
     try:
         config.check(_CONFIG.value)
         if _MODE.value == "compile":
+            if not _TOPOLOGY.value:
+                _backend(jax)
             from speech_jax.preflight import compile
 
             compile.run(_CONFIG.value, _TOPOLOGY.value)
