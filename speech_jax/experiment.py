@@ -25,7 +25,9 @@ from speech_jax.data import pipeline, sources
 from speech_jax.data.batch import Bucket, Fields, shapes, signature
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.audio import open_noise
+from speech_jax.data.parts.category import Category
 from speech_jax.data.plan import Plan
+from speech_jax.data.sources import portions
 from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import features
@@ -41,20 +43,22 @@ _ROUND_SECONDS = 0.1
 
 
 def open_splits(config: ConfigDict, names: str) -> sources.Source:
-    """One source of the splits in `names`, which are joined by commas."""
+    """One source of the splits in `names`, or portions of them, which are joined by commas."""
     data = config.data
     arguments = {name: value for name, value in data.arguments.items() if value is not None}
-    opened = [
-        sources.open_source(
+    opened = []
+    for name in split_names(names):
+        split, low, high = portions.parse(name)
+        source = sources.open_source(
             data.source,
             root=data.root,
-            split=name,
+            split=split,
             on_error=data.on_error,
             cache=data.cache or None,
             **arguments,
         )
-        for name in split_names(names)
-    ]
+        kept = {"within": data.portion_within, "together": data.portion_together}
+        opened.append(portions.portion(source, low, high, **kept))
     return opened[0] if len(opened) == 1 else sources.concatenate(opened)
 
 
@@ -121,6 +125,8 @@ def _part_settings(config: ConfigDict, name: str, kind: str, making: bool) -> di
     own = dict(config.parts.get(name, {}))
     if kind == "transcript":
         return {**config.text, **own}
+    if kind == "category" and making:
+        return {"on_error": config.data.on_error, **own}
     if kind not in ("audio", "crop"):
         return own
     settings: dict[str, Any] = {"sample_rate": config.data.sample_rate}
@@ -303,6 +309,10 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
         arguments["frontend"] = make_frontend(config, arguments["encoder"], parts)
     if "counts" in accepted:
         arguments["counts"] = {name: part.count for name, part in parts.items() if part.count}
+    if "examples" in accepted:
+        arguments["examples"] = {
+            name: part.examples for name, part in parts.items() if isinstance(part, Category)
+        }
     return registry.call(constructor, arguments, what=f"task ({name})")
 
 

@@ -18,7 +18,7 @@ from speech_jax.data.batch import signature
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.pipeline import Corpus
-from speech_jax.data.plan import Plan
+from speech_jax.data.plan import Epochs, Plan
 from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
 from speech_jax.evaluators.loop import Evaluation
@@ -99,8 +99,14 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     interruption.check()
 
     # ---- Restore -------------------------------------------------------------------------------
-    watched = Watched(eval_splits[0], *task.best) if eval_splits else None
-    stopper = EarlyStopping(config.checkpoint.patience, watched)
+    watched = _watched(config, eval_splits[0], task, parts) if eval_splits else None
+    stopper = EarlyStopping(
+        config.checkpoint.patience,
+        watched,
+        min_delta=config.checkpoint.min_delta,
+        patience_epochs=config.checkpoint.patience_epochs,
+    )
+    epochs = Epochs(plan.count)
     checkpoints = Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, watched=watched)
     restored = checkpoints.restore(setup.abstract)
     if restored is None:
@@ -154,9 +160,17 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
             for split, score in found.items()
         }
         report.scores(step, rates, {split: score.line for split, score in found.items()})
-        stopper.update(found[eval_splits[0]].results)
         first = found[eval_splits[0]]
-        return first.rates | {task.best[0]: first.results[task.best[0]]}
+        stopper.update(first.results, epochs.after(step))
+        return first.rates | {watched.metric: first.results[watched.metric]}
+
+    def is_due(step: int) -> bool:
+        """Whether an evaluation is to be made after an update."""
+        if not eval_splits:
+            return False
+        if config.train.eval_epochs:
+            return step == steps or epochs.passed(step, config.train.eval_epochs)
+        return step == steps or step % config.train.eval_every == 0
 
     batches = experiment.training_batches(config, corpus, plan, first)
     with checkpoints, report, watchdog, contextlib.closing(batches):
@@ -174,7 +188,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
             checkpoints.check()
             watchdog.beat()
 
-            due = bool(eval_splits) and (step % config.train.eval_every == 0 or step == steps)
+            due = is_due(step)
             leave = interruption.asked()
             if due or leave or step % config.checkpoint.every == 0 or step == steps:
                 with report.pause():
@@ -239,6 +253,24 @@ def _plan(
     if not plan.holds_all():
         raise TrainingError(f"{note}, and its batches do not hold it: use another --workdir")
     return plan, f"{note}: from here on the order of the data is another"
+
+
+def _watched(config: ConfigDict, split: str, task: Task, parts: Mapping[str, Part]) -> Watched:
+    """What picks the best checkpoint: what the configuration names, or the task.
+
+    Raises:
+      TrainingError: a metric that nothing measures.
+    """
+    settings = config.checkpoint
+    if not settings.metric:
+        return Watched(split, *task.best)
+    known = task.evaluator(parts).results()
+    if settings.metric not in known:
+        raise TrainingError(
+            f"config.checkpoint.metric={settings.metric!r} is not measured; there are "
+            f"{', '.join(known)}"
+        )
+    return Watched(split, settings.metric, settings.mode)
 
 
 def _first_state(setup: experiment.Setup) -> TrainState:

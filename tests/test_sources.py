@@ -267,7 +267,7 @@ def test_texts_and_speakers_are_those_of_the_layout(tmp_path):
     found = {u.id: u for u in open_folder(tmp_path).utterances}
     line = (folder / "103/31/103-31.trans.txt").read_text().splitlines()[1]
     assert f"103-31-0001 {found['103-31-0001'].text}" == line
-    assert found["103-31-0001"].tags == {"speaker": "103"}
+    assert found["103-31-0001"].tags == {"speaker": "103", "chapter": "31"}
     assert len(found) == 12
 
 

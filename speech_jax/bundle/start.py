@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from speech_jax import bundle, files, models
 from speech_jax.bundle.format import place
 from speech_jax.errors import UserError
+from speech_jax.workdir import Workdir
 
 # Settings of an encoder that change neither its parameters nor what they mean.
 _TRAINING = re.compile(r"drop|mask|gradient|padding|scan|remat|dtype")
@@ -48,6 +49,22 @@ def with_encoder(params: Any, state: Any, config: ConfigDict) -> tuple[Any, Any]
         statistics = fit(found.state["batch_stats"], state["batch_stats"])
         state = {**state, "batch_stats": {**state["batch_stats"], "encoder": statistics}}
     return params, state
+
+
+def start_from(config: ConfigDict, folder: str) -> None:
+    """Sets `config` to start from the encoder of a model: its settings, and what it hears.
+
+    Raises:
+      UserError: there is no model in the folder.
+    """
+    path = files.expand(folder)
+    run = Workdir(path)
+    theirs = run.recorded() if run.config.exists() and run.checkpoints.is_dir() else None
+    theirs = theirs or bundle.open(path).config
+    config.init.folder = str(folder)
+    config.model = theirs.model
+    config.features = theirs.features
+    config.data.sample_rate = theirs.data.sample_rate
 
 
 def _fit(folder: pathlib.Path, found: Any, ours: Any, scan: bool) -> Any:

@@ -29,6 +29,7 @@ from speech_jax import registry
 
 TASKS = {
     "best_rq": "speech_jax.tasks.best_rq:BestRQ",
+    "classify": "speech_jax.tasks.classify:Classify",
     "contrastive": "speech_jax.tasks.contrastive:Contrastive",
     "recognize": "speech_jax.tasks.recognize:Recognize",
 }
@@ -41,7 +42,8 @@ class Task(Protocol):
     """The contract above; see it for what each function takes and returns.
 
     A constructor's arguments are the settings of the section `task`, and by name, if it wants them:
-    `encoder`, `frontend`, and `counts`, how many symbols each part has that has symbols.
+    `encoder`, `frontend`, `counts`, how many symbols each part has that has symbols, and
+    `examples`, how often each of them was there when a part was made, where it knows.
     """
 
     parts: ClassVar[Mapping[str, str]]  # name in a batch -> kind (data/parts/)

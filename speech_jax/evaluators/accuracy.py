@@ -1,0 +1,81 @@
+"""How often the class of an utterance is found, for each class, and which is taken for which."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from speech_jax.data.parts.category import Category
+from speech_jax.data.sources import Utterance
+from speech_jax.evaluators import Row
+
+
+class Accuracy:
+    """Counts which class is taken for which.
+
+    An utterance of a class that is unknown to the model counts for nothing but `unknown`.
+    """
+
+    rates: ClassVar = ("accuracy", "balanced_accuracy", "macro_f1")
+
+    def __init__(self, target: Category):
+        self._target, self._unknown = target, 0
+        self.confusion = np.zeros((target.count, target.count), np.int64)  # [truth, prediction]
+
+    def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]:
+        """Counts one utterance; its line has its class, the predicted one and the probabilities."""
+        del utterance
+        truth, found = int(example["target"]), int(prediction["target"])
+        if truth >= 0:
+            self.confusion[truth, found] += 1
+        else:
+            self._unknown += 1
+        probabilities = np.asarray(prediction["probabilities"]).tolist()
+        named = zip(self._target.classes, probabilities, strict=True)
+        return {
+            "reference": self._target.read(example),
+            "prediction": self._target.read(prediction),
+            "probabilities": {name: round(value, 4) for name, value in named},
+        }
+
+    def results(self) -> dict[str, Any]:
+        """Rates, and for each class how often it was there, found, and taken for which other.
+
+        Balanced accuracy is the mean recall of the classes that are there. F1 is averaged over the
+        classes that are there or were predicted, and is 0 for one that was never found.
+        """
+        there, predicted = self.confusion.sum(1), self.confusion.sum(0)
+        right, total = np.diag(self.confusion), self.confusion.sum()
+        recall, precision = right / np.maximum(there, 1), right / np.maximum(predicted, 1)
+        f1 = 2 * right / np.maximum(there + predicted, 1)
+        mean = lambda values, of: float(values[of].mean()) if of.any() else None
+        return {
+            "accuracy": float(right.sum() / total) if total else None,
+            "balanced_accuracy": mean(recall, there > 0),
+            "macro_f1": mean(f1, there + predicted > 0),
+            "unknown": self._unknown,
+            "classes": {
+                name: {
+                    "examples": int(there[i]),
+                    "recall": float(recall[i]) if there[i] else None,
+                    "precision": float(precision[i]) if predicted[i] else None,
+                    "f1": float(f1[i]),
+                    "taken_for": {
+                        self._target.classes[j]: int(self.confusion[i, j])
+                        for j in np.flatnonzero(self.confusion[i])
+                    },
+                }
+                for i, name in enumerate(self._target.classes)
+                if there[i] or predicted[i]
+            },
+        }
+
+    def line(self) -> str:
+        """The rates in per cent."""
+        found = self.results()
+        if found["accuracy"] is None:
+            return "no utterance of a known class"
+        return (
+            f"accuracy {100 * found['accuracy']:.2f}%  "
+            f"balanced {100 * found['balanced_accuracy']:.2f}%  "
+            f"macro F1 {100 * found['macro_f1']:.2f}%"
+        )
