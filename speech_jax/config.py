@@ -62,7 +62,7 @@ RANGES = {
             "model.num_layers", "model.kernel", "model.expansion", "model.feed_forward",
             "model.conv_channels", "model.conv_kernels", "model.conv_strides",
             "model.subsampling_channels", "model.position_groups", "task.codes", "task.groups",
-            "task.negatives", "task.mask_length", "task.scale",
+            "task.negatives", "task.mask_length", "task.scale", "task.cohort",
         ),
         _ABOVE_ZERO,
     ),

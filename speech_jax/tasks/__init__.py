@@ -48,7 +48,9 @@ class Task(Protocol):
 
     parts: ClassVar[Mapping[str, str]]  # name in a batch -> kind (data/parts/)
     along: ClassVar[str]  # the dimension that batch shapes are made by
-    best: ClassVar[tuple[str, str]]  # the figure of a split that picks a model, and 'min' or 'max'
+
+    @property
+    def best(self) -> tuple[str, str]: ...  # what of a split picks a model, and 'min' or 'max'
 
     @property
     def rules(self) -> tuple: ...  # the sharding of all parameters (training/sharding.py)

@@ -18,6 +18,7 @@ import numpy as np
 
 from speech_jax.errors import UserError
 from speech_jax.evaluators.accuracy import Accuracy
+from speech_jax.evaluators.verification import Verification, read_trials
 from speech_jax.models import layers
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import masking
@@ -97,10 +98,11 @@ class Cosine(nn.Module):
     def __call__(self, embedding: jax.Array) -> jax.Array:
         shape = (embedding.shape[-1], self.classes)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        return _unit(embedding, axis=-1) @ _unit(kernel, axis=0)
+        return unit(embedding, axis=-1) @ unit(kernel, axis=0)
 
 
-def _unit(x: jax.Array, axis: int) -> jax.Array:
+def unit(x: jax.Array, axis: int) -> jax.Array:
+    """Vectors along an axis, each divided by its length."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis, keepdims=True), 1e-12))
 
 
@@ -120,6 +122,9 @@ class Classify:
       margin: added to the angle between an embedding and its class in training, in radians
         (ArcFace, Deng et al. 2019); classes are then compared by cosines times `scale`. 0: plain
         logits.
+      verify: whether pairs of utterances are compared in evaluations (evaluators/verification.py),
+        rather than classes: of `trials`, a file of pairs, or of all utterances; scores are also
+        normalized by the nearest `cohort` classes.
     """
 
     encoder: nn.Module
@@ -134,10 +139,12 @@ class Classify:
     balance: float = 0.0
     margin: float = 0.0
     scale: float = 30.0
+    verify: bool = False
+    trials: str = ""
+    cohort: int = 20
 
     parts: ClassVar = {"audio": "audio", "target": "category"}
     along: ClassVar = "samples"
-    best: ClassVar = ("accuracy", "max")
 
     def __post_init__(self):
         if self.counts["target"] < 2:
@@ -150,6 +157,11 @@ class Classify:
                 "config.task.balance needs the number of examples of each class, which this model "
                 "does not know: set it to 0"
             )
+
+    @property
+    def best(self) -> tuple[str, str]:
+        """What of a split picks a model."""
+        return ("eer", "min") if self.verify else ("accuracy", "max")
 
     @property
     def rules(self) -> Rules:
@@ -238,8 +250,15 @@ class Classify:
         return jnp.asarray(weights * examples.sum() / (weights * examples).sum(), jnp.float32)
 
     def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
-        """The class of each row and all probabilities: int32 [B] and float32 [B, K]."""
-        _, scores, _ = self._apply(params, state, batch)
+        """The class of each row and all probabilities: int32 [B] and float32 [B, K].
+
+        Where pairs are compared, the embedding [B, E] and its cosines with the classes [B, K].
+        """
+        embedding, scores, _ = self._apply(params, state, batch)
+        if self.verify:
+            vectors = params["classifier"]["kernel"].astype(jnp.float32)
+            cosines = unit(embedding, axis=-1) @ unit(vectors, axis=0)
+            return {"embedding": embedding, "cohort": cosines}
         return {
             "target": scores.argmax(-1).astype(jnp.int32),
             "probabilities": jax.nn.softmax(self._logits(scores, jnp.zeros_like(scores))),
@@ -261,6 +280,9 @@ class Classify:
     def check(self, figures: Mapping[str, float], step: int) -> None:
         """Nothing that is logged says that going on is of no use."""
 
-    def evaluator(self, parts: Mapping[str, Any]) -> Accuracy:
-        """How often the class is found, for all of them and for each."""
+    def evaluator(self, parts: Mapping[str, Any]) -> Accuracy | Verification:
+        """How often the class is found, or how well pairs of utterances are told apart."""
+        if self.verify:
+            trials = read_trials(self.trials) if self.trials else ()
+            return Verification(parts["target"].tag, trials, self.cohort)
         return Accuracy(parts["target"])

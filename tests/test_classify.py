@@ -1,0 +1,143 @@
+"""Classes of utterances: the head equals what is written of it, and a run finds what it can hear."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from speech_jax import models
+from speech_jax.config import default
+from speech_jax.data.parts.audio import Audio
+from speech_jax.errors import UserError
+from speech_jax.experiment import make_frontend
+from speech_jax.tasks.classify import Classify
+
+pytestmark = pytest.mark.optax
+CLASSES = 4
+
+
+def make(**settings):
+    """A small task of four classes, its random parameters, and a batch of three rows."""
+    config = default()
+    config.features.mels = 8
+    config.spec_augment.update({"time_masks": 0, "frequency_masks": 0})
+    config.model = models.settings(
+        "conformer", "tiny", width=8, num_layers=2, heads=2, kernel=3, subsampling_channels=2
+    )
+    encoder = models.make_encoder(**config.model)
+    frontend = make_frontend(config, encoder, {"audio": Audio()})
+    known = {"counts": {"target": CLASSES}, "examples": {"target": (1, 2, 3, 6)}}
+    task = Classify(encoder=encoder, frontend=frontend, **known, **settings)
+    rng = np.random.default_rng(0)
+    batch = {
+        "audio": jnp.asarray(rng.normal(0, 3000, (3, 8_000)), jnp.int16),
+        "audio_length": jnp.array([8_000, 5_000, 6_500]),
+        "target": jnp.array([2, 0, 3]),
+        "weight": jnp.array([1.0, 1.0, 1.0]),
+        "index": jnp.array([0, 1, 2]),
+    }
+    params, state = jax.jit(task.init)(jax.random.key(0), batch)
+    params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape).astype(p.dtype), params)
+    return task, params, state, batch
+
+
+def hidden_of(task, params, batch):
+    inputs, lengths = task.frontend(batch)
+    hidden, lengths = task.encoder.apply({"params": params["encoder"]}, inputs, lengths, True)
+    return np.asarray(hidden, np.float64), np.asarray(lengths)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "statistics", "attentive"])
+def test_the_head_is_what_it_says(pooling):
+    task, params, state, batch = make(pooling=pooling, units=6, dropout=0.5)
+    hidden, lengths = hidden_of(task, params, batch)
+    rows = []
+    dense = lambda name, x: x @ params[name]["kernel"] + params[name]["bias"]
+    for row, length in zip(hidden, lengths, strict=True):
+        frames = row[:length]
+        weights = np.full((length, 1), 1 / length)
+        if pooling == "attentive":
+            scores = dense("attention_score", np.tanh(dense("attention_units", frames)))
+            weights = scipy.special.softmax(scores, axis=0)
+        mean = (weights * frames).sum(0)
+        spread = np.sqrt((weights * (frames - mean) ** 2).sum(0) + 1e-5)
+        pooled = mean if pooling == "mean" else np.concatenate([mean, spread])
+        rows.append(dense("classifier", np.maximum(dense("projector", pooled), 0)))
+    expected = scipy.special.softmax(np.stack(rows), axis=-1)
+    found = jax.jit(task.predict)(params, state, batch)
+    np.testing.assert_allclose(found["probabilities"], expected, atol=2e-5)
+    assert found["target"].tolist() == expected.argmax(-1).tolist()
+
+
+def test_padding_and_filler_rows_change_nothing():
+    task, params, state, batch = make(pooling="attentive")
+    loss = jax.jit(task.loss)
+    whole = loss(params, state, batch)[:2]
+    longer = batch | {"audio": jnp.pad(batch["audio"], ((0, 0), (0, 4_000)), constant_values=99)}
+    np.testing.assert_allclose(loss(params, state, longer)[:2], whole, rtol=1e-4)
+    filled = batch | {
+        "weight": jnp.array([1.0, 0.0, 1.0]),
+        "target": jnp.array([2, -1, 3]),
+        "audio_length": jnp.array([8_000, 0, 6_500]),
+    }
+    without = {name: array[jnp.array([0, 2])] for name, array in batch.items()}
+    found, expected = loss(params, state, filled), loss(params, state, without)
+    np.testing.assert_allclose(found[:2], expected[:2], rtol=1e-4)
+    assert found[1] == 2
+
+
+def test_a_row_of_an_unknown_class_is_no_loss():
+    task, params, state, batch = make(balance=1.0, smoothing=0.1)
+    loss, weight, _ = task.loss(params, state, batch | {"target": jnp.full(3, -1)})
+    assert (loss, weight) == (0.0, 0.0)
+
+
+def test_the_loss_is_smoothed_and_balanced_cross_entropy():
+    settings = {"smoothing": 0.2, "balance": 0.5}
+    task, params, state, batch = make(**settings)
+    logits = np.log(np.asarray(task.predict(params, state, batch)["probabilities"], np.float64))
+    targets = np.asarray(batch["target"])
+    spread = 0.8 * np.eye(CLASSES)[targets] + 0.2 / CLASSES
+    examples = np.array([1, 2, 3, 6])
+    weights = examples**-0.5 * 12 / (examples**0.5).sum()
+    assert (weights * examples).sum() == pytest.approx(12)  # the mean over examples is 1
+    loss, weight, _ = task.loss(params, state, batch)
+    assert loss == pytest.approx(-((spread * logits).sum(1) * weights[targets]).sum(), rel=1e-4)
+    assert weight == pytest.approx(weights[targets].sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("margin", [0.2, 0.5])
+def test_the_margin_is_an_angle(margin):
+    task, _, _, _ = make(margin=margin, scale=10.0)
+    angles = np.linspace(0.01, np.pi - 0.01, 50)
+    targets = np.eye(2)[[0] * 50]
+    logits = task._logits(jnp.cos(jnp.stack([angles, angles], 1)), jnp.asarray(targets))
+    inside = angles < np.pi - margin
+    np.testing.assert_allclose(logits[:, 1], 10 * np.cos(angles), atol=1e-4)
+    np.testing.assert_allclose(logits[inside, 0], 10 * np.cos(angles + margin)[inside], atol=1e-3)
+    assert (np.diff(logits[:, 0]) < 0).all()  # beyond pi it goes on falling
+
+
+def test_scores_with_a_margin_are_cosines_and_there_is_none_without_training():
+    task, params, state, batch = make(margin=0.3, scale=10.0, units=6, activation="none")
+    embedding, scores, _ = task._apply(params, state, batch)
+    vectors = np.asarray(params["classifier"]["kernel"])
+    unit = lambda x, axis: x / np.linalg.norm(x, axis=axis, keepdims=True)
+    expected = unit(np.asarray(embedding), 1) @ unit(vectors, 0)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    clean = task.loss(params, state, batch)[0]
+    assert clean == pytest.approx(
+        dataclasses.replace(task, margin=0.6).loss(params, state, batch)[0]
+    )
+    assert task.loss(params, state, batch, jax.random.key(0))[0] > clean
+
+
+def test_one_class_and_unknown_numbers_of_examples_are_refused():
+    task = make()[0]
+    with pytest.raises(UserError, match="have 1 class with two examples"):
+        dataclasses.replace(task, counts={"target": 1})
+    with pytest.raises(UserError, match="config.task.balance needs"):
+        dataclasses.replace(task, examples={"target": ()}, balance=1.0)
