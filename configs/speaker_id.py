@@ -40,5 +40,6 @@ def get_config(encoder: str = ""):
     config.schedule = {"name": "constant", "peak": 1e-3, "warmup": 100}
     config.train.steps = 6_000
     config.train.eval_epochs = 5.0
+    config.train.compare = bool(encoder)
     config.checkpoint.patience = 3
     return config

@@ -135,6 +135,7 @@ def default() -> ConfigDict:
     data.noise_root = ""  # a folder of noise to add; empty: none
     data.noise_probability = 0.5
     data.noise_snr_db = (0.0, 30.0)
+    data.cache_hidden = False  # of a frozen encoder: hidden states are computed once and kept
     data.threads = 4  # batches loaded at the same time
 
     config.text = text = ConfigDict()
@@ -212,6 +213,7 @@ def default() -> ConfigDict:
     train.log_every = 50
     train.eval_every = 2_000
     train.eval_epochs = 0.0  # epochs from one evaluation to the next; 0: eval_every says when
+    train.compare = False  # the start, and its head fitted alone, are measured on the test too
     train.max_skipped = 100  # non-finite updates in all before the run stops
 
     config.checkpoint = checkpoint = ConfigDict()

@@ -26,6 +26,7 @@ from speech_jax.data.batch import Bucket, Fields, shapes, signature
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.audio import open_noise
 from speech_jax.data.parts.category import Category
+from speech_jax.data.parts.hidden import Hidden
 from speech_jax.data.plan import Plan
 from speech_jax.data.sources import portions
 from speech_jax.errors import UserError
@@ -226,7 +227,7 @@ def training_plan(
         buckets = corpus.buckets(
             along=task.along,
             count=data.buckets,
-            budget=int(data.batch_seconds * data.sample_rate),
+            budget=int(data.batch_seconds * _rate(config, corpus)),
             rows_multiple=sharding.batch_shards(mesh) * config.train.accumulate,
             round_to=_round_to(config, task),
             speeds=data.speeds,
@@ -257,7 +258,7 @@ def training_batches(config: ConfigDict, corpus: pipeline.Corpus, plan: Plan, st
 def evaluation_plan(config: ConfigDict, corpus: pipeline.Corpus, task: Task, mesh: Mesh) -> Plan:
     """One pass over a corpus, by length."""
     data = config.data
-    budget = data.batch_seconds * data.sample_rate
+    budget = data.batch_seconds * _rate(config, corpus)
     if "samples" in corpus.lengths:
         budget = max(budget, corpus.lengths["samples"].max())
     buckets = corpus.buckets(
@@ -283,6 +284,12 @@ def evaluation_batches(
         on_error=config.data.on_error,
         threads=config.data.threads,
     )
+
+
+def _rate(config: ConfigDict, corpus: pipeline.Corpus) -> float:
+    """How much of what batches are measured in there is in a second of audio."""
+    hidden = corpus.parts.get("hidden")
+    return hidden.rate if isinstance(hidden, Hidden) else config.data.sample_rate
 
 
 def _round_to(config: ConfigDict, task: Task) -> int:

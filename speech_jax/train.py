@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from speech_jax import bundle, experiment, files, versions
+from speech_jax import bundle, experiment, files, hidden, tasks, versions
 from speech_jax.bundle import start
 from speech_jax.config import split_names
 from speech_jax.data.batch import signature
@@ -21,6 +21,7 @@ from speech_jax.data.pipeline import Corpus
 from speech_jax.data.plan import Epochs, Plan
 from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
+from speech_jax.evaluators import compare
 from speech_jax.evaluators.loop import Evaluation
 from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
@@ -48,6 +49,8 @@ def run(config: ConfigDict, workdir: Workdir) -> dict | None:
     """
     with Interruption() as interruption, workdir.locked():
         try:
+            if config.train.compare:
+                return _run_and_compare(config, workdir, interruption)
             return _run(config, workdir, interruption)
         except Interrupted:
             print("left before it was done; the same command goes on from there", file=sys.stderr)
@@ -77,6 +80,8 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     else:  # what a start that failed has left may be of other settings
         parts = experiment.make_parts(config, workdir.folder, source)
     task = experiment.make_task(config, parts)
+    if config.data.cache_hidden:
+        task, parts = hidden.replace_audio(config, task, parts, mesh)
     corpus = experiment.training_corpus(config, source, parts, task)
     plan, note = _plan(config, workdir, corpus, task, mesh)
 
@@ -123,7 +128,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         steps=steps,
         first=first,
         log_every=config.train.log_every,
-        sample_rate=config.data.sample_rate,
+        sample_rate=parts["hidden"].rate if config.data.cache_hidden else config.data.sample_rate,
         peak_flops=peak,
         learning_rate=setup.schedule,
         figures=task.figures,
@@ -135,6 +140,18 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     for line in (note, *_lost(parts, source)):
         if line:
             report.say(line)
+
+    if restored is None and config.train.compare:
+        untouched = workdir.before("untouched")
+        scores = measure(
+            evaluation,
+            state.params,
+            state.model_state,
+            _compared(config),
+            untouched,
+            lambda line: report.say(f"before, {line}"),
+        )
+        untouched.write_results(scores)
 
     # ---- Loop ----------------------------------------------------------------------------------
     def save(step: int, scores: dict[str, float | None], pending: bool = False) -> None:
@@ -222,10 +239,76 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     }
     return workdir.write_results(
         scores,
+        metric=task.best[0],
         training=training,
         config=files.plain(config),
         versions=versions.versions() | {"device": _device()},
     )
+
+
+def _run_and_compare(
+    config: ConfigDict, workdir: Workdir, interruption: Interruption
+) -> dict | None:
+    """As `_run`, and what has been gained: over the head alone, or over the start as it was.
+
+    The head alone is fitted in a run of its own, on the hidden states of the encoder as it is.
+    """
+    before = {"untouched": workdir.before("untouched")}
+    alone = _head_alone(config)
+    if alone is not None:
+        before["head"] = workdir.before("head")
+        if not before["head"].results.exists():
+            print("the head alone:", flush=True)
+            with before["head"].locked():
+                if _run(alone, before["head"], interruption) is None:
+                    return None
+        print("all that learns:", flush=True)
+    results = _run(config, workdir, interruption)
+    if results is None:
+        return None
+    metric = results["metric"]
+    start = before.get("head", before["untouched"])
+    measured = {
+        name: files.read_json(one.results)["splits"]
+        for name, one in before.items()
+        if one.results.exists()
+    }
+    gains = {
+        split: compare.gain(metric, start.predictions(split), workdir.predictions(split))
+        for split in _compared(config)
+        if metric in compare.RATIOS and start.predictions(split).exists()
+    }
+    for split, found in gains.items():
+        if found["interval"]:
+            low, high = (100 * value for value in found["interval"])
+            print(
+                f"{split}: {metric} {100 * found['before']:.2f}% before, "
+                f"{100 * found['after']:.2f}% after, gain {100 * found['gain']:.2f} points "
+                f"(95%: {low:.2f} to {high:.2f})"
+            )
+    return workdir.write_results({}, before=measured, gain=gains)
+
+
+def _compared(config: ConfigDict) -> list[str]:
+    """The splits on which the start is measured: those of the test, or else of the evaluations."""
+    return split_names(config.data.test_splits) or split_names(config.data.eval_splits)
+
+
+def _head_alone(config: ConfigDict) -> ConfigDict | None:
+    """The run that fits the head alone on what this one starts from; None where this one does."""
+    frozen = ("encoder/.*", -1)
+    task = tasks.constructor(config.task.name)
+    held = [tuple(rule) for rule in config.optimizer.get("frozen", ())]
+    if not hasattr(task, "encode") or not config.init.folder or frozen in held:
+        return None
+    alone = config.copy_and_resolve_references()
+    with alone.unlocked():
+        alone.optimizer.frozen = (frozen,)
+        alone.data.update({"cache_hidden": True, "speeds": (1.0,), "noise_root": ""})
+        alone.spec_augment.update({"time_masks": 0, "frequency_masks": 0})
+        alone.adversarial.method = "none"
+        alone.train.compare = False
+    return alone.lock()
 
 
 def _plan(

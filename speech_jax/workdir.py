@@ -31,8 +31,8 @@ from speech_jax.training import sharding
 # never what is computed. Another mesh must fit the recorded plan.
 FREE = (
     "data.root", "data.cache", "data.threads", "data.eval_splits", "data.test_splits",
-    "data.eval_buckets", "data.eval_max_seconds", "robustness", "train.log_every", "checkpoint",
-    "mesh",
+    "data.eval_buckets", "data.eval_max_seconds", "robustness", "train.log_every",
+    "train.compare", "checkpoint", "mesh",
 )  # fmt: skip
 
 # What had another name when a record was written: keys, and the values of a key.
@@ -76,6 +76,10 @@ class Workdir:
         self.results = self.folder / "results.json"
         self.robustness = self.folder / "robustness.json"
         self.lock = self.folder / "lock"
+
+    def before(self, what: str) -> "Workdir":
+        """Where the start of the run is measured: 'untouched', or with the 'head' fitted alone."""
+        return Workdir(self.folder / "before" / what)
 
     def predictions(self, split: str) -> pathlib.Path:
         """The predictions for a split, which may be named by a path."""

@@ -1,4 +1,4 @@
-"""Classes of utterances: the head equals what is written of it, and a run finds what it can hear."""
+"""Classes of utterances: the head is what is written of it, and a run finds what it can hear."""
 
 import dataclasses
 
@@ -139,5 +139,5 @@ def test_one_class_and_unknown_numbers_of_examples_are_refused():
     task = make()[0]
     with pytest.raises(UserError, match="have 1 class with two examples"):
         dataclasses.replace(task, counts={"target": 1})
-    with pytest.raises(UserError, match="config.task.balance needs"):
+    with pytest.raises(UserError, match=r"config\.task\.balance needs"):
         dataclasses.replace(task, examples={"target": ()}, balance=1.0)

@@ -279,7 +279,9 @@ def test_two_normal_distributions_have_the_rates_of_the_closed_form(distance):
         # The best threshold is where the likelihood ratio equals the odds.
         best = distance / 2 + np.log((1 - p) / p) / distance
         cost = p * scipy.stats.norm.cdf(best - distance) + (1 - p) * scipy.stats.norm.sf(best)
-        assert least_cost(scores, same, p) == pytest.approx(min(cost / p, 1.0), abs=2e-3)
+        assert least_cost(scores, same, p) == pytest.approx(
+            min(cost / p, 1.0), abs=(1 - p) / p / 20_000
+        )
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -408,7 +408,7 @@ def test_the_vocabulary_is_the_file_of_earlier_versions(source, tmp_path: pathli
 
 def test_a_class_of_one_example_is_named_or_left_out(source, caplog):
     lonely = _changed(source, {"tags": {"speaker": "s9"}}, 4)
-    with pytest.raises(PartError, match="utterance 4 is the only one .* 's9'"):
+    with pytest.raises(PartError, match=r"utterance 4 is the only one .* 's9'"):
         Category.make(lonely, "target", tag="speaker")
     kept = Category.make(lonely, "target", tag="speaker", on_error="skip")
     assert (kept.classes, kept.examples) == (("s0", "s1"), (2, 3))

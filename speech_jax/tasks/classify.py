@@ -64,7 +64,18 @@ class ClassModel(nn.Module):
     def __call__(
         self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
     ) -> tuple[jax.Array, jax.Array]:
-        hidden, lengths = self.encoder(inputs, lengths, deterministic)
+        return self.head(*self.encode(inputs, lengths, deterministic), deterministic)
+
+    def encode(
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the head is given: hidden [B, T', D] and its lengths."""
+        return self.encoder(inputs, lengths, deterministic)
+
+    def head(
+        self, hidden: jax.Array, lengths: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """(embedding [B, E], scores [B, classes]) of what `encode` returns."""
         pooled = self._pool(hidden.astype(jnp.float32), lengths)
         embedding = self.projector(pooled) if self.units else pooled  # [B, E]
         if self.units and self.activation == "relu":
@@ -196,19 +207,30 @@ class Classify:
         rng: jax.Array | None = None,
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array, Pytree]:
-        """(embeddings [B, E], scores [B, K], new state); trains where there is a key."""
+        """(embeddings [B, E], scores [B, K], new state); trains where there is a key.
+
+        The batch holds audio, or what `encode` made of it.
+        """
         train = rng is not None
         keys = jax.random.split(rng) if train else (None, None)
-        inputs, lengths = self.frontend(batch, keys[0], step)
+        if "hidden" in batch:
+            arguments, method = (batch["hidden"], batch["hidden_length"]), "head"
+        else:
+            arguments, method = self.frontend(batch, keys[0], step), "__call__"
         (embedding, scores), state = self.model.apply(
             {"params": params, **state},
-            inputs,
-            lengths,
+            *arguments,
             not train,
             rngs={"dropout": keys[1]} if train else None,
             mutable=list(state),
+            method=method,
         )
         return embedding, scores, state
+
+    def encode(self, params: Pytree, state: Pytree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """What the head is given of audio, for batches that hold it as `hidden` (hidden.py)."""
+        arguments = self.frontend(batch)
+        return self.model.apply({"params": params, **state}, *arguments, True, method="encode")
 
     def loss(
         self,
