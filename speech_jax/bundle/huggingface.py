@@ -119,6 +119,7 @@ def _configuration(
         changes["final_features"] = len(params["project_target"]["bias"])
     elif head == "classification":
         changes = {"units": len(params["projector"]["bias"]), "activation": "none"}
+        changes["layer_sum"] = "layer_weights" in params
     known = task in tasks.TASKS
     ours = defaults.default()
     with ours.unlocked():

@@ -34,6 +34,7 @@ RULES: Rules = (
     (r"classifier/kernel", ("fsdp", None)),
     (r"classifier/bias", ()),
     (r"attention_(units|score)/(kernel|bias)", ()),
+    (r"layer_weights", ()),
 )
 _ATTENTION_UNITS = 64
 
@@ -52,8 +53,12 @@ class ClassModel(nn.Module):
     activation: str
     dropout: float
     cosine: bool
+    layer_sum: bool
 
     def setup(self):
+        if self.layer_sum:
+            shape = (self.encoder.num_layers + 1,)
+            self.layer_weights = self.param("layer_weights", nn.initializers.zeros, shape)
         if self.pooling == "attentive":
             self.attention_units = nn.Dense(_ATTENTION_UNITS)
             self.attention_score = nn.Dense(1)
@@ -69,13 +74,16 @@ class ClassModel(nn.Module):
     def encode(
         self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """What the head is given: hidden [B, T', D] and its lengths."""
-        return self.encoder(inputs, lengths, deterministic)
+        """What the head is given: hidden [B, T', D], or of all layers [B, T', L, D]; lengths."""
+        return self.encoder(inputs, lengths, deterministic, layers_too=self.layer_sum)
 
     def head(
         self, hidden: jax.Array, lengths: jax.Array, deterministic: bool
     ) -> tuple[jax.Array, jax.Array]:
         """(embedding [B, E], scores [B, classes]) of what `encode` returns."""
+        if self.layer_sum:
+            mix = jax.nn.softmax(self.layer_weights)[None, None, :, None]
+            hidden = (hidden.astype(jnp.float32) * mix).sum(2)
         pooled = self._pool(hidden.astype(jnp.float32), lengths)
         embedding = self.projector(pooled) if self.units else pooled  # [B, E]
         if self.units and self.activation == "relu":
@@ -122,6 +130,8 @@ class Classify:
     """Audio to one class of an utterance. The loss is in nats, its weight is that of its class.
 
     Attributes:
+      layer_sum: whether the head gets a sum of all layers of the encoder, with learned weights
+        (their softmax is of `layer_weights`, the input of the first layer first).
       pooling: of the frames of an utterance: their 'mean', 'statistics' (mean and standard
         deviation), or 'attentive' statistics, where a frame's weight is learned.
       units: of the dense layer between pooling and classes; 0: there is none.
@@ -142,6 +152,7 @@ class Classify:
     frontend: FrontEnd
     counts: Mapping[str, int]
     examples: Mapping[str, Sequence[int]]
+    layer_sum: bool = False
     pooling: str = "mean"
     units: int = 0
     activation: str = "relu"
@@ -190,6 +201,7 @@ class Classify:
             activation=self.activation,
             dropout=self.dropout,
             cosine=self.margin > 0,
+            layer_sum=self.layer_sum,
         )
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
