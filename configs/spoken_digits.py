@@ -4,14 +4,24 @@
       --config.data.root=/path/to/SpokenDigits
 
 53 minutes of training speech in LibriSpeech layout, splits `train` and `dev`; scores are in
-benchmarks/RESULTS.md.
+benchmarks/RESULTS.md. The argument is the encoder: `configs/spoken_digits.py:deepspeech`, or
+`conformer`, which it is without one.
 """
 
 from speech_jax import config as defaults
 from speech_jax import models
 
+# A hidden frame is eight of log-mel: of pieces that are words there are few.
+ENCODERS = {
+    "conformer": {"subsampling": 8},
+    "deepspeech": {
+        "subsampling": 8, "conv_channels": (32,) * 3, "conv_kernels": (3,) * 3,
+        "conv_bands": (3,) * 3,
+    },
+}  # fmt: skip
 
-def get_config():
+
+def get_config(encoder: str = "conformer"):
     config = defaults.default()
     config.data.train_splits = "train"
     config.data.eval_splits = "dev"
@@ -26,7 +36,7 @@ def get_config():
     config.text.update(
         {"tokenizer": "sentencepiece", "vocabulary_size": 27, "normalizer": "english"}
     )
-    config.model = models.settings("conformer", "tiny", subsampling=8)
+    config.model = models.settings(encoder, "tiny", **ENCODERS[encoder])
     config.optimizer.weight_decay = 1e-2
     config.schedule = {"name": "cosine", "peak": 2e-3, "warmup": 250}
     # Narrow and few: a mask over a whole word of a string without grammar cannot be learned from.

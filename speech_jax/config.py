@@ -6,23 +6,27 @@ the command line overrides single values (`--config.train.steps=1000`). The resu
 any work is done.
 """
 
+import dataclasses
 import difflib
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict, config_dict
 
-from speech_jax import models, tasks
+from speech_jax import models, registry, tasks
+from speech_jax.data import parts
 from speech_jax.data.sources import SOURCES
 from speech_jax.data.text import NORMALIZERS
+from speech_jax.decoding.decoder import Settings
 from speech_jax.errors import UserError
 from speech_jax.models import frontend
 from speech_jax.ops import augment
-from speech_jax.training import groups
+from speech_jax.training import groups, peft
 from speech_jax.training.adversarial import NORMS, SPACES, Adversary
-from speech_jax.training.optim import OPTIMIZERS, SCHEDULES
+from speech_jax.training.optim import OPTIMIZERS, SCHEDULES, make_optimizer
 
 # What a value must be, beside having the type of its default.
 CHOICES = {
@@ -30,6 +34,7 @@ CHOICES = {
     "data.on_error": ("raise", "skip"),
     "text.tokenizer": ("characters", "sentencepiece"),
     "text.normalizer": NORMALIZERS,
+    "init.take": ("encoder", "model"),
     "features.normalize": ("utterance", "global", "none"),
     "robustness.space": SPACES,
     "robustness.norm": NORMS,
@@ -38,12 +43,24 @@ CHOICES = {
     "task.pooling": ("mean", "statistics", "attentive"),
     "task.activation": ("relu", "none"),
     "optimizer.name": OPTIMIZERS,
+    "optimizer.mu_dtype": ("float32", "bfloat16"),
     "schedule.name": SCHEDULES,
 }
+# Arguments of parts, schedules and optimizers that a run gives them, and nobody sets.
+_GIVEN = (
+    "source", "name", "moments", "known", "seed", "steps", "params", "schedule", "defaults",
+    "on_error",
+)  # fmt: skip
 # Rules: pairs of a regular expression and a number, see rules.py.
 _RULES = ("optimizer.decay", "optimizer.rates", "optimizer.frozen")
 # What is None by default, and a value of its type.
-_LIKE = {"features.high_hz": 0.0, "adversarial.snr_db": 0.0, "model.subsampling_channels": 0}
+_LIKE = {
+    "features.high_hz": 0.0,
+    "adversarial.snr_db": 0.0,
+    "model.subsampling_channels": 0,
+    "optimizer.momentum": 0.0,
+    **{f"decoder.{field.name}": field.default for field in dataclasses.fields(Settings)},
+}
 _ABOVE_ZERO = ("must be greater than 0", lambda value: value > 0)
 _FROM_ZERO = ("must be at least 0", lambda value: value >= 0)
 _SHARE = ("must be in [0, 1]", lambda value: 0 <= value <= 1)
@@ -60,9 +77,9 @@ RANGES = {
             "train.accumulate", "train.log_every", "train.eval_every", "checkpoint.every",
             "checkpoint.keep", "schedule.peak", "data.speeds", "model.width", "model.heads",
             "model.num_layers", "model.kernel", "model.expansion", "model.feed_forward",
-            "model.conv_channels", "model.conv_kernels", "model.conv_strides",
+            "model.conv_channels", "model.conv_kernels", "model.conv_strides", "model.conv_bands",
             "model.subsampling_channels", "model.position_groups", "task.codes", "task.groups",
-            "task.negatives", "task.mask_length", "task.scale", "task.cohort",
+            "task.negatives", "task.mask_length", "task.scale", "task.cohort", "lora.alpha",
         ),
         _ABOVE_ZERO,
     ),
@@ -75,22 +92,23 @@ RANGES = {
             "schedule.warmup", "schedule.hold", "train.max_skipped", "checkpoint.patience",
             "checkpoint.patience_epochs", "checkpoint.min_delta", "train.eval_epochs",
             "checkpoint.watchdog_seconds", "model.position_kernel", "model.feature_gradient",
-            "task.units", "task.balance", "task.margin",
+            "task.units", "task.balance", "task.margin", "model.adapter", "lora.rank",
         ),
         _FROM_ZERO,
     ),
     **dict.fromkeys(
         (
             "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
-            "model.mask_time", "model.mask_channel", "task.mask_fraction",
+            "model.mask_time", "model.mask_channel", "task.mask_fraction", "task.mixup",
+            "optimizer.eps", "optimizer.eps_root",
         ),
         _SHARE,
     ),
     **dict.fromkeys(
         (
-            "train.ema_decay", "optimizer.b1", "optimizer.b2", "model.dropout",
-            "model.input_dropout", "model.layer_drop", "task.feature_dropout", "task.dropout",
-            "task.smoothing",
+            "train.ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum",
+            "model.dropout", "model.input_dropout", "model.layer_drop", "task.feature_dropout",
+            "task.dropout", "task.smoothing",
         ),
         _SHARE_BELOW_ONE,
     ),
@@ -107,6 +125,7 @@ def default() -> ConfigDict:
     data.root = ""  # the folder that holds the splits
     data.cache = ""  # for what is derived from the data; empty: ~/.cache/speech_jax
     data.train_splits = ""  # names joined by commas
+    data.only = ""  # utterances with these tags alone, of every split: "speaker=84", "speaker!=84"
     data.train_minutes = 0.0  # of the training splits, drawn with the seed; 0: all of them
     data.eval_splits = ""  # evaluated while training; the first one picks the best checkpoint
     data.test_splits = ""  # evaluated once, at the end, with the best checkpoint
@@ -164,7 +183,14 @@ def default() -> ConfigDict:
     config.source = ""  # what a model was imported from, in the words of its own folder
 
     config.init = ConfigDict()
-    config.init.folder = ""  # pretrained weights of the encoder: a workdir, or of Hugging Face
+    config.init.folder = ""  # what to start from: a workdir, a saved model, or of Hugging Face
+    config.init.take = "encoder"  # or model: of the same task, with its head and vocabulary
+    config.init.new = ()  # ends of the paths of parameters that begin anew, whatever is there
+
+    config.lora = ConfigDict()  # a change of low rank beside a frozen encoder, see training/peft.py
+    config.lora.rank = 0  # 0: none
+    config.lora.alpha = 16.0  # the change counts alpha / rank times
+    config.lora.targets = peft.LoRA.targets  # the end of the paths of the kernels that get one
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adam, adamw, lion, nadamw or sgd
@@ -205,6 +231,20 @@ def default() -> ConfigDict:
     robustness.epsilons = (0.0001, 0.0003, 0.001, 0.002, 0.003, 0.005, 0.01)
     robustness.noise_root = ""  # a folder of noise; empty: white noise
     robustness.noise_snr_db = (20.0, 10.0, 5.0, 0.0)
+
+    # How logits become words: fields of Settings in decoding/decoder.py. None: what the model's
+    # own record says, or else the default there.
+    config.decoder = decoder = ConfigDict()
+    decoder.name = config_dict.placeholder(str)  # greedy, beam or lexicon
+    decoder.width = config_dict.placeholder(int)  # hypotheses of a beam
+    decoder.labels = config_dict.placeholder(int)  # of a frame, that a hypothesis is extended by
+    decoder.skip = config_dict.placeholder(float)  # frames whose blank is more probable; 1: none
+    decoder.nbest = config_dict.placeholder(int)  # readings that are given
+    decoder.lm = config_dict.placeholder(str)  # an .arpa, see python -m speech_jax.decoding.lm
+    decoder.lm_weight = config_dict.placeholder(float)  # found by --mode=tune, as is the bonus
+    decoder.bonus = config_dict.placeholder(float)  # nats for each label (beam) or word (lexicon)
+    decoder.lexicon = config_dict.placeholder(str)  # a file of words; empty: those of the .arpa
+    decoder.calibration = config_dict.placeholder(tuple)  # of confidences, by --mode=tune too
 
     config.train = train = ConfigDict()
     train.steps = 100_000
@@ -281,6 +321,27 @@ def _merge(config: ConfigDict, recorded: Mapping[str, Any], prefix: str, where: 
             logging.warning("%s: the setting %s is unknown here and is left out", where, name)
 
 
+def make_room(config: ConfigDict, arguments: Sequence[str]) -> None:
+    """Adds what flags set in the open sections, whose keys a recipe need not have, as None.
+
+    `check` says whether what is configured takes such a key.
+    """
+    for argument in arguments:
+        key = argument.partition("=")[0].lstrip("-").removeprefix("config.")
+        names = key.split(".")
+        if not key.startswith(_OPEN) or not all(map(str.isidentifier, names)):
+            continue
+        section: Any = config
+        for name in names:
+            if not isinstance(section, ConfigDict):
+                break  # a key below a value, which is refused
+            if name not in section:
+                added = config_dict.placeholder(object) if name is names[-1] else ConfigDict()
+                with section.unlocked():
+                    section[name] = added
+            section = section[name]
+
+
 def split_names(value: str) -> list[str]:
     """'a, b' to ['a', 'b']."""
     return [name.strip() for name in value.split(",") if name.strip()]
@@ -297,6 +358,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{key}={_shown(value)}{hint}: it must be one of {', '.join(known)}"
             )
+    _check_keywords(config)
     _check_ranges(config)
     for key in _RULES:
         for rule in _get(config, key) or ():
@@ -306,6 +368,9 @@ def check(config: ConfigDict) -> None:
                     f"config.{key} holds {_shown(rule)}, which is no rule: a rule is the end of a "
                     "parameter's path and a number, such as ('encoder/.*', 0.5)"
                 )
+    for pattern in config.init.new:
+        if not isinstance(pattern, str):
+            raise UserError(f"config.init.new holds {_shown(pattern)}, which is no end of a path")
     data = config.data
     if data.batch_seconds < data.max_seconds:
         raise UserError(
@@ -322,6 +387,12 @@ def check(config: ConfigDict) -> None:
             f"config.features.window_ms={config.features.window_ms:g} is longer than any utterance "
             f"(config.data.max_seconds={data.max_seconds:g}): 25 is usual"
         )
+    low, high = config.features.low_hz, config.features.high_hz
+    if not low < (high or data.sample_rate / 2) <= data.sample_rate / 2:
+        raise UserError(
+            f"config.features.high_hz={high} must be above config.features.low_hz={low:g} and at "
+            f"most {data.sample_rate / 2:g}, half of config.data.sample_rate"
+        )
     if 1.0 not in data.speeds:
         raise UserError(f"config.data.speeds={data.speeds} must hold 1.0")
     if len(data.noise_snr_db) != 2 or data.noise_snr_db[0] > data.noise_snr_db[1]:
@@ -335,11 +406,17 @@ def check(config: ConfigDict) -> None:
             f"config.checkpoint.mode={config.checkpoint.mode!r} must both be set, or neither"
         )
     Adversary(**config.adversarial)
-    frontend.check_used(
-        models.listens(config.model.name),
-        _changed(config),
-        log_mel_targets=config.task.name == "best_rq",
-    )
+    changed = _changed(config)
+    listens, of_log_mel = models.listens(config.model.name), config.task.name == "best_rq"
+    # A recipe for several encoders may say more than one of them heeds.
+    for name, cure in frontend.unused(listens, changed, log_mel_targets=of_log_mel).items():
+        logging.warning(
+            "config.%s=%r does nothing, for the encoder listens to the waveform: %s",
+            name,
+            changed[name],
+            cure,
+        )
+    Settings.of(config.decoder)
 
 
 def _changed(config: ConfigDict) -> dict[str, Any]:
@@ -406,6 +483,36 @@ def _check_keys(config: ConfigDict, reference: ConfigDict, prefix: str) -> None:
             _check_keys(value, like, f"{name}.")
         else:
             _check_type(value, like, name)
+
+
+def _check_keywords(config: ConfigDict) -> None:
+    """Checks the sections that are keyword arguments: of parts, the schedule and the optimizer."""
+    kinds = tasks.constructor(config.task.name).parts
+    for name, section in config.parts.items():
+        make = parts.constructor(registry.lookup("part in config.parts", kinds, name)).make
+        known = _keywords(make)
+        _check_free(section, ConfigDict(known), f"parts.{name}")
+        for key in section:
+            registry.lookup(f"setting of config.parts.{name}", known, key)
+    optimizer = _keywords(make_optimizer) | _keywords(OPTIMIZERS[config.optimizer.name])
+    schedule = _keywords(SCHEDULES[config.schedule.name])
+    for name, known in (("optimizer", optimizer), ("schedule", schedule)):
+        usual = default()[name]
+        for key, value in config[name].items():
+            if key in known:
+                _check_type(value, usual.get(key, known[key]), f"{name}.{key}")
+            elif key != "name" and value != usual.get(key):
+                registry.lookup(f"key of config.{name} ({config[name].name})", known, key)
+
+
+def _keywords(function: Callable) -> dict[str, Any]:
+    """The settings among a function's arguments, with their defaults; None where there is none."""
+    empty, variadic = inspect.Parameter.empty, inspect.Parameter.VAR_KEYWORD
+    return {
+        key: None if parameter.default is empty else parameter.default
+        for key, parameter in inspect.signature(function).parameters.items()
+        if key not in _GIVEN and parameter.kind is not variadic
+    }
 
 
 def _check_free(section: Any, like: ConfigDict, name: str) -> None:

@@ -29,11 +29,12 @@ from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.hidden import Hidden
 from speech_jax.data.plan import Plan
 from speech_jax.data.sources import portions
+from speech_jax.decoding.decoder import Decoder
 from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import features
 from speech_jax.tasks import Task
-from speech_jax.training import adversarial, costs, groups, optim, sharding
+from speech_jax.training import adversarial, costs, groups, optim, peft, sharding
 from speech_jax.training import step as steps
 
 # Batch lengths are rounded up to so much audio.
@@ -60,7 +61,8 @@ def open_splits(config: ConfigDict, names: str) -> sources.Source:
         )
         kept = {"within": data.portion_within, "together": data.portion_together}
         opened.append(portions.portion(source, low, high, **kept))
-    return opened[0] if len(opened) == 1 else sources.concatenate(opened)
+    source = opened[0] if len(opened) == 1 else sources.concatenate(opened)
+    return sources.only(source, data.only) if data.only else source
 
 
 def open_training(config: ConfigDict) -> sources.Source:
@@ -115,9 +117,6 @@ def _parts(
     """(name in a batch, class, settings) of each part of the configured task."""
     for name, kind in tasks.constructor(config.task.name).parts.items():
         constructor = part_kinds.constructor(kind)
-        known = inspect.signature(constructor.make).parameters
-        for key in config.parts.get(name, {}):
-            registry.lookup(f"setting of config.parts.{name}", known, key)
         yield name, constructor, _part_settings(config, name, kind, making)
 
 
@@ -314,13 +313,26 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
         arguments["encoder"] = models.make_encoder(**config.model)
     if "frontend" in accepted:
         arguments["frontend"] = make_frontend(config, arguments["encoder"], parts)
+    if "decoder" in accepted:
+        seconds = frame_seconds(config, arguments["encoder"], arguments["frontend"])
+        arguments["decoder"] = Decoder(config.decoder, parts["labels"], seconds)
     if "counts" in accepted:
         arguments["counts"] = {name: part.count for name, part in parts.items() if part.count}
     if "examples" in accepted:
         arguments["examples"] = {
             name: part.examples for name, part in parts.items() if isinstance(part, Category)
         }
-    return registry.call(constructor, arguments, what=f"task ({name})")
+    task = registry.call(constructor, arguments, what=f"task ({name})")
+    lora = peft.LoRA(**config.lora)
+    return peft.Adapted(task, lora) if lora.rank else task
+
+
+def frame_seconds(config: ConfigDict, encoder: Any, frontend: FrontEnd) -> float:
+    """Seconds from one frame of an encoder's output to the next."""
+    seconds = 3600  # beside which the frames at the ends are nothing
+    samples = seconds * config.data.sample_rate
+    short, long = (encoder.output_lengths(frontend.lengths(n * samples)) for n in (1, 2))
+    return seconds / (int(long) - int(short))
 
 
 def make_frontend(config: ConfigDict, encoder, parts: Mapping[str, Part]) -> FrontEnd:
@@ -337,6 +349,18 @@ def make_frontend(config: ConfigDict, encoder, parts: Mapping[str, Part]) -> Fro
         spec_augment_start=start,
         **(parts["audio"].statistics or {}),
     )
+
+
+def frozen(config: ConfigDict) -> tuple[tuple[str, int], ...]:
+    """What stands still, and for how many updates: rules of `groups.thaw`.
+
+    They are config.optimizer.frozen; LoRA and adapters are learned in any case, and the encoder
+    that they are added to stands still where no rule says otherwise.
+    """
+    rules = tuple(config.optimizer.get("frozen", ()))
+    if config.lora.rank or config.model.get("adapter"):
+        rules = ((peft.ADDED, 0), *rules, ("encoder/.*", groups.FOREVER))
+    return rules
 
 
 # ---- Step --------------------------------------------------------------------------------------
@@ -390,13 +414,13 @@ class Setup:
         """The step as one jitted function; it gives its state's memory to the next one."""
         config, everywhere = self.config, sharding.replicated(self.mesh)
         adversary = make_adversary(config)
-        mask = groups.trainable(self.abstract.params, config.optimizer.get("frozen", ()))
+        until = groups.thaw(self.abstract.params, frozen(config))
         make = lambda task: adversarial.gradients(task, adversary)
-        gradients = groups.gradients(make, self.task, mask)
+        gradients = groups.gradients(make, self.task, until)
         step = steps.make_step(
             steps.accumulate(gradients, config.train.accumulate),
             self.tx,
-            mask=mask,
+            mask=groups.trainable(self.abstract.params, frozen(config)),
             measured=steps.measured(self.fields),
             ema_decay=config.train.ema_decay,
             log_every=config.train.log_every,
@@ -411,15 +435,17 @@ class Setup:
         with jax.set_mesh(self.mesh):  # for what ops/partition.py says
             traced = [step.trace(self.abstract, self.batch(bucket)) for bucket in buckets]
             lowered = [program.lower() for program in traced]
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            compiled = list(pool.map(lambda program: program.compile(), lowered))
-        for bucket, program in zip(buckets, compiled, strict=True):
-            costs.check_memory(
+
+        def compile(program, bucket: Bucket):
+            return costs.compile_within_memory(
                 program,
                 f"a batch of {bucket}",
                 "lower config.data.batch_seconds, raise config.train.accumulate, set "
                 "config.model.remat=True or take a smaller model",
             )
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            compiled = list(pool.map(compile, lowered, buckets))
         return {
             signature(self.batch(bucket)): Program(run, costs.matmul_flops(program.jaxpr))
             for bucket, program, run in zip(buckets, traced, compiled, strict=True)
@@ -433,12 +459,12 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
         steps=config.train.steps, defaults=default().schedule, **config.schedule
     )
     params, model_state = jax.eval_shape(task.init, jax.random.key(config.seed), probe)
+    settings = {**config.optimizer, "frozen": frozen(config)}
     tx = optim.make_optimizer(
-        schedule=schedule, params=params, defaults=default().optimizer, **config.optimizer
+        schedule=schedule, params=params, defaults=default().optimizer, **settings
     )
-    learned = lambda tree: groups.split(
-        tree, groups.trainable(params, config.optimizer.get("frozen", ()))
-    )[0]
+    mask = groups.trainable(params, frozen(config))
+    learned = lambda tree: groups.split(tree, mask)[0]
     sums = jax.eval_shape(task.loss, params, model_state, probe)[2]["sums"]
 
     def init() -> steps.TrainState:
@@ -450,7 +476,7 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
             params=params,
             model_state=model_state,
             opt_state=tx.init(learned(params)),
-            ema=params if config.train.ema_decay else {},
+            ema=learned(params) if config.train.ema_decay else {},
             sums={name: jnp.zeros(()) for name in (*steps.SUMS, *sums)},
         )
 
@@ -459,7 +485,7 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
     shardings = jax.tree.map(lambda _: sharding.replicated(mesh), shapes).replace(
         params=split,
         opt_state=sharding.shard_optimizer(tx, learned(params), learned(split), mesh),
-        ema=split if config.train.ema_decay else {},
+        ema=learned(split) if config.train.ema_decay else {},
     )
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings

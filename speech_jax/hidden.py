@@ -74,14 +74,15 @@ def replace_audio(
         )
     task_init = lambda: task.init(jax.random.key(config.seed), _silence(config.data.sample_rate))
     params, state = jax.jit(task_init, out_shardings=sharding.replicated(mesh))()
-    learns = groups.trainable(params, config.optimizer.get("frozen", ()))
+    learns = groups.trainable(params, experiment.frozen(config))
     moving = [n for n in rules.names(groups.split(params, learns)[0]) if n.startswith("encoder/")]
     if moving:
         raise UserError(
             f"config.data.cache_hidden needs an encoder that is frozen for ever, and {moving[0]} "
             "learns: set config.optimizer.frozen to (('encoder/.*', -1),)"
         )
-    params, state = start.with_encoder(params, state, config)
+    if config.init.folder:
+        params, state, _ = start.with_bundle(params, state, config)
     encode = jax.jit(lambda batch: task.encode(params, state, batch))
     own = _digest(config, task, params["encoder"], state)
     folders, seconds = [], 0.0

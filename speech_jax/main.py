@@ -8,7 +8,8 @@
 
 Train and run the same command again after an interruption: it goes on where it was. A workdir
 holds config.json, plan.json, what the vocabulary and features have learned, checkpoints/,
-metrics.jsonl, tensorboard/, predictions/ and results.json; speech_jax/workdir.py names them all.
+metrics.jsonl, tensorboard/, predictions/, results.json and, once it is evaluated, report.html;
+speech_jax/workdir.py names them all.
 Every setting and its meaning: speech_jax/config.py; override any with --config.SECTION.KEY=VALUE.
 """
 
@@ -22,6 +23,7 @@ import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe, such as configs/quickstart.py.", lock_config=True
@@ -117,12 +119,22 @@ def _join_processes(jax) -> None:
 
 # What ml_collections and a recipe raise for a value or a key that cannot be.
 NOT_A_VALUE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError, SyntaxError)
+# What a flag's value must be, by what its parser says of one that is not.
+_MUST_BE = {
+    "invalid literal for int": "a whole number",
+    "could not convert string to float": "a number",
+    "Non-boolean": "True or False",
+}
 
 
 def said(error: Exception, argv: list[str]) -> str:
     """An error of a flag on one line that names the flag."""
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
     settings = [one for one in argv if one.startswith("--config.")]
+    if value := re.match(r"flag (--config\.[\w.]+=.*?): ", text):
+        for reason, wanted in _MUST_BE.items():
+            if reason in text:
+                return f"{value[1][:200]} must be {wanted}"
     if key := re.match(r"['\"\\]+(\w+)", text):  # an unknown one, and nothing else is said
         near = re.search(r'Did you mean "(\w+)"', text)
         cure = f"did you mean {near[1]!r}?" if near else "a recipe can set new ones"
@@ -133,11 +145,23 @@ def said(error: Exception, argv: list[str]) -> str:
     return f"{text} (in one of {' '.join(settings)[:300]})"
 
 
+class Recipe(ConfigFileFlagParser):
+    """Reads a recipe; keys that flags give to its open sections are there when they are set."""
+
+    def parse(self, path: str):
+        found = super().parse(path)
+        from speech_jax import config  # which the recipe has imported
+
+        config.make_room(found, sys.argv)
+        return found
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
-    """As absl does, but a wrong key of the configuration is one line too."""
+    """As absl does, but whatever is wrong is one line."""
+    flags.FLAGS["config"].parser = Recipe("config")
     try:
-        return app.parse_flags_with_usage(argv)
-    except NOT_A_VALUE as error:
+        return flags.FLAGS(argv)
+    except (flags.Error, *NOT_A_VALUE) as error:
         sys.exit(f"error: {said(error, argv)}")
 
 

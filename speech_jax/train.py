@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from speech_jax import bundle, experiment, files, hidden, tasks, versions
-from speech_jax.bundle import start
+from speech_jax.bundle import runs, start
 from speech_jax.config import split_names
 from speech_jax.data.batch import signature
 from speech_jax.data.parts import Part
@@ -21,10 +21,11 @@ from speech_jax.data.pipeline import Corpus
 from speech_jax.data.plan import Epochs, Plan
 from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
-from speech_jax.evaluators import compare
-from speech_jax.evaluators.loop import Evaluation
+from speech_jax.evaluators import compare, layer_weights
+from speech_jax.evaluators.loop import Evaluation, alone
+from speech_jax.evaluators.report import write_report
 from speech_jax.tasks import Task
-from speech_jax.training import costs, sharding
+from speech_jax.training import costs, groups, sharding
 from speech_jax.training.checkpoint import Checkpoints
 from speech_jax.training.report import Report
 from speech_jax.training.step import TrainState
@@ -59,11 +60,11 @@ def run(config: ConfigDict, workdir: Workdir) -> dict | None:
 
 def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> dict | None:
     started = time.monotonic()
-    frozen = config.optimizer.get("frozen")
+    frozen = experiment.frozen(config)
     if frozen and not config.init.folder:
         raise TrainingError(
-            f"config.optimizer.frozen={frozen} would hold random weights still: "
-            "name what to start from in config.init.folder"
+            f"random weights would be held still (config.optimizer.frozen={frozen}; LoRA and "
+            "adapters freeze the encoder): name what to start from in config.init.folder"
         )
     eval_splits = split_names(config.data.eval_splits)
     splits = dict.fromkeys(eval_splits + split_names(config.data.test_splits))
@@ -77,6 +78,8 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     source = experiment.open_training(config)
     if workdir.config.exists():
         parts = experiment.restore_parts(config, workdir.folder)
+    elif config.init.folder and config.init.take == "model":
+        parts = start.parts(config, workdir.folder)
     else:  # what a start that failed has left may be of other settings
         parts = experiment.make_parts(config, workdir.folder, source)
     task = experiment.make_task(config, parts)
@@ -115,9 +118,9 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     checkpoints = Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, watched=watched)
     restored = checkpoints.restore(setup.abstract)
     if restored is None:
-        state, data = _first_state(setup), {"next_batch": 0, "seconds": 0.0}
+        (state, started_from), data = _first_state(setup), {"next_batch": 0, "seconds": 0.0}
     else:
-        state, data = restored.state, restored.data
+        state, started_from, data = restored.state, (), restored.data
         note = stopper.from_dict(restored.stopper) or note
     first, seconds = data["next_batch"], data["seconds"]
     workdir.record(config)  # all that can fail early has not
@@ -137,7 +140,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     )
     report.from_dict(data.get("totals", {}))
     report.say(_opening(corpus, parts, setup, first))
-    for line in (note, *_lost(parts, source)):
+    for line in (*_table(setup), *started_from, note, *_lost(parts, source)):
         if line:
             report.say(line)
 
@@ -168,10 +171,9 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
 
     def evaluate(step: int) -> dict[str, float | None]:
         """The scores of the first split, or Interrupted."""
-        params = state.ema or state.params
         found = {}
         for split in eval_splits:
-            found[split] = evaluation.run(params, state.model_state, split)
+            found[split] = evaluation.run(state.evaluated, state.model_state, split)
         rates = {
             split: {name: value for name, value in score.rates.items() if value is not None}
             for split, score in found.items()
@@ -226,7 +228,8 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         _check(report, config.train.max_skipped, task)
 
     # ---- Results -------------------------------------------------------------------------------
-    params, model_state = bundle.on_mesh(bundle.open(workdir.folder), mesh)
+    # As it was trained, LoRA beside the kernels: nothing has to be compiled again.
+    params, model_state = bundle.on_mesh(runs.open_workdir(workdir.folder), mesh)
     with watchdog:
         scores = measure(evaluation, params, model_state, splits, workdir, report.say)
     training = {
@@ -237,9 +240,13 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         "unreadable": len(corpus.skipped),
         **figures,
     }
+    if "layer_weights" in params:  # what is where in the encoder (tasks/classify.py)
+        training["layer_weights"] = layer_weights.shares(params["layer_weights"])
+        if jax.process_index() == 0:
+            with files.writing(workdir.layer_weights):
+                layer_weights.draw(training["layer_weights"], workdir.layer_weights)
     return workdir.write_results(
         scores,
-        metric=task.best[0],
         training=training,
         config=files.plain(config),
         versions=versions.versions() | {"device": _device()},
@@ -266,23 +273,24 @@ def _run_and_compare(
     results = _run(config, workdir, interruption)
     if results is None:
         return None
-    metric = results["metric"]
     start = before.get("head", before["untouched"])
     measured = {
         name: files.read_json(one.results)["splits"]
         for name, one in before.items()
         if one.results.exists()
     }
+    parts = experiment.restore_parts(config, workdir.folder)
+    tallies = getattr(experiment.make_task(config, parts).evaluator(parts), "tallies", None)
     gains = {
-        split: compare.gain(metric, start.predictions(split), workdir.predictions(split))
+        split: compare.gain(tallies, start.predictions(split), workdir.predictions(split))
         for split in _compared(config)
-        if metric in compare.RATIOS and start.predictions(split).exists()
+        if tallies and start.predictions(split).exists()
     }
     for split, found in gains.items():
         if found["interval"]:
             low, high = (100 * value for value in found["interval"])
             print(
-                f"{split}: {metric} {100 * found['before']:.2f}% before, "
+                f"{split}: {found['metric']} {100 * found['before']:.2f}% before, "
                 f"{100 * found['after']:.2f}% after, gain {100 * found['gain']:.2f} points "
                 f"(95%: {low:.2f} to {high:.2f})"
             )
@@ -307,6 +315,9 @@ def _head_alone(config: ConfigDict) -> ConfigDict | None:
         alone.data.update({"cache_hidden": True, "speeds": (1.0,), "noise_root": ""})
         alone.spec_augment.update({"time_masks": 0, "frequency_masks": 0})
         alone.adversarial.method = "none"
+        alone.lora.rank = 0
+        if "adapter" in alone.model:
+            alone.model.adapter = 0
         alone.train.compare = False
     return alone.lock()
 
@@ -356,14 +367,30 @@ def _watched(config: ConfigDict, split: str, task: Task, parts: Mapping[str, Par
     return Watched(split, settings.metric, settings.mode)
 
 
-def _first_state(setup: experiment.Setup) -> TrainState:
-    """The state that training begins with: random, or with the encoder of config.init.folder."""
-    state = setup.fresh_state()
-    if setup.config.init.folder:
-        params, stats = start.with_encoder(state.params, state.model_state, setup.config)
-        ema = jax.tree.map(jnp.copy, params) if setup.config.train.ema_decay else {}
-        state = state.replace(params=params, model_state=stats, ema=ema)
-    return state
+def _first_state(setup: experiment.Setup) -> tuple[TrainState, Iterable[str]]:
+    """The state that training begins with, and what is to be said of it.
+
+    It is random, but for what config.init takes of a bundle.
+    """
+    state, config = setup.fresh_state(), setup.config
+    if not config.init.folder:
+        return state, ()
+    params, stats, report = start.with_bundle(state.params, state.model_state, config)
+    ema = {}
+    if config.train.ema_decay:
+        mask = groups.trainable(params, experiment.frozen(config))
+        ema = jax.tree.map(jnp.copy, groups.split(params, mask)[0])
+    return state.replace(params=params, model_state=stats, ema=ema), tuple(report.lines())
+
+
+def _table(setup: experiment.Setup) -> list[str]:
+    """What learns, how fast and with how much decay."""
+    optimizer = setup.config.optimizer
+    settings = {
+        key: optimizer[key] for key in ("decay", "rates", "layer_decay") if key in optimizer
+    }
+    frozen = experiment.frozen(setup.config)
+    return groups.shown(groups.table(setup.abstract.params, frozen=frozen, **settings))
 
 
 def _opening(corpus: Corpus, parts: Mapping[str, Part], setup: experiment.Setup, first: int) -> str:
@@ -421,22 +448,20 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
     model = bundle.open(workdir.folder)
     config = bundle.for_use(model, config)
     splits = split_names(config.data.eval_splits)
-    with Interruption() as interruption, workdir.locked():
-        workdir.prepare(splits)
+    with alone(workdir, splits) as on_batch:
         mesh = sharding.make_mesh(**config.mesh)
-        task = model.task()
+        task = experiment.make_task(config, model.parts)
         params, state = bundle.on_mesh(model, mesh)
-        evaluation = Evaluation(config, task, model.parts, mesh, interruption.check)
+        evaluation = Evaluation(config, task, model.parts, mesh, on_batch)
         longest = round(config.data.max_seconds * config.data.sample_rate)
         for split in splits:
             evaluation.check_memory(split, params, state, longest)
-        try:
-            found = measure(evaluation, params, state, splits, workdir, say)
-        except Interrupted:
-            raise UserError(
-                "interrupted: nothing was written; run the same command again"
-            ) from None
-        return workdir.write_results(found)
+        found = measure(evaluation, params, state, splits, workdir, say)
+        results = workdir.write_results(found)
+        corpora = {split: evaluation.corpus(split) for split in splits}
+        if write_report(workdir, task.evaluator(model.parts), corpora, results):
+            say(f"report: {workdir.report}")
+        return results
 
 
 def measure(

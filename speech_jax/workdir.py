@@ -31,7 +31,7 @@ from speech_jax.training import sharding
 # never what is computed. Another mesh must fit the recorded plan.
 FREE = (
     "data.root", "data.cache", "data.threads", "data.eval_splits", "data.test_splits",
-    "data.eval_buckets", "data.eval_max_seconds", "robustness", "train.log_every",
+    "data.eval_buckets", "data.eval_max_seconds", "robustness", "decoder", "train.log_every",
     "train.compare", "checkpoint", "mesh",
 )  # fmt: skip
 
@@ -74,7 +74,9 @@ class Workdir:
         self.metrics = self.folder / "metrics.jsonl"
         self.tensorboard = self.folder / "tensorboard"
         self.results = self.folder / "results.json"
+        self.report = self.folder / "report.html"
         self.robustness = self.folder / "robustness.json"
+        self.layer_weights = self.folder / "layer_weights.png"
         self.lock = self.folder / "lock"
 
     def before(self, what: str) -> "Workdir":
@@ -375,8 +377,8 @@ def _compare(
         moved = key == "data.noise_root" and was and now  # where it is, not whether there is noise
         if was != now and not moved and not _free(key):
             raise WorkdirError(
-                f"{folder} was trained with config.{key}={was!r}, not {now!r}: use another "
-                "--workdir, or the same value"
+                f"{folder} was trained with config.{key}={was!r}, not {now!r}: use the same value, "
+                f"or another --workdir (where config.init.folder={folder} starts from its encoder)"
             )
 
 

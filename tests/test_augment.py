@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from speech_jax.ops import augment, masking
+from speech_jax.ops import features as feature_ops
+from speech_jax.tasks import recognize
 
 LENGTHS = jnp.array([200, 120, 40, 0])
 FEATURES = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (4, 200, 80)), jnp.float32)
@@ -54,3 +56,72 @@ def test_warp_is_monotonic_and_keeps_the_ends():
             assert valid[0] == 0
             assert abs(valid[-1] - (length - 1)) < 3
     assert (np.abs(np.asarray(warped[0, :, 0]) - np.arange(200)) > 1).any()
+
+
+def mixed_batch():
+    rng = np.random.default_rng(0)
+    batch = {
+        "audio": rng.integers(-9_000, 9_000, (6, 400), np.int16),
+        "audio_length": np.array([400, 300, 200, 400, 350, 0], np.int32),
+        "labels": np.arange(6, dtype=np.int32)[:, None],
+        "weight": np.array([1, 1, 1, 1, 1, 0], np.float32),
+    }
+    batch["audio"] *= np.arange(400) < batch["audio_length"][:, None]
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def test_a_mixed_row_is_of_two_utterances_and_counts_for_both():
+    batch = mixed_batch()
+    wave = np.asarray(batch["audio"], np.float32) / 2**15
+    own, other = augment.mixup(jax.random.key(1), batch, 1.0)
+    np.testing.assert_array_equal(own["labels"], batch["labels"])
+    np.testing.assert_array_equal(other["labels"], np.roll(batch["labels"], 1, axis=0))
+    np.testing.assert_array_equal(own["audio"], other["audio"])
+    share = np.asarray(own["weight"])
+    # The first row's other is filler, and the last row is.
+    assert share[0] == 1
+    assert share[5] == 0 < other["weight"][5]
+    assert np.all((share[1:5] > 0) & (share[1:5] < 1))
+    for row in range(1, 5):
+        expected = share[row] * wave[row] + (1 - share[row]) * wave[row - 1]
+        np.testing.assert_allclose(own["audio"][row], expected, atol=1e-6)
+        assert own["weight"][row] + other["weight"][row] == pytest.approx(1)
+    np.testing.assert_array_equal(own["audio_length"], [400, 400, 300, 400, 400, 350])
+    # Without a row to mix, the batch is what it was.
+    own, other = augment.mixup(jax.random.key(1), batch, 0.0)
+    np.testing.assert_array_equal(own["audio"], wave)
+    np.testing.assert_array_equal(own["audio_length"], batch["audio_length"])
+    np.testing.assert_array_equal(own["weight"], batch["weight"])
+    assert not np.any(other["weight"])
+    # About as many are mixed as are asked for, and mostly of one of the two (Beta(1/2, 1/2)).
+    shares = np.concatenate(
+        [augment.mixup(jax.random.key(key), batch, 0.5)[0]["weight"][1:5] for key in range(150)]
+    )
+    mixed = shares[shares < 1]
+    assert 0.42 < len(mixed) / len(shares) < 0.58
+    assert 0.4 < np.mean((mixed < 0.146) | (mixed > 0.854)) < 0.6
+
+
+class Rows(recognize.Recognize):
+    """A recognizer whose logits are the waveform itself, eight frames of four symbols."""
+
+    def logits(self, params, state, batch, rng=None, step=0):
+        del params, step
+        noise = jax.random.normal(rng, (6, 8, 4)) if rng is not None else 0.0
+        logits = feature_ops.to_waveform(batch["audio"])[:, :32].reshape(6, 8, 4) + noise
+        return logits, jnp.full(6, 8), state
+
+
+def test_the_loss_of_mixed_speech_is_that_of_both_transcripts():
+    batch = mixed_batch()
+    batch |= {"labels": 1 + batch["labels"] % 3, "labels_length": jnp.ones(6, jnp.int32)}
+    mixing, plain = (Rows(None, None, {"labels": 4}, mixup=mixup) for mixup in (1.0, 0.0))
+    rng = jax.random.key(3)
+    total, tokens, _ = mixing.loss({}, {}, batch, rng)
+    rng, key = jax.random.split(rng)
+    each = [plain.loss({}, {}, one, rng) for one in augment.mixup(key, batch, 1.0)]
+    assert total == pytest.approx(float(each[0][0] + each[1][0]), rel=1e-6)
+    assert tokens == pytest.approx(float(each[0][1] + each[1][1])) == pytest.approx(5, abs=1)
+    assert each[1][0] > 0
+    # It is not done in evaluation.
+    assert mixing.loss({}, {}, batch)[0] == plain.loss({}, {}, batch)[0]

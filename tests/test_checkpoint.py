@@ -310,6 +310,20 @@ def test_another_tree_is_refused_by_the_first_leaf_that_differs(mesh, saved, cha
     assert "\n" not in str(raised.value)
 
 
+def test_another_optimizer_alone_is_said_to_be_that(tmp_path):
+    """A run of an earlier version that froze parameters kept moments of them."""
+    state = {"params": {"w": jnp.ones(3)}, "opt_state": [{"w": jnp.zeros(3)}]}
+    shapes = jax.eval_shape(lambda: {**state, "opt_state": [{}, state["opt_state"][0]]})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, data={}, stopper={}, config={})
+        with pytest.raises(
+            CheckpointError, match=r"has no opt_state/1/w.*\(config\.init\.folder\)"
+        ):
+            checkpoints.restore(shapes)
+        with pytest.raises(CheckpointError, match="Use the configuration"):
+            checkpoints.restore({**shapes, "params": {}})
+
+
 def test_a_leaf_that_is_no_array_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(TypeError, match="a/0 is a float"):
         checkpoints.save(1, {"a": [1.0]}, data={}, stopper={}, config={})

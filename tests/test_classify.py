@@ -1,6 +1,8 @@
 """Classes of utterances: the head is what is written of it, and a run finds what it can hear."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,15 @@ import numpy as np
 import pytest
 import scipy.special
 
-from speech_jax import models
+import runs
+from speech_jax import bundle, experiment, files, models, tasks, train
+from speech_jax.bundle import start
 from speech_jax.config import default
 from speech_jax.data.parts.audio import Audio
 from speech_jax.errors import UserError
 from speech_jax.experiment import make_frontend
 from speech_jax.tasks.classify import Classify
+from speech_jax.workdir import Workdir
 
 pytestmark = pytest.mark.optax
 CLASSES = 4
@@ -141,3 +146,149 @@ def test_one_class_and_unknown_numbers_of_examples_are_refused():
         dataclasses.replace(task, counts={"target": 1})
     with pytest.raises(UserError, match=r"config\.task\.balance needs"):
         dataclasses.replace(task, examples={"target": ()}, balance=1.0)
+
+
+# ---- A run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calls(tones, tmp_path_factory):
+    """The tones as a manifest; an utterance's label is its first word, and others have none."""
+    root = tmp_path_factory.mktemp("calls")
+    for split in ("train", "dev"):
+        lines = []
+        chapter = tones / split / "1" / "1"
+        for line in (chapter / "1-1.trans.txt").read_text().splitlines():
+            name, *words = line.split()
+            row = {"audio_filepath": str(chapter / f"{name}.flac"), "id": name, "label": words[0]}
+            lines.append(json.dumps(row | {"speaker": f"s{int(name[-1]) % 2}"}) + "\n")
+        (root / f"{split}.jsonl").write_text("".join(lines))
+    return root
+
+
+def configure(calls, folder):
+    """Fine-tuning from the finished recognizer of the tones."""
+    config = runs.tiny_config(calls, steps=30, log_every=10)
+    config.data.source, config.data.test_splits = "manifest", "dev"
+    config.data.eval_splits = "train[50%:]"
+    config.data.train_splits = "train[:50%]"
+    config.data.on_error = "raise"
+    config.task = tasks.settings("classify", units=8, layer_sum=True, pooling="statistics")
+    start.start_from(config, str(folder))
+    config.schedule.peak = 3e-2
+    config.train.eval_epochs = 4.0
+    config.train.compare = True
+    config.checkpoint.update({"metric": "macro_f1", "mode": "max", "every": 100})
+    return config
+
+
+@pytest.fixture(scope="module")
+def tuned(calls, finished, tmp_path_factory):
+    workdir = Workdir(tmp_path_factory.mktemp("tuned") / "work")
+    config = configure(calls, finished.workdir.folder)
+    return runs.Finished(config, workdir, train.run(config, workdir))
+
+
+def test_a_run_says_what_it_has_gained(tuned):
+    _, workdir, results = tuned
+    assert results["splits"]["dev"]["utterances"] == 6
+    assert set(results["before"]) == {"untouched", "head"}
+    gain = results["gain"]["dev"]
+    head = results["before"]["head"]["dev"]
+    assert gain["before"] == pytest.approx(head["error_rate"])
+    assert gain["after"] == pytest.approx(results["splits"]["dev"]["error_rate"])
+    assert gain["interval"][0] <= gain["gain"] <= gain["interval"][1]
+    # The first word is heard, and a head that was never fitted hears nothing.
+    assert results["splits"]["train[50%:]"]["accuracy"] > 0.6
+    assert sum(results["training"]["layer_weights"]) == pytest.approx(1, abs=1e-5)
+    pictures = (workdir.layer_weights, workdir.predictions("dev").with_suffix(".png"))
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_the_head_alone_leaves_the_encoder_as_it_is(tuned, finished):
+    alone = bundle.open(tuned.workdir.before("head").folder)
+    base = bundle.open(finished.workdir.folder)
+    jax.tree.map(
+        np.testing.assert_array_equal, alone.params["encoder"], dict(base.params["encoder"])
+    )
+
+
+def test_hidden_states_give_what_audio_gives(tuned):
+    """The head that was fitted on kept states is as good on audio."""
+    before = tuned.workdir.before("head")
+    kept = files.read_json(before.results)["splits"]["dev"]
+    heard = train.evaluate(tuned.config, before, say=lambda line: None)["splits"]["dev"]
+    assert heard["classes"] == kept["classes"]
+
+
+def test_evaluations_follow_epochs(tuned):
+    lines = [line for line in runs.metrics(tuned.workdir.folder) if "dev" not in str(line.keys())]
+    steps = [line["step"] for line in lines if any("macro_f1" in key for key in line)]
+    batches = files.read_json(tuned.workdir.plan)
+    assert batches["utterances"] == 24
+    assert steps[-1] == 30
+    assert len(steps) > 1
+
+
+def test_what_moves_or_is_random_has_no_kept_states(calls, finished, tmp_path):
+    config = configure(calls, finished.workdir.folder)
+    config.train.compare = False
+    config.data.cache_hidden = True
+    with pytest.raises(UserError, match=r"encoder/\S+ learns: set config"):
+        train.run(config, Workdir(tmp_path / "one"))
+    config.spec_augment.time_masks = 2
+    with pytest.raises(UserError, match="spec_augment changes it at random"):
+        train.run(config, Workdir(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"label": None}, "utterance odd: no label: the utterance has no tag 'label'"),
+        ({"label": "Z"}, "utterance odd is the only one of the training splits with the label 'Z'"),
+    ],
+)
+def test_a_row_that_cannot_be_classified_is_named_or_counted(calls, finished, tmp_path, row, says):
+    shutil.copytree(calls, tmp_path / "calls")
+    path = tmp_path / "calls" / "train.jsonl"
+    lines = path.read_text().splitlines()
+    odd = {k: v for k, v in (json.loads(lines[0]) | {"id": "odd"} | row).items() if v}
+    path.write_text("\n".join([json.dumps(odd), *lines]) + "\n")
+    config = configure(tmp_path / "calls", finished.workdir.folder)
+    config.data.train_splits = "train"
+    source = experiment.open_training(config)
+
+    def make():
+        parts = experiment.make_parts(config, tmp_path / "work", source)
+        task = experiment.make_task(config, parts)
+        return experiment.training_corpus(config, source, parts, task)
+
+    with pytest.raises(UserError, match=says):
+        make()
+    config.data.on_error = "skip"
+    corpus = make()
+    assert list(corpus.left_out) == ["odd"]
+    assert len(corpus) == 48
+
+
+def test_a_class_that_training_had_not_is_named_or_counted(calls, finished, tmp_path):
+    config = configure(calls, finished.workdir.folder)
+    config.data.train_splits, config.data.only = "train", "label!=A"
+    parts = experiment.make_parts(config, tmp_path, experiment.open_training(config))
+    config.data.only = ""
+    with pytest.raises(
+        UserError, match=r"utterance 1-1-\d+: unknown label: 'A' is not one of B, C"
+    ):
+        experiment.evaluation_corpus(config, "train", parts)
+    config.data.on_error = "skip"
+    corpus = experiment.evaluation_corpus(config, "train", parts)
+    assert len(corpus) + len(corpus.left_out) == 48
+    assert "unknown label: 'A'" in next(iter(corpus.left_out.values()))
+
+
+def test_a_metric_that_nothing_measures_is_refused(calls, finished, tmp_path):
+    config = configure(calls, finished.workdir.folder)
+    config.train.compare = False
+    config.checkpoint.update({"metric": "wer", "mode": "min"})
+    with pytest.raises(UserError, match="'wer' is not measured; there are accuracy,"):
+        train.run(config, Workdir(tmp_path))

@@ -142,23 +142,47 @@ def test_three_kills_change_nothing(tones, tmp_path):
     assert found["differences"] == []
 
 
+# A recipe whose evaluations take their time, and say so.
+SLOW = """
+import time
+from speech_jax.evaluators import loop
+plain = loop.by_utterance
+def slow(*arguments):
+    print("evaluating", flush=True, file=sys.stderr)
+    time.sleep(0.7)
+    return plain(*arguments)
+loop.by_utterance = slow
+"""
+
+
 def test_sigterm_saves_on_two_processes_and_they_go_on(tones, tmp_path):
-    flags = runs.command(tmp_path, tones, "--config.mesh.data=2", steps=2000, eval_every=5000)[3:]
+    """Within an evaluation, which the command that goes on does first, and between updates."""
+    flags = runs.command(tmp_path, tones, "--config.mesh.data=2", steps=2000, eval_every=4)[3:]
+    flags += ["--config.data.eval_splits=train", "--config.data.batch_seconds=4"]
     command = [str(runs.ROOT / "launch" / "local.sh"), "2", "--", *flags]
     command.append("--config.checkpoint.every=5000")
-    first = told_to_leave(command)
-    saved = int(re.search(r"saved update (\d+)", first)[1])
-    assert 0 < saved < 2000
-    assert [path.name for path in (tmp_path / "work" / "checkpoints").iterdir()] == [str(saved)]
+    recipe = tmp_path / "recipe.py"
+    quick = recipe.read_text()
+    recipe.write_text(quick + SLOW)
+    first = told_to_leave(command, "evaluating")
+    assert "saved update 4; the same command goes on from there" in first
+    assert first.count("evaluating") < 12, "of 12 batches"
+    checkpoint = tmp_path / "work" / "checkpoints" / "4"
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    assert json.loads((checkpoint / "record" / "metadata").read_text())["data"]["pending"]
+    recipe.write_text(quick)
     again = told_to_leave(command)
-    assert f"from update {saved}\n" in again
-    assert int(re.search(r"saved update (\d+)", again)[1]) > saved
-    steps = [line["step"] for line in runs.metrics(tmp_path / "work")]
+    assert "from update 4\nstep 4  train: WER" in again
+    saved = int(re.search(r"saved update (\d+)", again)[1])
+    assert 4 < saved < 2000
+    lines = runs.metrics(tmp_path / "work")
+    assert next(line["step"] for line in lines if "train/wer" in line) == 4
+    steps = [line["step"] for line in lines if "loss_per_label" in line]
     assert steps == list(range(2, steps[-1] + 1, 2)), "no logged step is missing or twice there"
 
 
-def told_to_leave(command) -> str:
-    """What a command says until it has exited with 0, a SIGTERM after its first logged step."""
+def told_to_leave(command, at=r"step \d+/2000") -> str:
+    """What a command says until it has exited with 0, a SIGTERM after a line that begins so."""
     environment = runs.environment(2, PYTHON=sys.executable, **COMPILE)
     process = subprocess.Popen(
         command, cwd=runs.ROOT, env=environment, stderr=subprocess.PIPE, text=True
@@ -166,7 +190,7 @@ def told_to_leave(command) -> str:
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if re.match(r"step \d+/2000", line):
+        if re.match(at, line):
             break
     process.send_signal(signal.SIGTERM)
     text = "".join(lines) + process.communicate(timeout=300)[1]

@@ -21,14 +21,38 @@ CASES = {
     "conformer-relative-batch-8": (
         "conformer",
         "tiny",
-        {**SMALL, "position": "relative", "conv_norm": "batch", "subsampling": 8},
+        {**SMALL, "position": "relative", "conv_norm": "batch", "subsampling": 8, "adapter": 3},
     ),
-    "wav2vec2": ("wav2vec2", "tiny", WAVEFORM | {"position_kernel": 8, "position_groups": 4}),
+    "wav2vec2": (
+        "wav2vec2",
+        "tiny",
+        WAVEFORM | {"position_kernel": 8, "position_groups": 4, "adapter": 3},
+    ),
+    "deepspeech": ("deepspeech", "tiny", {"width": 16, "num_layers": 2}),
+    "deepspeech-lookahead-batch": (
+        "deepspeech",
+        "tiny",
+        {
+            "width": 16,
+            "num_layers": 2,
+            "cell": "gru",
+            "bidirectional": False,
+            "lookahead": 3,
+            "norm": "batch",
+            "subsampling": 2,
+        },
+    ),
+    "deepspeech-original": (
+        "deepspeech",
+        "original",
+        {"width": 16, "context": 2, "subsampling": 1},
+    ),
     "wav2vec2-conformer": ("wav2vec2_conformer", "tiny", WAVEFORM | {"kernel": 5}),
     "wav2vec2-conformer-rotary-scan": (
         "wav2vec2_conformer",
         "tiny",
-        WAVEFORM | {"kernel": 5, "attention": "rotary_input", "scan": True, "remat": True},
+        WAVEFORM
+        | {"kernel": 5, "attention": "rotary_input", "scan": True, "remat": True, "adapter": 3},
     ),
 }
 

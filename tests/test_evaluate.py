@@ -63,7 +63,9 @@ def test_the_record_says_what_the_model_is(finished, copied, tones):
     assert results["splits"]["dev"] == before["splits"]["dev"]
     assert results["training"] == before["training"]
     assert results == strict(copied.results)
-    assert said == [f"dev: {_line(before['splits']['dev'])}  (6 utterances)"]
+    line = f"dev: {_line(before['splits']['dev'])}  (6 utterances)"
+    assert said == [line, f"report: {copied.report}"]
+    assert copied.report.read_text("utf-8").count("<audio") <= 6
     lines = [json.loads(line) for line in copied.predictions("dev").read_text().splitlines()]
     assert all(line["reference"] == line["reference"].upper() for line in lines)
 
@@ -123,10 +125,13 @@ def test_results_say_how_many_of_a_split_they_are_of(copied, tones, tmp_path, ca
     results = train.evaluate(use(tmp_path / "data", fsdp=8, data=1), copied, said.append)
     found = results["splits"]["dev"]
     assert (found["utterances"], found["left_out"]) == (4, 2)
-    assert said == [f"dev: {_line(found)}  (4 of 6 utterances)"]
+    assert said[0] == f"dev: {_line(found)}  (4 of 6 utterances)"
     assert "2 of 6 utterances are not in the score" in caplog.text
     assert "1-1-0000" in caplog.text
     assert "1-1-0003" in caplog.text
+    page = copied.report.read_text("utf-8")
+    assert "4 of 6 utterances were heard" in page
+    assert "1-1-0003" in page
 
 
 def test_nothing_to_read_is_an_error(copied, tones, tmp_path):

@@ -58,7 +58,7 @@ class Row:
       given: what it measures, with results that are known.
       empty: utterances that there is nothing to measure of.
       says: what its line says of `given`, and of `empty`.
-      doubles: whether rates stay when everything is there twice.
+      pairs: whether rates are of pairs of utterances, and not of sums over them.
     """
 
     make: Callable[[], Evaluator]
@@ -66,7 +66,7 @@ class Row:
     results: dict[str, float]
     empty: Sequence[Given]
     says: tuple[str, str]
-    doubles: bool = True
+    pairs: bool = False
 
 
 _TARGET = Category(("a", "b", "c"), unseen=True)
@@ -126,7 +126,7 @@ ROWS = {
             _classified(number, *pair)
             for number, pair in enumerate([(0, 0), (0, 0), (0, 0), (0, 1), (1, 1), (1, 0), (-1, 2)])
         ],
-        {"accuracy": 4 / 6, "balanced_accuracy": 5 / 8, "macro_f1": 5 / 8},
+        {"accuracy": 4 / 6, "balanced_accuracy": 5 / 8, "macro_f1": 5 / 8, "error_rate": 2 / 6},
         [_classified(0, -1, 1)],
         ("accuracy 66.67%  balanced 62.50%  macro F1 62.50%", "no utterance of a known class"),
     ),
@@ -140,7 +140,7 @@ ROWS = {
             "EER 50.00% (normalized 50.00%)  minDCF 0.500 (p 0.01) 0.500 (p 0.05)",
             "no pairs of one speaker and of two",
         ),
-        doubles=False,
+        pairs=True,
     ),
 }
 
@@ -179,12 +179,22 @@ def test_the_order_does_not_matter(row):
 
 def test_a_split_is_more_than_the_mean_of_its_halves(row):
     """Rates are of sums: an utterance counts as much as there is in it, empty ones nothing."""
-    if not row.doubles:
-        pytest.skip("its rates are of pairs")
+    if row.pairs:
+        return  # its rates are of pairs
     evaluator, _ = _measure(row, [*row.empty[:1], *row.given, *row.given, *row.empty[:1]])
     found = evaluator.results()
     for name in evaluator.rates:
         assert found[name] == pytest.approx(row.results[name])
+
+
+def test_tallies_of_lines_divide_to_the_results(row):
+    if row.pairs:
+        return
+    evaluator, lines = _measure(row, [*row.given, *row.empty])
+    tallies = [evaluator.tallies(line) for line in lines]
+    for name in tallies[0]:
+        errors, sizes = np.sum([one[name] for one in tallies], axis=0)
+        assert errors / sizes == pytest.approx(evaluator.results()[name])
 
 
 def test_nothing_to_measure_has_no_value(row):

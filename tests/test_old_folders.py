@@ -76,7 +76,7 @@ def test_a_run_starts_from_an_old_workdir(old, tones, tmp_path):
     config.init.folder = str(old.folder)
     setup = runs.setup(config, Workdir(tmp_path))
     state = setup.fresh_state()
-    params, _ = start.with_encoder(state.params, state.model_state, config)
+    params, *_ = start.with_bundle(state.params, state.model_state, config)
     jax.tree.map(
         np.testing.assert_array_equal, params["encoder"], bundle.open(old.folder).params["encoder"]
     )

@@ -165,6 +165,24 @@ def test_layer_decay_is_the_same_for_stacked_layers():
         make(layer_decay=0.5)
 
 
+@pytest.mark.parametrize("name", models.ENCODERS)
+def test_layer_decay_knows_the_layers_of_every_encoder(name):
+    inputs = jnp.zeros((1, 16_000) if models.listens(name) == "waveform" else (1, 64, 80))
+    for scan in (False, True):
+        encoder = models.make_encoder(**models.settings(name, "tiny", num_layers=3, scan=scan))
+        params = jax.eval_shape(
+            lambda e=encoder: e.init(jax.random.key(0), inputs, jnp.full(1, inputs.shape[1]), True)
+        )["params"]
+        factors = groups.rate_factors({"encoder": params, "head": jnp.ones(2)}, layer_decay=0.5)
+        assert factors["head"] == 1
+        layers = models.unstack_layers(factors["encoder"])
+        for index, rate in enumerate([0.125, 0.25, 0.5]):
+            found = jax.tree.leaves(layers.pop(f"layer_{index}"))
+            np.testing.assert_allclose([np.max(one) for one in found], rate)
+        assert layers
+        assert set(jax.tree.leaves(layers)) == {0.5**4}
+
+
 # ---- Freezing ----------------------------------------------------------------------------------
 
 
@@ -232,10 +250,12 @@ def test_no_gradient_is_taken_of_what_is_frozen():
         return lambda params, *rest: (jax.grad(lambda p: task.loss(p, *rest)[0])(params), None)
 
     mask = groups.trainable(PARAMS, FROZEN)
-    function = groups.gradients(gradient, Task(), mask)
-    found, _ = function(PARAMS, {}, 3.0, None, 0)
-    assert found["head"]["kernel"] is None
-    np.testing.assert_array_equal(found["layer"]["bias"], 3.0)
+    function = groups.gradients(gradient, Task(), groups.thaw(PARAMS, FROZEN))
+    for step, thawed in ((0, 0.0), (1, 0.0), (2, 3.0)):
+        found, _ = function(PARAMS, {}, 3.0, None, step)
+        assert found["head"]["kernel"] is None
+        np.testing.assert_array_equal(found["layer"]["kernel"], 3.0)
+        np.testing.assert_array_equal(found["layer"]["bias"], thawed)
     learned, still = groups.split(PARAMS, mask)
     assert len(jax.tree.leaves(learned)) == 2
     joined = groups.join(learned, still)
@@ -377,4 +397,11 @@ def test_the_table_says_what_learns():
         ("encoder/extractor", 15, "no", "", ""),
         ("encoder/layers", 12, "after 100 updates", "0.0625 to 0.5", "1"),
         ("head", 7, "yes", "10", "1"),
+    ]
+    assert groups.shown(rows) == [
+        "group              parameters  trainable          rate           decay",
+        "encoder/extractor          15  no",
+        "encoder/layers             12  after 100 updates  0.0625 to 0.5  1",
+        "head                        7  yes                10             1",
+        "19 of 34 parameters learn (55.9%)",
     ]

@@ -14,7 +14,8 @@ import soundfile
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="the extra 'tfds' is not installed")
 
-from speech_jax.data import audio, prepare, sources  # noqa: E402 (needs the extra)
+from speech_jax import errors  # noqa: E402 (after what needs the extra)
+from speech_jax.data import audio, prepare, sources  # noqa: E402
 
 # Apache Beam keeps protobuf below 7, whose version 6 warns of how TFDS reads its metadata.
 pytestmark = pytest.mark.filterwarnings(r"ignore:label\(\) is deprecated:DeprecationWarning")
@@ -300,10 +301,31 @@ def test_the_command_prepares_and_reports(tmp_path, corpus):
     assert "error: manifest " in failed.stderr
     assert "Traceback" not in failed.stderr
     by_path = f"--splits={tmp_path}/data/train.jsonl"
+    manifest = tmp_path / "data" / "train.jsonl"
+    manifest.write_text(manifest.read_text().replace('"text"', '"said"'))
+    arguments.append("--arguments=text_key=said,trust_durations=False")
     shown = run(*arguments, by_path, "--overwrite", "--on_error=skip", "--workers=1")
     assert "1 utterances skipped" in shown.stdout
     assert "02.ogg: the file is empty" in shown.stdout
-    assert len(open_prepared(tmp_path / "out").utterances) == 13
+    assert [u.text for u in open_prepared(tmp_path / "out").utterances] == [
+        u.text for u in corpus.utterances if u.text != "TEXT 2 É"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("text_kye=said", "unknown key 'text_kye' .did you mean 'text_key'"),
+        ("text_key=5", "text_key=5 of a source of kind 'manifest' must be a text"),
+        ("trust_durations=no", "trust_durations='no' .* must be True or False"),
+        ("said", "--arguments=said: give NAME=VALUE"),
+    ],
+)
+def test_arguments_that_a_source_does_not_take_are_named(tmp_path, corpus, given, message):
+    with pytest.raises(errors.UserError, match=message):
+        sources.open_source(
+            "manifest", root=tmp_path / "data", split="train", **dict([prepare._argument(given)])
+        )
 
 
 @pytest.mark.skipif(

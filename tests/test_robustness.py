@@ -1,6 +1,7 @@
 """Robustness curves of a model that was trained, from its workdir to the plot."""
 
 import json
+import os
 
 import jax
 import numpy as np
@@ -54,6 +55,24 @@ def test_a_hardened_run_is_measured_and_drawn(hardened):
     assert curves["pgd10"][1]["wer"] >= curves["clean"]["wer"]
 
 
+def test_it_is_alone_in_the_workdir_and_can_write_there(hardened, monkeypatch):
+    """And it leaves after the batch in which it is asked to, as other modes do."""
+    config, workdir = hardened.config.copy_and_resolve_references(), hardened.workdir
+    workdir.robustness.unlink(missing_ok=True)
+    config.robustness.epsilons, config.robustness.noise_snr_db = (), ()
+    measure = lambda: robustness.run(config, workdir, lambda line: None)
+    with workdir.locked(), pytest.raises(UserError, match="is in use by process"):
+        measure()
+    workdir.robustness.mkdir()
+    with pytest.raises(UserError, match="it is a folder"):
+        measure()
+    workdir.robustness.rmdir()
+    monkeypatch.setattr(robustness, "by_utterance", lambda *_: os.kill(os.getpid(), 15) or [])
+    with pytest.raises(UserError, match="interrupted: nothing was written"):
+        measure()
+    assert not workdir.robustness.exists()
+
+
 def test_attacks_of_all_strengths_share_one_program():
     """And nothing at all changes nothing."""
     task, batch, (params, state) = make_task(), jax.device_get(make_batch()), start()
@@ -61,15 +80,21 @@ def test_attacks_of_all_strengths_share_one_program():
         task, sharding.make_mesh(), space="waveform", norm="linf"
     )
     compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
-    )
-    clean, index = jax.device_get(recognize(params, state, batch, 0.0, 0, 0.0, False))
-    programs = len(compiled)
-    for attack in robustness.ATTACKS.values():
-        found, _ = recognize(params, state, batch, 0.05, *attack)
-        assert (np.asarray(found["labels"]) != clean["labels"]).any()
-    assert len(compiled) == programs > 0
+
+    def listen(event, _, **__):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        clean, index = jax.device_get(recognize(params, state, batch, 0.0, 0, 0.0, False))
+        programs = len(compiled)
+        for attack in robustness.ATTACKS.values():
+            found, _ = recognize(params, state, batch, 0.05, *attack)
+            assert (np.asarray(found["labels"]) != clean["labels"]).any()
+        assert len(compiled) == programs > 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
     plain = jax.jit(task.predict)(params, state, batch)
     np.testing.assert_array_equal(clean["labels"], plain["labels"])
     np.testing.assert_array_equal(index, batch["index"])

@@ -583,6 +583,28 @@ def test_a_part_is_drawn_with_the_seed(tmp_path):
     assert sources.draw(source, 2 * total, seed=0).utterances == tuple(source.utterances)
 
 
+def test_utterances_with_a_tag_alone():
+    utterances = [
+        sources.Utterance(f"u{i}", 1.0, "A", {"speaker": speaker} if speaker else {})
+        for i, speaker in enumerate(("a", "b", "", "a"))
+    ]
+    source = sources.FileSource(tuple(utterances), ("f0", "f1", "f2", "f3"), {})
+    found = lambda tags: [one.id for one in sources.only(source, tags).utterances]
+    assert found("speaker=a") == ["u0", "u3"]
+    assert found("speaker!=a") == ["u1", "u2"]
+    assert found(" speaker != a , speaker=b") == ["u1"]
+    assert sources.only(source, "speaker=b").open(0) == "f1"
+    for tags, message in {
+        "speaker": "'speaker' is no condition: write tag=value",
+        "=a": "'=a' is no condition",
+        "spaeker=a": "no utterance has the tag 'spaeker'; tags are speaker",
+        "speaker=c": "no utterance has speaker=c; there are a, b",
+        "speaker=a,speaker=b": "leaves no utterance",
+    }.items():
+        with pytest.raises(sources.SourceError, match=message):
+            sources.only(source, tags)
+
+
 def test_a_split_named_twice_is_an_error(tmp_path):
     write_corpus(tmp_path, "train")
     source = open_folder(tmp_path)

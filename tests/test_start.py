@@ -56,7 +56,8 @@ class Labels:
 def init(config):
     statistics = None
     if config.features.normalize == "global":
-        statistics = {"mean": np.zeros(16, np.float32), "std": np.ones(16, np.float32)}
+        mels = config.features.mels
+        statistics = {"mean": np.zeros(mels, np.float32), "std": np.ones(mels, np.float32)}
     audio = Audio(statistics=statistics)
     task = experiment.make_task(config, {"audio": audio, "labels": Labels()})
     batch = {"audio": jnp.zeros((1, 16_000), jnp.int16), "audio_length": jnp.array([16_000])}
@@ -91,8 +92,14 @@ def test_a_run_starts_from_the_encoder_of_another(pretrained, tones, tmp_path):
     workdir = pretrained.workdir
     config = fine_tuning(tones, workdir.folder)
     fresh, new = init(config)
-    started, state = start.with_encoder(fresh, new, config)
+    started, state, report = start.with_bundle(fresh, new, config)
     jax.tree.map(np.testing.assert_array_equal, started["head"], fresh["head"])
+    lines = "\n".join(report.lines())
+    assert f"starts from {workdir.folder}: takes encoder (" in lines
+    assert "new: head (85)" in lines
+    theirs = bundle.open(workdir.folder)
+    theirs = start.flat(theirs.params, theirs.state)
+    assert set(report.left_out) == {name for name in theirs if "encoder" not in name} != set()
     moved = lambda old, new: max(
         jax.tree.leaves(jax.tree.map(lambda a, b: abs(a - b).max(), old, new))
     )
@@ -105,7 +112,7 @@ def test_a_run_starts_from_the_encoder_of_another(pretrained, tones, tmp_path):
     assert moved(state, new) > 1e-3
     # The same weights, whichever way their layers are kept.
     config.model.scan = True
-    scanned, stacked = start.with_encoder(*init(config), config)
+    scanned, stacked, _ = start.with_bundle(*init(config), config)
     for theirs, ours in ((scanned, started), (stacked["batch_stats"], state["batch_stats"])):
         unstacked = models.unstack_layers(theirs["encoder"])
         jax.tree.map(np.testing.assert_array_equal, unstacked, ours["encoder"])
@@ -115,7 +122,7 @@ def test_a_run_starts_from_the_encoder_of_another(pretrained, tones, tmp_path):
     config.train.ema_decay = 0.9
     train.run(config, Workdir(tmp_path / "finetuned"))
     again = fine_tuning(tones, tmp_path / "finetuned")
-    ended = start.with_encoder(fresh, new, again)[0]["encoder"]
+    ended = start.with_bundle(fresh, new, again)[0]["encoder"]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ended, started["encoder"]
     )
@@ -130,7 +137,7 @@ def test_a_hugging_face_folder_is_taken_up(scan, name):
         config.model = model.config.model
         config.model.scan = scan
     config.init.folder = str(GOLDEN / name)
-    params, state = start.with_encoder(*init(config), config)
+    params, state, _ = start.with_bundle(*init(config), config)
     assert state.keys() == model.state.keys()
     pairs = [(params, model.params)] + [(state[key], model.state[key]) for key in state]
     for ours, theirs in pairs:
@@ -138,7 +145,7 @@ def test_a_hugging_face_folder_is_taken_up(scan, name):
         jax.tree.map(np.testing.assert_array_equal, unstacked, theirs["encoder"])
     config.model.heads = 1
     with pytest.raises(UserError, match=r"has model.heads=\d+, and this run config.model.heads=1"):
-        start.with_encoder({}, {}, config)
+        start.with_bundle({}, {}, config)
 
 
 @pytest.mark.parametrize("name", ["wav2vec2_base", "wav2vec2_conformer"])
@@ -190,9 +197,38 @@ def test_another_model_is_refused(pretrained, tones, key, value, message):
     config = fine_tuning(tones, pretrained.workdir.folder)
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
-        start.with_encoder({}, {}, config)
+        start.with_bundle({}, {}, config)
+
+
+def test_what_differs_begins_anew_where_it_is_named(pretrained, tones):
+    """A shape that differs is an error, unless it is named."""
+    config = fine_tuning(tones, pretrained.workdir.folder)
+    config.features.mels = 8
+    fresh, state = init(config)
+    with pytest.raises(UserError, match=r"has features.mels=16, and this run config.features.mels"):
+        start.with_bundle(fresh, state, config)
+    config.init.new = ("head/.*",)
+    with pytest.raises(UserError, match=r"encoder/subsampling/project/kernel has the shape \(16"):
+        start.with_bundle(fresh, state, config)
+    config.init.new = ("encoder/subsampling/project/.*",)
+    started, _, report = start.with_bundle(fresh, state, config)
+    project = "params/encoder/subsampling/project"
+    assert report.new.keys() == {
+        f"{project}/kernel", f"{project}/bias", "params/head/kernel", "params/head/bias"
+    }  # fmt: skip
+    assert report.left_out.keys() >= {f"{project}/kernel", f"{project}/bias"}
+    assert "features.mels=16" in report.differing[0]
+    theirs = bundle.open(pretrained.workdir.folder).params["encoder"]["layer_0"]
+    jax.tree.map(np.testing.assert_array_equal, started["encoder"]["layer_0"], theirs)
+    config.init.new = ("encoder/subsampling/projekt/.*",)
+    with pytest.raises(UserError, match=r"config.init.new: no parameter matches"):
+        start.with_bundle(fresh, state, config)
+    config.init.update({"new": (), "take": "model"})
+    config.features.mels = 16
+    with pytest.raises(UserError, match=r"has task.name='best_rq', and this run"):
+        start.with_bundle(fresh, state, config)
 
 
 def test_a_folder_without_a_model_is_named(tones, tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
-        start.with_encoder({}, {}, fine_tuning(tones, tmp_path))
+        start.with_bundle({}, {}, fine_tuning(tones, tmp_path))

@@ -92,14 +92,40 @@ def test_starts_that_failed_do_not_hold_the_workdir(tones, tmp_path, monkeypatch
         train.run(config, workdir)
     labels = experiment.restore_parts(config, tmp_path)["labels"]
     assert set(labels.tokenizer.alphabet) == set("abc ")
-    # A batch that does not fit is refused before the training.
+    # Recordings that are too long to evaluate are refused before the training, and batches that do
+    # not fit.
     config = runs.tiny_config(tones)
-    monkeypatch.setattr(costs, "host_memory", lambda: 1_000)
-    with pytest.raises(UserError, match=r"this machine has 0: lower config\.data\.batch"):
-        train.run(config, workdir)
+    config.data.eval_max_seconds = 1.0
+    for dev, test in (("dev", ""), ("", "dev")):
+        config.data.eval_splits, config.data.test_splits = dev, test
+        with pytest.raises(
+            UserError, match=r"utterance 1-1-\d+ of dev lasts 2 s, and config.data.ev"
+        ):
+            train.run(config, workdir)
+    config = runs.tiny_config(tones)
+    config.data.max_seconds = 1.0  # of training, so that evaluation has a shape of its own
+    for there, refused in (
+        ([1_000], r"a batch of .* this machine has 0: lower config\.data\.batch"),
+        (
+            [2**40, 1_000],
+            r"evaluating utterance 1-1-\d+ of dev .* needs .* this machine has 0: cut",
+        ),
+    ):
+        monkeypatch.setattr(costs, "host_memory", iter(there).__next__)
+        with pytest.raises(UserError, match=refused):
+            train.run(config, workdir)
     labels = experiment.restore_parts(config, tmp_path)["labels"]
     assert set(labels.tokenizer.alphabet) == set("ABC ")
     assert not workdir.config.exists()
+
+
+def test_a_compiler_that_runs_out_of_memory_is_one_line():
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in\nspace hbm")
+
+    with pytest.raises(UserError, match=r"^a batch does not fit in .* a device: less$"):
+        costs.compile_within_memory(Lowered(), "a batch", "less")
 
 
 def test_too_many_updates_that_are_not_finite_end_the_run(tones, tmp_path, monkeypatch):

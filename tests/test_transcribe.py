@@ -226,6 +226,8 @@ def test_a_model_of_another_task_is_one_sentence(model):
         (lambda folder: (folder / "params.safetensors").write_bytes(b"12345678"), "cannot be read"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no 'labels'"),
         (lambda folder: (folder / "features.json").unlink(), "has no 'audio'"),
+        (lambda folder: said_alphabet(folder, " AB"), "'labels' has 4 symbols, .* trained for 5"),
+        (lambda folder: said_alphabet(folder, " ABCD"), "'labels' has 6 symbols, .* for 5"),
     ],
 )
 def test_a_damaged_model_is_one_sentence(damage, message, model, tmp_path):
@@ -239,6 +241,12 @@ def test_a_damaged_model_is_one_sentence(damage, message, model, tmp_path):
 def said_version(folder, version):
     described = json.loads((folder / "bundle.json").read_text())
     (folder / "bundle.json").write_text(json.dumps(described | {"version": version}))
+
+
+def said_alphabet(folder, alphabet):
+    """As tokenizers were kept before they were sealed: nothing says that it has changed."""
+    fields = {"kind": "characters", "normalizer": "english", "alphabet": alphabet}
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
 
 
 def test_a_model_is_saved_whole_or_not_at_all(model, tmp_path):

@@ -2,6 +2,8 @@
 
 bundle.open(folder)        a workdir, a saved bundle, or a folder of Hugging Face
 bundle.save(model, folder) a folder that stands for itself
+
+What was trained on a frozen base can be kept alone, and opens as a whole: see bundle/base.py.
 """
 
 import os
@@ -11,6 +13,7 @@ from speech_jax.bundle.format import (
     DESCRIPTION,
     Bundle,
     BundleError,
+    checked,
     for_use,
     on_mesh,
     open_saved,
@@ -23,11 +26,13 @@ __all__ = ["Bundle", "BundleError", "for_use", "on_mesh", "open", "save"]
 def open(folder: str | os.PathLike) -> Bundle:
     """Opens a workdir (its best checkpoint), a saved bundle, or a folder of Hugging Face.
 
+    What LoRA has learned is in the kernels, as in any other model.
+
     Raises:
       UserError: there is no model in the folder, or it is damaged or of a newer version.
     """
     # Not before: `python -m speech_jax.bundle.huggingface` imports this package, then itself.
-    from speech_jax.bundle import huggingface, runs
+    from speech_jax.bundle import base, huggingface, runs
 
     folder = files.expand(folder)
     if not folder.is_dir():
@@ -35,9 +40,9 @@ def open(folder: str | os.PathLike) -> Bundle:
             f"{folder} is no folder: name a workdir, a saved model or one of Hugging Face"
         )
     if (folder / DESCRIPTION).exists():
-        return open_saved(folder)
+        return checked(base.whole(open_saved(folder), folder), folder)
     if (folder / "checkpoints").is_dir():
-        return runs.open_workdir(folder)
+        return checked(base.merged(runs.open_workdir(folder)), folder)
     if (folder / "model.json").exists():
         return huggingface.read_model_folder(folder)
     if (folder / "config.json").exists():

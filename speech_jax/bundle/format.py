@@ -2,7 +2,8 @@
 
 A saved bundle is a folder with
 
-    bundle.json         {"version": 1, "config": the whole configuration}
+    bundle.json         {"version": 1, "config": the whole configuration}; version 2 has a "base"
+                        too, which the parameters that are not here are of (bundle/base.py)
     params.safetensors  parameters and model state by path: "params/encoder/...", "state/..."
     tokenizer.json, features.json, ...   what its parts have learned (data/parts/)
 """
@@ -31,7 +32,7 @@ from speech_jax.errors import UserError
 from speech_jax.tasks import Task
 from speech_jax.training import sharding
 
-VERSION = 1
+VERSION = 2
 DESCRIPTION, _PARAMETERS = "bundle.json", "params.safetensors"
 
 
@@ -47,12 +48,14 @@ class Bundle:
       config: the configuration that it was trained with, whole.
       parts: what its batches are made of, by name.
       params, state: nested dicts of numpy arrays; averaged parameters, if it was trained so.
+      base: what the other parameters are of, in a folder that holds those that were trained alone.
     """
 
     config: ConfigDict
     parts: Mapping[str, Part]
     params: dict[str, Any]
     state: dict[str, Any]
+    base: Mapping[str, Any] | None = None
 
     def task(self) -> Task:
         """The task, ready to be called with `params` and `state`."""
@@ -68,7 +71,9 @@ def save(model: Bundle, folder: str | os.PathLike) -> None:
     tree = {"params": model.params, "state": model.state}
     flat = flax.traverse_util.flatten_dict(tree, sep="/")
     tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
-    described = {"version": VERSION, "config": files.plain(model.config)}
+    described = {"version": 1, "config": files.plain(model.config)}
+    if model.base:
+        described |= {"version": VERSION, "base": dict(model.base)}
     with appearing(folder) as partial:
         files.write_atomically(partial / DESCRIPTION, files.dump_json(described))
         safetensors.numpy.save_file(tensors, partial / _PARAMETERS)
@@ -98,7 +103,22 @@ def open_saved(folder: pathlib.Path) -> Bundle:
         experiment.restore_parts(config, folder, whole=False),
         tree.get("params", {}),
         tree.get("state", {}),
+        described.get("base"),
     )
+
+
+def checked(model: Bundle, folder: pathlib.Path) -> Bundle:
+    """The model; BundleError where a part has not the symbols that the head was trained for."""
+    head = model.params.get("head") or model.params.get("classifier") or {}
+    outputs = np.shape(head.get("kernel", ()))[-1:]
+    counts = {name: part.count for name, part in model.parts.items() if part.count}
+    if outputs and len(counts) == 1 and outputs[0] not in counts.values():
+        ((name, count),) = counts.items()
+        raise BundleError(
+            f"{folder}: what it keeps of {name!r} has {count} symbols, and the model's head was "
+            f"trained for {outputs[0]}: bring back the file that it had (tokenizer.json, of labels)"
+        )
+    return model
 
 
 # Settings of the data that belong to a model, not to what it is used on.
@@ -107,6 +127,8 @@ _OWN = ("sample_rate", "max_seconds")
 
 def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
     """The configuration to use a model with: its own, on the data and mesh that `config` names.
+
+    What `config.decoder` says goes before what the model's own does.
 
     Raises:
       BundleError: `config` is for another task or encoder.
@@ -122,6 +144,8 @@ def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
     with merged.unlocked():
         for section in ("mesh", "robustness"):
             merged[section] = config[section]
+        given = {key: value for key, value in config.decoder.items() if value is not None}
+        merged.decoder.update(given)
         kept = {key: merged.data[key] for key in _OWN}
         merged.data = config.data.copy_and_resolve_references()
         merged.data.update(kept)

@@ -11,15 +11,18 @@ from speech_jax.workdir import Workdir
 
 
 def open_workdir(folder: pathlib.Path) -> Bundle:
-    """Opens a workdir.
+    """Opens a workdir, with the factors of LoRA beside the kernels.
 
     Raises:
       UserError: it was not trained in, or what it holds is damaged.
     """
     workdir = Workdir(folder)
     config = workdir.recorded()
-    weights = "ema" if config.train.ema_decay else "params"
-    found = checkpoint.load_best(workdir.checkpoints, (weights, "model_state"))
+    # Averages, where they are kept, are of what is not frozen.
+    kinds = ("params", "model_state") + (("ema",) if config.train.ema_decay else ())
+    found = checkpoint.load_best(workdir.checkpoints, kinds)
+    averages = {name for name in found if name.startswith("ema/")}
+    found |= {f"params{name.removeprefix('ema')}": found.pop(name) for name in averages}
     tree = flax.traverse_util.unflatten_dict(found, sep="/")
     parts = experiment.restore_parts(config, workdir.folder)
-    return Bundle(config, parts, tree.get(weights, {}), tree.get("model_state", {}))
+    return Bundle(config, parts, tree.get("params", {}), tree.get("model_state", {}))

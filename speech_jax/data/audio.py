@@ -19,7 +19,7 @@ from speech_jax.data import decoders
 from speech_jax.data.decoders import EXTENSIONS, AudioError, UnsupportedError, name_of
 
 __all__ = ["EXTENSIONS", "AudioError", "Segment", "UnsupportedError", "decode", "duration"]
-__all__ += ["add_noise", "change_speed", "name_of", "read", "resample", "to_flac"]
+__all__ += ["add_noise", "change_speed", "name_of", "read", "resample", "stream", "to_flac"]
 
 # Samples of one piece of audio, at most: 1 GiB, or nine hours at 16 kHz.
 _MOST = 1 << 29
@@ -54,6 +54,18 @@ def decode(file: File, sample_rate: int) -> np.ndarray:
     with _blocks(file) as (blocks, rate, frames):
         _check_length(file, (frames or 0) * sample_rate / rate, sample_rate)
         return _join(file, _resampled(blocks, rate, sample_rate), sample_rate)
+
+
+@contextlib.contextmanager
+def stream(file: File, sample_rate: int) -> Iterator[tuple[Iterator[np.ndarray], float | None]]:
+    """Opens `file` to be decoded block by block, for recordings of any length.
+
+    Gives (blocks int16 [n] at `sample_rate` Hz, mono; its length in seconds, None where only
+    decoding tells it). Raises AudioError as `decode`, here and while blocks are taken, but for a
+    file without samples, of which there are no blocks.
+    """
+    with _blocks(file) as (blocks, rate, frames):
+        yield _resampled(blocks, rate, sample_rate), frames and frames / rate
 
 
 def read(file: File) -> tuple[np.ndarray, int]:

@@ -5,6 +5,9 @@ A prepared corpus opens at once, reads fast from network storage, and is one fol
   python -m speech_jax.data.prepare --source=librispeech --root=data/LibriSpeech \\
       --splits=train-clean-100,dev-clean --out=data/prepared
 
+What a source takes beside its root and split (config.data.arguments in training) is given by
+--arguments, as in --source=manifest --arguments=text_key=transcript,trust_durations=True.
+
 Then train with --config.data.source=prepared --config.data.root=data/prepared.
 
 Each split becomes a TFDS dataset of its own, OUT/utterances/SPLIT/1.1.0, so that splits can be
@@ -19,6 +22,7 @@ shards in parallel on Apache Beam (pip install "speech_jax[beam]"). The rest nee
 pip install "speech_jax[tfds]", and no TensorFlow.
 """
 
+import ast
 import collections
 import concurrent.futures
 import contextlib
@@ -280,6 +284,9 @@ def define_flags() -> None:
     kinds = [kind for kind in sources.SOURCES if kind != "prepared"]
     flags.DEFINE_enum("source", "librispeech", kinds, "Kind of the corpus.")
     flags.DEFINE_string("root", "", "Folder of the corpus.")
+    flags.DEFINE_list(
+        "arguments", [], "Further arguments of the source, such as text_key: NAME=VALUE,..."
+    )
     flags.DEFINE_list("splits", [], "Splits to prepare, separated by commas.")
     flags.DEFINE_string("out", None, "Folder to write to.", required=True)
     flags.DEFINE_integer("workers", os.cpu_count(), "Processes that encode.", lower_bound=1)
@@ -293,6 +300,17 @@ def define_flags() -> None:
     flags.DEFINE_list("beam_options", [], "Beam's pipeline options: NAME=VALUE,...")
 
 
+def _argument(given: str) -> tuple[str, Any]:
+    """The name and the value of NAME=VALUE: a Python literal, or else a text."""
+    name, equals, value = given.partition("=")
+    if not equals or not name.isidentifier():
+        raise sources.SourceError(f"--arguments={given}: give NAME=VALUE, as text_key=transcript")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
 def main(argv: Sequence[str]) -> None:
     """Prepares every split that the flags name."""
     if len(argv) > 1:
@@ -302,6 +320,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError("--splits names no split; for example --splits=train-clean-100")
     written: set[str] = set()
     try:
+        arguments = dict(map(_argument, args.arguments))
         for named in args.splits:
             split = pathlib.PurePath(named).name.removesuffix(".jsonl")  # a manifest by its path
             if split in written:
@@ -311,7 +330,12 @@ def main(argv: Sequence[str]) -> None:
                 )
             written.add(split)
             source = sources.open_source(
-                args.source, root=args.root, split=named, on_error=args.on_error, cache=args.cache
+                args.source,
+                root=args.root,
+                split=named,
+                on_error=args.on_error,
+                cache=args.cache,
+                **arguments,
             )
             skipped = prepare(
                 source,

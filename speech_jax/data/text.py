@@ -125,6 +125,11 @@ class Tokenizer(Protocol):
         """Number of ids, the blank included."""
         ...
 
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """What each id writes, with a space where a word begins; nothing for the blank."""
+        ...
+
     def normalize(self, text: str) -> str:
         """Returns `text` as the tokenizer's normalizer writes it."""
         ...
@@ -164,6 +169,10 @@ class CharacterTokenizer:
     def vocabulary_size(self) -> int:
         return len(self.alphabet) + 1
 
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        return ("", *self.alphabet)
+
     def normalize(self, text: str) -> str:
         return normalize(text, self.normalizer)
 
@@ -199,6 +208,11 @@ class SentencePieceTokenizer:
     def vocabulary_size(self) -> int:
         return self._processor.vocab_size()
 
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        pieces = map(self._processor.id_to_piece, range(1, self.vocabulary_size))
+        return ("", *(piece.replace(_SPACE, " ") for piece in pieces))
+
     def normalize(self, text: str) -> str:
         return normalize(text, self.normalizer)
 
@@ -206,8 +220,7 @@ class SentencePieceTokenizer:
         text = self.normalize(text)
         ids = self._processor.encode(text)
         if BLANK in ids:  # the unknown piece: no text may become a blank
-            pieces = map(self._processor.id_to_piece, range(1, self.vocabulary_size))
-            alphabet = "".join(sorted(set("".join(pieces).replace(_SPACE, " "))))
+            alphabet = "".join(sorted(set("".join(self.spellings))))
             raise UnknownCharacterError(next(c for c in text if c not in alphabet), alphabet)
         return ids
 

@@ -1,117 +1,386 @@
-"""A trained model that is given a recording and says what it hears."""
+"""A trained model that is given recordings and says what it hears, and when.
 
+A recording is read block by block, cut into pieces at its pauses (deploy/pieces.py), and these
+into chunks that a model hears at once. Chunks of all recordings at hand are heard together, by
+length, in few static shapes; the logits of a piece are put together by time and decoded.
+"""
+
+import collections
+import contextlib
 import dataclasses
+import heapq
+import io
+import itertools
 import math
 import numbers
 import os
 import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
-from speech_jax import bundle
 from speech_jax.data import audio, decoders
-from speech_jax.data.batch import Bucket, collate
-from speech_jax.data.parts.transcript import Transcript
-from speech_jax.data.sources.pieces import quiet_pieces
+from speech_jax.decoding.decoder import Decoder
+from speech_jax.decoding.words import Decoded, Word
+from speech_jax.deploy import pieces
+from speech_jax.deploy.acoustic import Acoustic, open_acoustic
 from speech_jax.errors import UserError
 
-# Recordings are padded to one of a few lengths, a fourth root of 2 apart, so that few programs are
+# Chunks are padded to one of a few lengths, a square root of 2 apart, so that few programs are
 # compiled; what a model hears does not depend on padding.
-_SHORTEST_SECONDS, _STEP = 1.0, 2**0.25
-# Longer recordings are heard in pieces: attention takes memory with the square of the length.
-_LONGEST_SECONDS = 30.0
+_SHORTEST_SECONDS, _STEP = 1.0, 2**0.5
+# Lengths that a chunk may have, in seconds, and the largest that is the default: attention takes
+# memory with the square of the length.
+CHUNKS, _LARGEST_DEFAULT = (5.0, 300.0), 30.0
+# Audio of a batch, padding included, in seconds: enough to keep the device busy.
+_BATCH_SECONDS = {"cpu": 60.0}
+_BATCH_SECONDS_ELSEWHERE = 600.0
+# So much audio is read before it is heard, in batches.
+_POOL_BATCHES = 6
+# Pieces that are decoded together.
+_DECODED_TOGETHER = 16
+
+File = str | os.PathLike | io.IOBase
 
 
 class TranscriptionError(UserError):
-    """Audio that cannot be transcribed, or a model that cannot do it; the message says why."""
+    """Audio that cannot be transcribed, or a setting that cannot work; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """What was said between two pauses, from `start` to `end` seconds.
+
+    Attributes:
+      words: its words; their times are seconds from the start of the recording.
+      alternatives: (text, natural logarithm of its score) of its n best readings, the best first.
+    """
+
+    start: float
+    end: float
+    text: str
+    words: tuple[Word, ...]
+    alternatives: tuple[tuple[str, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Transcription:
-    """What was said in a recording that lasts `seconds`."""
+    """What was said in a recording that lasts `seconds`.
+
+    Attributes:
+      segments: those in which there is a word, in order.
+      trouble: why there can be no words in it, in a sentence; empty for a recording like others.
+    """
 
     text: str
     seconds: float
+    segments: tuple[Segment, ...] = ()
+    trouble: str = ""
 
     def __str__(self) -> str:
         return self.text
 
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """All words, with their seconds from the start of the recording and their confidence."""
+        return tuple(word for segment in self.segments for word in segment.words)
 
-def load(folder: str | os.PathLike) -> "Model":
-    """Opens a trained model for use: a workdir, a saved bundle or a folder of Hugging Face.
+    @property
+    def alternatives(self) -> tuple[tuple[str, float], ...]:
+        """(text, natural logarithm of its score) of the n best readings, the best first."""
+        most = max((len(segment.alternatives) for segment in self.segments), default=1)
+        best = [((), 0.0)]
+        for segment in self.segments:
+            longer = (
+                ((*texts, text), score + more)
+                for (texts, score), (text, more) in itertools.product(best, segment.alternatives)
+            )
+            best = heapq.nlargest(most, longer, key=lambda reading: reading[1])
+        return tuple((" ".join(filter(None, texts)), score) for texts, score in best)
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    chunk_seconds: float | None = None,
+    decoder: Mapping[str, Any] | None = None,
+) -> "Model":
+    """Opens a trained model for use: a workdir, a saved model or a folder of Hugging Face.
+
+    Args:
+      path: where it is.
+      chunk_seconds, decoder: as of Model.
 
     Raises:
-      UserError: the folder holds no model, or one that gives no text; the message says which.
+      UserError: there is no model, or one that gives no text; the message says which.
     """
-    return Model(bundle.open(folder))
+    return Model(open_acoustic(path), chunk_seconds=chunk_seconds, decoder=decoder)
 
 
 class Model:
     """A trained model, ready for use. `speech_jax.load` makes one.
 
     Attributes:
-      bundle: the model as plain data.
+      acoustic: what makes logits of samples.
     """
 
-    def __init__(self, model: bundle.Bundle):
-        """Raises TranscriptionError for a model that gives no text."""
-        self.bundle = model
-        task = model.task()
-        labels = model.parts.get("labels")
-        if not isinstance(labels, Transcript) or "audio" not in model.parts:
+    def __init__(
+        self,
+        acoustic: Acoustic,
+        *,
+        chunk_seconds: float | None = None,
+        decoder: Mapping[str, Any] | None = None,
+    ):
+        """A model around `acoustic`.
+
+        Args:
+          chunk_seconds: how much is heard at once, at most; more takes more memory. By default as
+            much as the utterances that it has learned from, within 10 and 30 seconds.
+          decoder: settings that differ from those that the model came with (decoding/decoder.py).
+
+        Raises:
+          UserError: a setting that cannot work.
+        """
+        self.acoustic = acoustic
+        if chunk_seconds is None:
+            longest = max(acoustic.longest_seconds, pieces.LONGEST)
+            chunk_seconds = min(longest, _LARGEST_DEFAULT)
+        if not CHUNKS[0] <= chunk_seconds <= CHUNKS[1]:
             raise TranscriptionError(
-                f"this model is of the task {model.config.task.name!r} and gives no text of audio: "
-                "load one that was trained to recognize speech"
+                f"a chunk of {chunk_seconds:g} s cannot be heard: it must be {CHUNKS[0]:g} to "
+                f"{CHUNKS[1]:g} s"
             )
-        self._labels = labels
-        self._fields = model.parts["audio"].fields
-        self._predict = jax.jit(task.predict)
-        self._params, self._state = jax.device_put((model.params, model.state))
+        self._chunk_seconds = chunk_seconds
+        self._frame = round(acoustic.frame_seconds * acoustic.sample_rate)
+        settings = {**acoustic.decoder, **(decoder or {})}
+        self._decoder = Decoder(settings, acoustic.transcript, acoustic.frame_seconds)
+        platform = jax.default_backend()
+        self._batch_seconds = _BATCH_SECONDS.get(platform, _BATCH_SECONDS_ELSEWHERE)
 
     @property
     def sample_rate(self) -> int:
         """Samples a second of the audio that the model hears."""
-        return self.bundle.config.data.sample_rate
+        return self.acoustic.sample_rate
 
     def transcribe(
-        self, recording: str | os.PathLike | np.ndarray, sample_rate: int | None = None
+        self, recording: File | np.ndarray, sample_rate: int | None = None
     ) -> Transcription:
-        """Writes down what is said in a recording.
+        """Writes down what is said in a recording of any length.
 
         Args:
-          recording: an audio file of any rate and number of channels; or samples [T] or, with
-            channels, [T, C]: floats within -1 and 1, or int16.
+          recording: an audio file, or an open one, of any rate and number of channels; or samples
+            [T] or, with channels, [T, C]: floats within -1 and 1, or int16.
           sample_rate: of samples that are given as an array; by default that of the model.
 
         Raises:
           AudioError: the file cannot be read.
           TranscriptionError: the array is no audio.
         """
-        samples = self._samples(recording, sample_rate)
-        texts = map(self._text, _cut(samples, self.sample_rate))
-        return Transcription(" ".join(filter(None, texts)), len(samples) / self.sample_rate)
+        opened = self._opener(recording, sample_rate)
+        found = next(self._transcribe([opened], lambda files, seconds: None))
+        if isinstance(found, UserError):
+            raise found
+        return found
 
-    def _text(self, samples: np.ndarray) -> str:
-        """What is said in samples int16 [T]."""
-        bucket = Bucket(1, (("samples", _padded(len(samples), self.sample_rate)),))
-        batch = collate(self._fields, bucket, [(0, {"audio": samples})])
-        found = jax.device_get(self._predict(self._params, self._state, batch))
-        return self._labels.read({name: rows[0] for name, rows in found.items()})
+    def transcribe_all(
+        self,
+        recordings: Iterable[File],
+        progress: Callable[[float, float], None] = lambda files, seconds: None,
+    ) -> Iterator[Transcription | UserError]:
+        """Transcribes files together, which is faster than one by one, and gives the same texts.
 
-    def _samples(self, recording, sample_rate: int | None) -> np.ndarray:
-        """int16 [T] at the model's rate."""
-        if isinstance(recording, (str, os.PathLike)):
+        Yields what `transcribe` returns or raises for each, in their order, as it becomes ready.
+        `progress` is told how many files and how many seconds of audio were read.
+        """
+        return self._transcribe((self._opener(file, None) for file in recordings), progress)
+
+    def _opener(self, recording, sample_rate: int | None):
+        """(a name, a context manager that gives what audio.stream does) of a recording.
+
+        A file's errors are raised when that is entered, so that each recording has its own.
+        """
+        if isinstance(recording, (str, os.PathLike, io.IOBase)):
             if sample_rate is not None:
                 raise TranscriptionError("a file says its own sample rate: leave sample_rate out")
-            return audio.decode(str(pathlib.Path(recording).expanduser()), self.sample_rate)
+            if isinstance(recording, (str, os.PathLike)):
+                recording = str(pathlib.Path(recording).expanduser())
+            return audio.name_of(recording), audio.stream(recording, self.sample_rate)
         rate = self.sample_rate if sample_rate is None else sample_rate
         low, high = decoders.RATES
         if not isinstance(rate, numbers.Integral) or not low <= rate <= high:
             raise TranscriptionError(
                 f"sample_rate={rate!r} must be a whole number of Hz from {low} to {high}"
             )
-        return audio.resample(_to_int16(recording), int(rate), self.sample_rate)
+        samples = audio.resample(_to_int16(recording), int(rate), self.sample_rate)
+        opened = iter([samples]), len(samples) / self.sample_rate
+        return "the array", contextlib.nullcontext(opened)
+
+    def _transcribe(
+        self, opened: Iterable[tuple[str, Any]], progress: Callable[[float, float], None]
+    ) -> Iterator[Transcription | UserError]:
+        """What is said in each recording, which `opened` gives as `_opener` does."""
+        waiting: collections.deque[_Recording] = collections.deque()
+        pool: list[_Piece] = []
+        most = _POOL_BATCHES * self._batch_seconds * self.sample_rate
+        before = 0.0  # seconds of the recordings before
+        for number, (name, opener) in enumerate(opened):
+            recording = _Recording(name)
+            waiting.append(recording)
+            for share in self._read(recording, opener, pool):
+                if sum(len(piece.samples) for piece in pool) >= most:
+                    self._hear(pool)
+                    pool.clear()
+                    yield from self._ready(waiting)
+                progress(number + share, before + recording.samples / self.sample_rate)
+            before += recording.samples / self.sample_rate
+            progress(number + 1, before)
+        self._hear(pool)
+        yield from self._ready(waiting)
+
+    def _read(self, recording: "_Recording", opener: Any, pool: "list[_Piece]") -> Iterator[float]:
+        """Adds the pieces of a recording to the pool; yields what share of it has been read."""
+        try:
+            with opener as (blocks, seconds):
+                for piece in pieces.cut(
+                    recording.counted(blocks), self.sample_rate, self.acoustic.longest_seconds
+                ):
+                    recording.pieces.append(_Piece(*piece))
+                    pool.append(recording.pieces[-1])
+                    yield min(1.0, recording.samples / self.sample_rate / (seconds or math.inf))
+            if not recording.samples:
+                raise audio.AudioError(f"{recording.name}: holds no samples")
+        except UserError as error:
+            recording.error = error
+            lost = set(map(id, recording.pieces))
+            pool[:] = [piece for piece in pool if id(piece) not in lost]
+        recording.is_read = True
+
+    def _ready(
+        self, waiting: "collections.deque[_Recording]"
+    ) -> Iterator[Transcription | UserError]:
+        """Takes off the front of `waiting` what is complete."""
+        while waiting and waiting[0].is_ready:
+            recording = waiting.popleft()
+            yield recording.error or recording.transcription(self.sample_rate, self._frame)
+
+    def _hear(self, pool: "list[_Piece]") -> None:
+        """Decodes pieces, and gives the memory of their samples back."""
+        rows = collections.defaultdict(list)
+        for piece in pool:
+            for chunk in pieces.chunks(
+                len(piece.samples), self._chunk_seconds, self.sample_rate, self._frame
+            ):
+                place = len(piece.logits)
+                piece.logits.append(None)
+                rows[_padded(chunk.stop - chunk.start, self.sample_rate)].append(
+                    (piece, place, chunk)
+                )
+        for size, members in sorted(rows.items()):
+            full = max(1, int(self._batch_seconds * self.sample_rate / size))
+            for some, count in _batches(members, full):
+                self._hear_chunks(some, (count, size))
+        spoken = sorted(
+            (piece for piece in pool if sum(map(len, piece.logits))),
+            key=lambda piece: sum(map(len, piece.logits)),
+        )
+        for some, count in _batches(spoken, _DECODED_TOGETHER):
+            self._decode(some, count)
+        for piece in pool:
+            piece.samples, piece.logits = None, []
+
+    def _hear_chunks(
+        self, members: "list[tuple[_Piece, int, pieces.Chunk]]", shape: tuple[int, int]
+    ) -> None:
+        """Gives pieces the logits of chunks, heard as a batch of the shape (rows, samples)."""
+        samples, lengths = np.zeros(shape, np.int16), np.zeros(shape[0], np.int32)
+        for row, (piece, _, chunk) in enumerate(members):
+            part = piece.samples[chunk.start : chunk.stop]
+            samples[row, : len(part)], lengths[row] = part, len(part)
+        logits, frames = self.acoustic.logits(samples, lengths)  # [B, T, K], [B]
+        for row, (piece, place, chunk) in enumerate(members):
+            last = frames[row] if chunk.last is None else chunk.last
+            piece.logits[place] = logits[row, chunk.first : last].copy()
+
+    def _decode(self, members: "list[_Piece]", rows: int) -> None:
+        whole = [np.concatenate(piece.logits) for piece in members]
+        lengths = np.zeros(rows, np.int32)
+        lengths[: len(whole)] = [len(logits) for logits in whole]
+        batch = np.zeros((rows, lengths.max(), whole[0].shape[1]), np.float32)  # [B, T, K]
+        for row, logits in enumerate(whole):
+            batch[row, : len(logits)] = logits
+        for piece, decoded in zip(members, self._decoder(batch, lengths), strict=False):
+            piece.decoded = decoded
+
+
+@dataclasses.dataclass(eq=False)
+class _Piece:
+    """A piece of a recording on its way from samples to words."""
+
+    start: int
+    samples: np.ndarray | None
+    logits: list[np.ndarray | None] = dataclasses.field(default_factory=list)  # of its chunks
+    decoded: Decoded | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class _Recording:
+    """A recording on its way."""
+
+    name: str
+    pieces: list[_Piece] = dataclasses.field(default_factory=list)
+    samples: int = 0
+    is_read: bool = False
+    error: UserError | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        heard = self.error or all(piece.samples is None for piece in self.pieces)
+        return self.is_read and bool(heard)
+
+    def counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for block in blocks:
+            self.samples += len(block)
+            yield block
+
+    def transcription(self, rate: int, frame: int) -> Transcription:
+        segments = []
+        for piece in self.pieces:
+            if piece.decoded is not None and piece.decoded.text:
+                segments.append(_segment(piece.decoded, piece.start / rate))
+        seconds = self.samples / rate
+        trouble = ""
+        if not self.pieces:
+            trouble = "digital silence, every sample is 0: check the recording"
+        elif all(piece.decoded is None for piece in self.pieces):
+            trouble = f"{seconds:.4f} s of sound, too short for a word: check the recording"
+        text = " ".join(segment.text for segment in segments)
+        return Transcription(text, seconds, tuple(segments), trouble)
+
+
+def _segment(decoded: Decoded, start: float) -> Segment:
+    words = tuple(
+        word._replace(start=start + word.start, end=start + word.end) for word in decoded.words
+    )
+    return Segment(words[0].start, words[-1].end, decoded.text, words, decoded.alternatives)
+
+
+def _batches(members: list, full: int) -> Iterator[tuple[list, int]]:
+    """(some of the members, rows of their batch): batches are full, or of one row."""
+    for start in range(0, len(members), full):
+        some = members[start : start + full]
+        if 4 * len(some) > full:
+            yield some, full
+        else:  # few for a batch, most of which would be filler rows
+            yield from (([member], 1) for member in some)
+
+
+def _padded(length: int, rate: int) -> int:
+    """The length that `length` samples are padded to."""
+    shortest = _SHORTEST_SECONDS * rate
+    steps = max(0, math.ceil(math.log(length / shortest, _STEP) - 1e-9))
+    return math.ceil(shortest * _STEP**steps)
 
 
 def _to_int16(recording: np.ndarray) -> np.ndarray:
@@ -144,20 +413,3 @@ def _to_int16(recording: np.ndarray) -> np.ndarray:
     if samples.ndim == 2:
         samples = np.rint(samples.astype(np.float32).mean(axis=1))
     return samples.astype(np.int16)
-
-
-def _cut(samples: np.ndarray, rate: int) -> list[np.ndarray]:
-    """The samples in pieces that a model takes, cut where they are quietest."""
-    if len(samples) <= _LONGEST_SECONDS * rate:
-        return [samples]
-    cuts = [
-        round(piece.offset * rate) for piece in quiet_pieces("", samples, rate, _LONGEST_SECONDS)
-    ]
-    return np.split(samples, cuts[1:])
-
-
-def _padded(length: int, rate: int) -> int:
-    """The length that `length` samples are padded to."""
-    shortest = _SHORTEST_SECONDS * rate
-    steps = max(0, math.ceil(math.log(length / shortest, _STEP) - 1e-9))
-    return math.ceil(shortest * _STEP**steps)

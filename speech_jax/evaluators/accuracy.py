@@ -1,12 +1,18 @@
 """How often the class of an utterance is found, for each class, and which is taken for which."""
 
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from speech_jax.data.parts.category import Category
 from speech_jax.data.sources import Utterance
 from speech_jax.evaluators import Row
+from speech_jax.evaluators.page import Section, matrix, percent, table
+
+_OF_CLASSES = ("recall", "precision", "f1")
 
 
 class Accuracy:
@@ -50,6 +56,7 @@ class Accuracy:
         mean = lambda values, of: float(values[of].mean()) if of.any() else None
         return {
             "accuracy": float(right.sum() / total) if total else None,
+            "error_rate": float(1 - right.sum() / total) if total else None,
             "balanced_accuracy": mean(recall, there > 0),
             "macro_f1": mean(f1, there + predicted > 0),
             "unknown": self._unknown,
@@ -68,6 +75,49 @@ class Accuracy:
                 if there[i] or predicted[i]
             },
         }
+
+    def tallies(self, line: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """Errors and what they are of, in one utterance."""
+        known = line["reference"] != ""
+        return {"error_rate": (int(known and line["reference"] != line["prediction"]), int(known))}
+
+    def sections(self, lines: Sequence[Mapping[str, Any]]) -> list[Section]:
+        """The confusion matrix, and a table of the classes."""
+        known = [line for line in lines if line["reference"]]
+        evaluator = Accuracy(self._target)
+        place = {name: index for index, name in enumerate(self._target.classes)}
+        for line in known:
+            evaluator.confusion[place[line["reference"]], place[line["prediction"]]] += 1
+        classes = evaluator.results()["classes"]
+        rows = [
+            (name, found["examples"], *(percent(found[key]) for key in _OF_CLASSES))
+            for name, found in classes.items()
+        ]
+        matrix_of = matrix(self._target.classes, evaluator.confusion.tolist())
+        return [
+            Section("Classes", table(("class", "utterances", *_OF_CLASSES), rows)),
+            Section("Confusions", matrix_of),
+        ]
+
+    def draw(self, path: pathlib.Path) -> None:
+        """Draws the confusion matrix, in shares of each class, with the recall of each."""
+        count = self._target.count
+        size = 3 + 0.3 * count
+        figure = Figure(figsize=(size + 1, size), layout="constrained")
+        axes = figure.subplots()
+        shares = self.confusion / np.maximum(self.confusion.sum(1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for truth, found in zip(*np.nonzero(self.confusion), strict=True):
+            color = "white" if shares[truth, found] > 0.5 else "black"
+            number = str(self.confusion[truth, found])
+            axes.text(found, truth, number, ha="center", va="center", color=color, fontsize=7)
+        names = self._target.classes
+        recalls = [f"{name} ({100 * shares[i, i]:.0f}%)" for i, name in enumerate(names)]
+        axes.set_xticks(range(count), names, rotation=90)
+        axes.set_yticks(range(count), recalls)
+        axes.set(xlabel="prediction", ylabel="class (recall)", title=self.line())
+        axes.title.set_fontsize(8)
+        figure.savefig(path, dpi=120)
 
     def line(self) -> str:
         """The rates in per cent."""

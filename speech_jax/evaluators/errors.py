@@ -1,13 +1,16 @@
 """Word and character error rates of transcripts, as sums of edits over a split."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from rapidfuzz.distance import Levenshtein
 
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.sources import Utterance
-from speech_jax.evaluators import Row
+from speech_jax.decoding.decoder import Decoder
+from speech_jax.evaluators import Row, words
+from speech_jax.evaluators.page import Section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +32,14 @@ class ErrorCounts:
         return ErrorCounts(*(a + b for a, b in sums))
 
     @property
+    def word_errors(self) -> int:
+        """Edits of words, of all three kinds."""
+        return self.insertions + self.deletions + self.substitutions
+
+    @property
     def wer(self) -> float | None:
         """Word error rate; None without a reference word."""
-        errors = self.insertions + self.deletions + self.substitutions
-        return errors / self.words if self.words else None
+        return self.word_errors / self.words if self.words else None
 
     @property
     def cer(self) -> float | None:
@@ -42,11 +49,11 @@ class ErrorCounts:
 
 def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
     """Edits of a minimal alignment of two texts; words are what whitespace separates."""
-    words, spoken = reference.split(), hypothesis.split()
-    edits = [tag for tag, _, _ in Levenshtein.editops(words, spoken).as_list()]
-    characters, heard = " ".join(words), " ".join(spoken)
+    said, heard = reference.split(), hypothesis.split()
+    edits = [tag for tag, _, _ in Levenshtein.editops(said, heard).as_list()]
+    characters, heard = " ".join(said), " ".join(heard)
     return ErrorCounts(
-        words=len(words),
+        words=len(said),
         insertions=edits.count("insert"),
         deletions=edits.count("delete"),
         substitutions=edits.count("replace"),
@@ -60,18 +67,30 @@ class Errors:
 
     rates: ClassVar = ("wer", "cer")
 
-    def __init__(self, transcript: Transcript):
-        self._transcript = transcript
+    def __init__(self, transcript: Transcript, decoder: Decoder | None = None):
+        """`decoder` is what made the predictions, and reads them; without one they are labels."""
+        self._transcript, self._decoder = transcript, decoder
         self.counts = ErrorCounts()
 
     def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]:
-        """Counts one utterance; its line has both texts and its own word error rate."""
+        """Counts one utterance; its line has both texts and its own word error rate.
+
+        Of a decoder's prediction also the `words`, [text, start, end, confidence] each with times
+        in seconds, and the `score`.
+        """
         del example
-        reference, hypothesis = self._transcript.text(utterance), self._transcript.read(prediction)
+        reference, found = self._transcript.text(utterance), {}
+        if self._decoder:
+            decoded = self._decoder.read(prediction)
+            hypothesis = decoded.text
+            words = [[one.text, *(round(x, 4) for x in one[1:])] for one in decoded.words]
+            found = {"words": words, "score": round(decoded.score, 4)}
+        else:
+            hypothesis = self._transcript.read(prediction)
         counts = count_errors(reference, hypothesis)
         self.counts += counts
         wer = None if counts.wer is None else round(counts.wer, 4)
-        return {"reference": reference, "hypothesis": hypothesis, "wer": wer}
+        return {"reference": reference, "hypothesis": hypothesis, "wer": wer} | found
 
     def results(self) -> dict[str, float | None]:
         """Both rates, and the counts that the first one is made of."""
@@ -84,3 +103,15 @@ class Errors:
         if self.counts.wer is None:
             return "no reference words, so no error rate"
         return f"WER {100 * self.counts.wer:.2f}%  CER {100 * self.counts.cer:.2f}%"
+
+    def tallies(self, line: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """Errors and what they are of, in one utterance."""
+        counts = count_errors(line["reference"], line["hypothesis"])
+        return {
+            "wer": (counts.word_errors, counts.words),
+            "cer": (counts.character_errors, counts.characters),
+        }
+
+    def sections(self, lines: Sequence[Mapping[str, Any]]) -> list[Section]:
+        """Confusions of words, and the reliability of their confidence."""
+        return words.sections(lines)

@@ -9,7 +9,7 @@ import concurrent.futures
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,9 +27,28 @@ from speech_jax.errors import UserError
 from speech_jax.evaluators import Evaluator, Row
 from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
+from speech_jax.training.stopping import Interrupted, Interruption
+from speech_jax.workdir import Workdir
 
 # Batches that may be on the device, or on their way back, while the next one is loaded.
 _WAITING = 2
+
+
+@contextlib.contextmanager
+def alone(workdir: Workdir, splits: Iterable[str] = ()) -> Iterator[Callable[[], None]]:
+    """The only command in a workdir, to evaluate `splits`; yields what to call after every batch.
+
+    Raises:
+      UserError: another run is there, it cannot be written, or the command was told to leave.
+    """
+    with Interruption() as interruption, workdir.locked():
+        workdir.prepare(splits)
+        try:
+            yield interruption.check
+        except Interrupted:
+            raise UserError(
+                "interrupted: nothing was written; run the same command again"
+            ) from None
 
 
 class Score(NamedTuple):
@@ -89,9 +108,9 @@ class Evaluation:
             return
         batch = experiment.batch_shapes(corpus.fields, plan.buckets[-1], self._mesh)
         with jax.set_mesh(self._mesh):
-            program = self._predict.lower(params, state, batch).compile()
+            program = self._predict.lower(params, state, batch)
         longest = corpus.source.utterances[corpus.index[corpus.lengths[self._task.along].argmax()]]
-        costs.check_memory(
+        costs.compile_within_memory(
             program,
             f"evaluating utterance {longest.id} of {split} ({longest.duration:.0f} s)",
             "cut it into utterances, lower config.data.batch_seconds or take a smaller model",
@@ -101,6 +120,8 @@ class Evaluation:
         self, params: Any, state: Any, split: str, predictions: pathlib.Path | None = None
     ) -> Score:
         """Measures a split; the lines of its utterances go to the file `predictions`.
+
+        An evaluator that draws does so beside it.
 
         Raises:
           UserError: no utterance could be read, or the predictions cannot be written.
@@ -126,6 +147,8 @@ class Evaluation:
         if jax.process_index() == 0 and predictions is not None and reader.heard:
             with files.writing(predictions):
                 files.write_atomically(predictions, "".join(reader.lines))
+                if draw := getattr(reader.evaluator, "draw", None):
+                    draw(predictions.with_suffix(".png"))
         return _agree(split, reader)
 
 
@@ -144,6 +167,7 @@ class _Reader:
         shared: Mapping[str, jax.Array],
     ) -> None:
         if jax.process_index():
+            jax.block_until_ready(found)  # the processes stay together, and leave together
             return
         prediction = {name: np.asarray(value.addressable_data(0)) for name, value in found.items()}
         shared = {name: np.asarray(value.addressable_data(0)) for name, value in shared.items()}

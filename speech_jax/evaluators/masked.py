@@ -1,5 +1,6 @@
 """How well masked frames were told apart, as sums over them: the measure of pretraining."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from speech_jax.data.sources import Utterance
@@ -26,6 +27,11 @@ class Masked:
     def results(self) -> dict[str, float | None]:
         """Accuracy over masked frames, 1 - accuracy as `error_rate`, and the loss in nats."""
         return _figures(self._nats, self._correct, self._masked)
+
+    def tallies(self, line: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+        """Masked frames that were taken for another, and all of them, in one utterance."""
+        masked = line["masked_frames"]
+        return {"error_rate": ((line["error_rate"] or 0.0) * masked, masked)}
 
     def line(self) -> str:
         """Accuracy and loss."""

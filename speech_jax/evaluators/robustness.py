@@ -24,7 +24,7 @@ from speech_jax.data import audio
 from speech_jax.data.parts.audio import open_noise
 from speech_jax.errors import UserError
 from speech_jax.evaluators.errors import Errors
-from speech_jax.evaluators.loop import by_utterance
+from speech_jax.evaluators.loop import alone, by_utterance
 from speech_jax.tasks import Task
 from speech_jax.training import sharding
 from speech_jax.training.adversarial import Ball
@@ -55,6 +55,18 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
         raise UserError(
             f"--mode=robustness counts word errors, and {config.task.name} has no words"
         )
+    with alone(workdir) as on_batch:
+        return _run(config, workdir, model, task, say, on_batch)
+
+
+def _run(
+    config: ConfigDict,
+    workdir: Workdir,
+    model: bundle.Bundle,
+    task: Task,
+    say: Callable[[str], None],
+    on_batch: Callable[[], None],
+) -> dict:
     mesh = sharding.make_mesh(**config.mesh)
     params, state = bundle.on_mesh(model, mesh)
     settings = config.robustness
@@ -64,7 +76,7 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
     curves = {}
     for split in split_names(config.data.eval_splits):
         corpus = experiment.evaluation_corpus(config, split, model.parts, task.unusable)
-        curves[split] = _arrange(_measure(config, mesh, model, task, corpus, attacked))
+        curves[split] = _arrange(_measure(config, mesh, model, task, corpus, attacked, on_batch))
         if curves[split]["clean"]["wer"] is None:
             raise UserError(f"{split}: there is no word in what could be read: no error to count")
         for line in _table(split, curves[split]):
@@ -101,7 +113,7 @@ def make_recognizer(task: Task, mesh: Mesh, *, space: str, norm: str) -> Callabl
     return placed
 
 
-def _measure(config, mesh, model, task, corpus, recognize) -> dict[tuple, dict]:
+def _measure(config, mesh, model, task, corpus, recognize, on_batch) -> dict[tuple, dict]:
     """Results of a corpus by (curve, level)."""
     settings = config.robustness
     noises = _open_noises(settings.noise_root, config.data.sample_rate, config.seed)
@@ -125,6 +137,7 @@ def _measure(config, mesh, model, task, corpus, recognize) -> dict[tuple, dict]:
             for snr_db in settings.noise_snr_db:
                 for turn in range(min(len(noises), _NOISES)):
                     count("noise", snr_db, _with_noise(batch, noises, snr_db, turn), _UNTOUCHED)
+            on_batch()
     found = {key: {**one.results(), "utterances": heard[key]} for key, one in total.items()}
     source = corpus.source
     whole = len(source.utterances) + len(source.skipped)

@@ -24,6 +24,7 @@ class Conformer(nn.Module):
       position: 'rotary' or 'relative' attention.
       conv_norm: 'layer' or 'batch' in the convolution module.
       dropout: on every residual branch and on attention weights.
+      adapter: hidden units of the adapter behind each layer (layers.Adapter); 0: none.
       scan: compile one layer and loop over it (fast to compile), or unroll (faster to run on CPU).
       remat: recompute each layer's activations in the backward pass.
       dtype: what the arithmetic runs in; parameters are float32.
@@ -39,6 +40,7 @@ class Conformer(nn.Module):
     position: str = "rotary"
     conv_norm: str = "layer"
     dropout: float = 0.1
+    adapter: int = 0
     scan: bool = True
     remat: bool = False
     dtype: Any = "float32"
@@ -103,7 +105,7 @@ class Conformer(nn.Module):
         return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), lengths
 
     def _block_settings(self) -> dict[str, Any]:
-        names = ("heads", "kernel", "position", "conv_norm", "dropout", "dtype")
+        names = ("heads", "kernel", "position", "conv_norm", "dropout", "adapter", "dtype")
         settings = {name: getattr(self, name) for name in names}
         return settings | {"feed_forward": self.expansion * self.width}
 
@@ -124,6 +126,7 @@ class Block(nn.Module):
     dtype: Any
     conv_bias: bool = True
     conv_momentum: float = 0.99
+    adapter: int = 0
 
     @nn.compact
     def __call__(
@@ -155,6 +158,8 @@ class Block(nn.Module):
         x = x + convolution(x, mask, seed)
         x = x + half * second(x, seed)
         x = layers.LayerNorm(self.dtype, name="norm")(x)
+        if self.adapter:
+            x = layers.Adapter(self.adapter, self.dtype, name="adapter")(x)
         if skip is not None:
             x = jnp.where(skip, residual, x)
         return partition.split_rows(x), None

@@ -36,12 +36,13 @@ class FrontEnd:
     def __post_init__(self) -> None:
         if self.normalize not in ("utterance", "global", "none"):
             raise UserError(
-                f"features.normalize={self.normalize!r} must be 'utterance', 'global' or 'none'"
+                f"config.features.normalize={self.normalize!r} must be 'utterance', 'global' or "
+                "'none'"
             )
         if (self.listens, self.normalize) == ("waveform", "global"):
             raise UserError(
-                "features.normalize='global' needs log-mel, and this encoder listens to the "
-                "waveform: use 'utterance' or 'none'"
+                "config.features.normalize='global' needs log-mel, and this encoder listens to "
+                "the waveform: use 'utterance' or 'none'"
             )
         if self.mean is not None and len(self.mean) != self.log_mel["mels"]:
             raise UserError(
@@ -90,27 +91,21 @@ class FrontEnd:
         return jnp.where(valid, (waveform - mean) * jax.lax.rsqrt(variance + 1e-7), 0.0)
 
 
-def check_used(listens: str, changed: Mapping[str, Any], log_mel_targets: bool = False) -> None:
-    """Refuses settings of `features` and `spec_augment` that would do nothing.
+def unused(
+    listens: str, changed: Mapping[str, Any], log_mel_targets: bool = False
+) -> dict[str, str]:
+    """Settings of `features` and `spec_augment` that do nothing, each with what does it instead.
 
     Args:
       listens: as of FrontEnd.
       changed: the settings that somebody chose, by name: {"spec_augment.time_masks": 2}.
       log_mel_targets: whether the task computes log-mel whatever the encoder listens to (BEST-RQ).
-
-    Raises:
-      UserError: naming the first such setting.
     """
-    if listens != "waveform":
-        return
-    for name, value in changed.items():
+    found = {}
+    for name in changed if listens == "waveform" else ():
         section, _, key = name.partition(".")
         if section == "spec_augment":
-            cure = "mask with config.model.mask_time and mask_channel"
+            found[name] = "mask with config.model.mask_time and mask_channel"
         elif section == "features" and key != "normalize" and not log_mel_targets:
-            cure = "leave it out"
-        else:
-            continue
-        raise UserError(
-            f"config.{name}={value!r} does nothing, for the encoder listens to the waveform: {cure}"
-        )
+            found[name] = "leave it out"
+    return found

@@ -42,6 +42,7 @@ RULES: Rules = (
     (r"convolution/middle_norm/(scale|bias)", ()),
     (r"convolution/project/kernel", ("tensor", "fsdp")),
     (r"(attention|feed_forward(_\d)?|convolution)/project/bias", ()),
+    (r"adapter/(down|up)/(kernel|bias)", ()),
 )
 
 
@@ -62,6 +63,23 @@ class FeedForward(nn.Module):
         zeros = nn.initializers.zeros
         x = nn.Dense(width, dtype=self.dtype, kernel_init=zeros, name="project")(x)  # [B, T, D]
         return dropout(x, self.dropout, seed, self.site + 1)
+
+
+class Adapter(nn.Module):
+    """x [B, T, D] and a change of it through a few hidden units (Houlsby et al. 2019).
+
+    It begins as the identity: beneath it, a pretrained layer is what it was. Fine-tuning then
+    leaves the layers as they are and learns the adapters alone (experiment.frozen).
+    """
+
+    hidden: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.swish(nn.Dense(self.hidden, dtype=self.dtype, name="down")(x))  # [B, T, hidden]
+        zeros = nn.initializers.zeros
+        return x + nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=zeros, name="up")(y)
 
 
 def dropout(x: jax.Array, rate: float, seed: jax.Array | None, site: int = 0) -> jax.Array:
@@ -158,8 +176,8 @@ class SelfAttention(nn.Module):
         frames, heads, width = query.shape[1:]
         content_bias = self.param("content_bias", nn.initializers.zeros, (heads, width))
         position_bias = self.param("position_bias", nn.initializers.zeros, (heads, width))
-        distances = np.arange(frames - 1, -frames, -1)
-        table = jnp.asarray(sinusoids(distances, heads * width), self.dtype)  # [2T - 1, D]
+        table = sinusoids(frames - 1, 2 * frames - 1, -1, heads * width)  # [2T - 1, D]
+        table = jnp.asarray(table, self.dtype)
         position = nn.DenseGeneral(
             (heads, width), use_bias=False, dtype=self.dtype, name="position"
         )(table)
@@ -181,18 +199,34 @@ def _distance_to_key(scores: jax.Array) -> jax.Array:
     return skewed.reshape(batch, heads, frames, distances)[..., :frames]
 
 
-def sinusoids(positions: np.ndarray, width: int) -> np.ndarray:
-    """Sinusoidal embeddings [len(positions), width] (Vaswani et al. 2017)."""
+def sinusoids(first: int, count: int, step: int, width: int) -> np.ndarray | jax.Array:
+    """Sinusoidal embeddings float32 [count, width] of positions first, first + step, ...
+
+    (Vaswani et al. 2017). Where `count` is a symbol of an export, they are computed in the program.
+    """
     rates = np.exp(-np.log(10_000.0) * np.arange(0, width, 2) / width)
-    angles = positions[:, None] * rates[None, :]
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
+    if not jax.export.is_symbolic_dim(count):
+        angles = (first + step * np.arange(count))[:, None] * rates[None, :]
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
+    # Products of int32 wrap around as angles do, in units of 2**-32 of a turn: a float32 product
+    # would be off by 1e-4 after a minute.
+    unit = 2 * np.pi / 2**32
+    whole = np.round(rates / unit)
+    rest = (rates - whole * unit).astype(np.float32)
+    positions = jnp.asarray(first, jnp.int32) + step * jnp.arange(count, dtype=jnp.int32)
+    turned = positions[:, None] * whole.astype(np.int32)[None, :]
+    angles = turned.astype(jnp.float32) * np.float32(unit)
+    angles = angles + positions.astype(jnp.float32)[:, None] * rest[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def rotate(x: jax.Array) -> jax.Array:
     """Rotary position embedding of [B, T, H, W]."""
     frames, width = x.shape[1], x.shape[3]
-    table = sinusoids(np.arange(frames), width).reshape(1, frames, 1, width)
-    sin, cos = (jnp.asarray(half, x.dtype) for half in np.split(table, 2, axis=-1))
+    table = sinusoids(0, frames, 1, width)[None, :, None]  # [1, T, 1, W]
+    sin, cos = (
+        jnp.asarray(half, x.dtype) for half in (table[..., : width // 2], table[..., width // 2 :])
+    )
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 

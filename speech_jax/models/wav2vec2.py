@@ -43,6 +43,7 @@ class Wav2Vec2(nn.Module):
       mask_time, mask_time_length: in training, spans of so many frames become a learned vector;
         starts are so many that they would cover this fraction of an utterance if none overlapped.
       mask_channel, mask_channel_length: the same over the D channels, which become 0.
+      adapter: hidden units of the adapter behind each layer (layers.Adapter); 0: none.
       feature_gradient: multiplies the gradient that reaches the extractor; 0 freezes it.
       scan: compile one layer and loop over it, or unroll (faster to run on CPU).
       remat: recompute each layer's activations in the backward pass.
@@ -69,6 +70,7 @@ class Wav2Vec2(nn.Module):
     mask_time_length: int = 10
     mask_channel: float = 0.0
     mask_channel_length: int = 64
+    adapter: int = 0
     feature_gradient: float = 1.0
     scan: bool = True
     remat: bool = False
@@ -128,7 +130,7 @@ class Wav2Vec2(nn.Module):
 
     def layer_settings(self) -> tuple[type[nn.Module], dict[str, Any]]:
         """The module of a layer, called as module(x, mask, seed, skip), and its attributes."""
-        names = ("heads", "pre_norm", "dropout", "dtype")
+        names = ("heads", "pre_norm", "dropout", "adapter", "dtype")
         settings = {name: getattr(self, name) for name in names}
         return Block, settings | {"hidden": self.feed_forward}
 
@@ -319,6 +321,7 @@ class Block(nn.Module):
     hidden: int
     pre_norm: bool
     dropout: float
+    adapter: int
     dtype: Any
 
     @nn.compact
@@ -340,6 +343,8 @@ class Block(nn.Module):
         else:
             y = attention_norm(x + attention(x, mask, seed))
             y = feed_forward_norm(y + feed_forward(y, seed))
+        if self.adapter:
+            y = layers.Adapter(self.adapter, self.dtype, name="adapter")(y)
         if skip is not None:
             y = jnp.where(skip, x, y)
         return partition.split_rows(y), None

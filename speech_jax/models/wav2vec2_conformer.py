@@ -57,5 +57,6 @@ class Wav2Vec2Conformer(Wav2Vec2):
             "conv_bias": False,
             "conv_momentum": 0.9,  # PyTorch's 0.1
             "dropout": self.dropout,
+            "adapter": self.adapter,
             "dtype": self.dtype,
         }

@@ -1,8 +1,15 @@
-"""SpecAugment (Park et al. 2019, 2020): masks and a warp on normalized features, in the step."""
+"""Augmentation in the step.
+
+SpecAugment (Park et al. 2019, 2020): masks and a warp on normalized features. Mixup (Zhang et al.
+2018): two utterances at once, as which MixSpeech (Meng et al. 2021) has it for recognition.
+"""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
+from speech_jax.ops import features as feature_ops
 from speech_jax.ops import masking
 
 # LB, LD, SM, SS of Park et al. 2019, table 1; the Conformer's of Gulati et al. 2020.
@@ -28,6 +35,37 @@ POLICIES = {
         "time_masks": 10, "time_width": 100_000, "time_fraction": 0.05,
     },
 }  # fmt: skip
+
+
+def mixup(
+    rng: jax.Array, batch: Mapping[str, jax.Array], fraction: float
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Mixes a `fraction` of the rows of a batch, each with the row before it.
+
+    A mixed row is share * its own waveform + (1 - share) * the other one's, with a share of
+    Beta(1/2, 1/2). Of the loss, the own label counts `share`, and the other one the rest.
+
+    Returns:
+      The mixed batch, and the mixed batch with the labels of the others. The weights of a row in
+      the two say how much either label counts; waveforms are float32, full scale is 1.
+    """
+    rows = batch["weight"].shape[0]
+    chosen, drawn = jax.random.uniform(rng, (2, rows))
+    share = jnp.square(jnp.sin(jnp.pi / 2 * drawn))
+    other = {name: jnp.roll(value, 1, axis=0) for name, value in batch.items()}
+    share = jnp.where((chosen < fraction) & (other["weight"] > 0), share, 1.0)
+    mixed = {"audio_length": jnp.maximum(batch["audio_length"], other["audio_length"])}
+    mixed["audio_length"] = jnp.where(share < 1, mixed["audio_length"], batch["audio_length"])
+    for name in batch.keys() & {"audio", "features"}:
+        own, second = batch[name], other[name]
+        if name == "audio":
+            own, second = feature_ops.to_waveform(own), feature_ops.to_waveform(second)
+        each = share.reshape(rows, *[1] * (own.ndim - 1))
+        mixed[name] = each * own + (1 - each) * second
+    return (
+        {**batch, **mixed, "weight": batch["weight"] * share},
+        {**other, **mixed, "weight": other["weight"] * (1 - share)},
+    )
 
 
 def spec_augment(

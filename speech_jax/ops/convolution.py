@@ -31,8 +31,8 @@ def output_length(
 ) -> int | np.ndarray | jax.Array:
     """Frames after a convolution without padding: the whole windows that fit."""
     frames = (lengths - kernel) // stride + 1
-    if isinstance(lengths, int):
-        return max(frames, 0)
+    if isinstance(lengths, int) or jax.export.is_symbolic_dim(lengths):
+        return jax.core.max_dim(frames, 0)
     return (np if isinstance(lengths, np.ndarray) else jnp).maximum(frames, 0)
 
 
@@ -42,10 +42,14 @@ def output_length(
 def strided(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
     """[B, T, C] convolved with weight [K, C, D], no padding: [B, T', D]."""
     kernel, channels, width = weight.shape
-    if partition.platform() != "cpu":
+
+    def product(x, weight):  # its gradients are about twice as fast on CPU as those of lax.conv
+        return jnp.matmul(windows(x, kernel, stride), weight.reshape(1, kernel * channels, width))
+
+    def convolution(x, weight):
         return lax.conv_general_dilated(x, weight, (stride,), "VALID", dimension_numbers=_TIME)
-    # One matrix product: its gradients are about twice as fast as those of lax.conv.
-    return jnp.matmul(windows(x, kernel, stride), weight.reshape(1, kernel * channels, width))
+
+    return partition.by_platform(product, convolution)(x, weight)
 
 
 def strided_and_normalized(
@@ -83,11 +87,20 @@ def windows(x: jax.Array, kernel: int, stride: int) -> jax.Array:
     frames = output_length(length, kernel, stride)
     pieces = -(-kernel // stride)
     needed = (frames + pieces - 1) * stride
-    x = jnp.pad(x[:, :needed], ((0, 0), (0, max(0, needed - length)), (0, 0)))
-    x = x.reshape(batch, frames + pieces - 1, stride * channels)
+    x = at_length(x, needed).reshape(batch, frames + pieces - 1, stride * channels)
     widths = [min(stride, kernel - piece * stride) * channels for piece in range(pieces)]
-    parts = [x[:, piece : piece + frames, :width] for piece, width in enumerate(widths)]
+    parts = [
+        lax.slice(x, (0, piece, 0), (batch, piece + frames, width))
+        for piece, width in enumerate(widths)
+    ]
     return jnp.concatenate(parts, axis=-1)
+
+
+def at_length(x: jax.Array, length: int) -> jax.Array:
+    """[B, T, ...] cut to `length`, or padded with zeros."""
+    missing = jax.core.max_dim(length - x.shape[1], 0)  # as an int, or in symbols of an export
+    x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
+    return lax.slice_in_dim(x, 0, length, axis=1)
 
 
 def normalize_over_time(
@@ -119,22 +132,33 @@ def normalize_over_time(
 # ---- Depthwise ---------------------------------------------------------------------------------
 
 
-def depthwise(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Each of D channels of [B, T, D] convolved on its own with weight [K, D], 'same' padding."""
+def depthwise(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, past: int | None = None
+) -> jax.Array:
+    """Each of D channels of [B, T, D] convolved on its own with weight [K, D], to [B, T, D].
+
+    A frame sees `past` frames before it and K - 1 - past after it; by default as many ('same').
+    """
     kernel, width = weight.shape
-    frames, left = x.shape[1], (kernel - 1) // 2
+    frames, left = x.shape[1], (kernel - 1) // 2 if past is None else past
     sides = (left, kernel - 1 - left)
-    total = jnp.zeros((), x.dtype) if bias is None else bias[None, None]
-    if partition.platform() != "cpu":
-        return total + lax.conv_general_dilated(
+    start = jnp.zeros((1, 1, width), x.dtype) if bias is None else bias[None, None]
+
+    def convolution(x, weight, start):
+        return start + lax.conv_general_dilated(
             x, weight[:, None], (1,), [sides], dimension_numbers=_TIME, feature_group_count=width
         )
+
     # A sum of shifted products, which XLA fuses into one pass over the data: its own grouped
-    # convolution takes a fifth longer, and 2.8 times as long inside a scan over layers.
-    padded = jnp.pad(x, ((0, 0), sides, (0, 0)))
-    for tap in range(kernel):
-        total = total + padded[:, tap : tap + frames] * weight[tap][None, None]
-    return total
+    # convolution takes a fifth longer on CPU, and 2.8 times as long inside a scan over layers.
+    def products(x, weight, total):
+        padded = jnp.pad(x, ((0, 0), sides, (0, 0)))
+        for tap in range(kernel):
+            shifted = lax.slice_in_dim(padded, tap, tap + frames, axis=1)
+            total = total + shifted * weight[tap][None, None]
+        return total
+
+    return partition.by_platform(products, convolution)(x, weight, start)
 
 
 # ---- Grouped -----------------------------------------------------------------------------------
@@ -142,9 +166,10 @@ def depthwise(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Ar
 
 def grouped(x: jax.Array, weight: jax.Array, groups: int) -> jax.Array:
     """[B, T, D] convolved over time with weight [K, D / groups, D], 'same' padding."""
-    if partition.platform() != "cpu":
-        return _grouped(x, weight, groups)
-    return _grouped_on_cpu(x, weight, groups)
+    return partition.by_platform(
+        lambda x, weight: _grouped_on_cpu(x, weight, groups),
+        lambda x, weight: _grouped(x, weight, groups),
+    )(x, weight)
 
 
 def _grouped(x: jax.Array, weight: jax.Array, groups: int) -> jax.Array:

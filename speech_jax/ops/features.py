@@ -87,10 +87,11 @@ def _frame(audio: jax.Array, window: int, hop: int) -> jax.Array:
     batch, samples = audio.shape
     frames = frame_count(samples, window, hop)
     pieces = math.ceil(window / hop)
-    needed = (frames + pieces - 1) * hop
-    audio = jnp.pad(audio[:, :needed], ((0, 0), (0, max(0, needed - samples))))
+    audio = convolution.at_length(audio, (frames + pieces - 1) * hop)
     hops = audio.reshape(batch, frames + pieces - 1, hop)
-    overlapping = [hops[:, piece : piece + frames] for piece in range(pieces)]
+    overlapping = [
+        jax.lax.slice_in_dim(hops, piece, piece + frames, axis=1) for piece in range(pieces)
+    ]
     return jnp.concatenate(overlapping, axis=-1)[..., :window]
 
 

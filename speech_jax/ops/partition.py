@@ -3,12 +3,15 @@
 The mesh is that of `jax.set_mesh`, with the axes of sharding.py, data and fsdp being the batch's.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.sharding import PartitionSpec
 
 _ROWS = PartitionSpec(("data", "fsdp"))
+_SEVERAL = contextvars.ContextVar("several platforms", default=False)
 
 
 def split_rows(x: jax.Array) -> jax.Array:
@@ -29,6 +32,32 @@ def platform() -> str:
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return device.platform if device else jax.default_backend()
+
+
+@contextlib.contextmanager
+def several_platforms() -> Iterator[None]:
+    """What is traced within is for several platforms: `by_platform` keeps both of its forms."""
+    token = _SEVERAL.set(True)
+    try:
+        yield
+    finally:
+        _SEVERAL.reset(token)
+
+
+def by_platform(
+    cpu: Callable[..., jax.Array], other: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """`cpu` in a program for CPUs, `other` in one for anything else.
+
+    A program for several platforms chooses where it runs, not where it was made.
+    """
+
+    def computed(*arrays):
+        if _SEVERAL.get():
+            return jax.lax.platform_dependent(*arrays, cpu=cpu, default=other)
+        return (cpu if platform() == "cpu" else other)(*arrays)
+
+    return computed
 
 
 def by_rows(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

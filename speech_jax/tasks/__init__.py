@@ -76,12 +76,16 @@ def constructor(name: str) -> type[Task]:
     return getattr(importlib.import_module(module), attribute)
 
 
+# What experiment.py makes for a task, which is no setting though it may have a default.
+_GIVEN = ("encoder", "frontend", "counts", "decoder")
+
+
 def settings(name: str, **changes: Any) -> dict[str, Any]:
     """All settings of a task, `name` included: a configuration section."""
     fields = {
         field.name: field.default
         for field in dataclasses.fields(constructor(name))
-        if field.default is not dataclasses.MISSING
+        if field.default is not dataclasses.MISSING and field.name not in _GIVEN
     }
     for key in changes:
         registry.lookup(f"{name} setting", fields, key)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from speech_jax.decoding.ctc import greedy
+from speech_jax.decoding.decoder import Decoder
 from speech_jax.evaluators.errors import Errors
 from speech_jax.models.frontend import FrontEnd
-from speech_jax.ops import ctc
+from speech_jax.ops import augment, ctc
 from speech_jax.rules import Rules
 from speech_jax.tasks import Batch, Pytree
 
@@ -35,13 +36,31 @@ class CTCModel(nn.Module):
         return head(hidden).astype(jnp.float32), lengths
 
 
+def _nats_and_tokens(
+    logits: jax.Array, lengths: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The loss of a batch's labels, how many they are, and the weight of what did not fit."""
+    labels, labels_length = batch["labels"], batch["labels_length"]
+    feasible = ctc.ctc_feasible(lengths, labels, labels_length)
+    nats = ctc.ctc_loss(logits, lengths, labels, labels_length, zero_infinity=True)
+    weight = jnp.where(feasible, batch["weight"], 0.0)
+    tokens = (weight * labels_length.astype(jnp.float32)).sum()
+    return (nats * weight).sum(), tokens, (batch["weight"] - weight).sum()
+
+
 @dataclasses.dataclass(frozen=True)
 class Recognize:
-    """Audio to text. Label 0 is the blank; the loss is in nats, its weight is label tokens."""
+    """Audio to text. Label 0 is the blank; the loss is in nats, its weight is label tokens.
+
+    Attributes:
+      mixup: the share of the training utterances that are mixed with another one (augment.mixup).
+    """
 
     encoder: nn.Module
     frontend: FrontEnd
     counts: Mapping[str, int]
+    decoder: Decoder | None = None  # None: greedy labels alone
+    mixup: float = 0.0
 
     parts: ClassVar = {"audio": "audio", "labels": "transcript"}
     along: ClassVar = "samples"
@@ -95,18 +114,20 @@ class Recognize:
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         """The CTC loss of rows with weight whose alignment fits; the others are counted."""
-        logits, lengths, state = self.logits(params, state, batch, rng, step)
-        labels, labels_length = batch["labels"], batch["labels_length"]
-        feasible = ctc.ctc_feasible(lengths, labels, labels_length)
-        nats = ctc.ctc_loss(logits, lengths, labels, labels_length, zero_infinity=True)
-        weight = jnp.where(feasible, batch["weight"], 0.0)
-        sums = {"infeasible": (batch["weight"] - weight).sum()}
-        tokens = (weight * labels_length.astype(jnp.float32)).sum()
-        return (nats * weight).sum(), tokens, {"state": state, "sums": sums}
+        readings = [batch]  # of the same audio
+        if rng is not None and self.mixup:
+            rng, key = jax.random.split(rng)
+            readings = augment.mixup(key, batch, self.mixup)
+        logits, lengths, state = self.logits(params, state, readings[0], rng, step)
+        each = [_nats_and_tokens(logits, lengths, reading) for reading in readings]
+        total, tokens, infeasible = (sum(parts) for parts in zip(*each, strict=True))
+        return total, tokens, {"state": state, "sums": {"infeasible": infeasible}}
 
     def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
-        """Greedy hypotheses: {"labels": int32 [B, T'], "labels_length": int32 [B]}."""
+        """{"labels": int32 [B, T'], "labels_length": int32 [B]}, and what else a decoder finds."""
         logits, lengths, _ = self.logits(params, state, batch)
+        if self.decoder:
+            return self.decoder.search(logits, lengths)
         labels, count = greedy(logits, lengths)
         return {"labels": labels, "labels_length": count}
 
@@ -130,4 +151,4 @@ class Recognize:
 
     def evaluator(self, parts: Mapping[str, Any]) -> Errors:
         """Word and character errors."""
-        return Errors(parts["labels"])
+        return Errors(parts["labels"], self.decoder)

@@ -161,19 +161,29 @@ def memory_needed(compiled: Any) -> int:
     )
 
 
-def check_memory(program: Any, what: str, cure: str) -> None:
-    """Raises UserError where a compiled program needs more memory than this machine has.
+def compile_within_memory(lowered: Any, what: str, cure: str) -> Any:
+    """The compiled program of a jitted function that was lowered.
 
-    An accelerator's compiler refuses by itself; a CPU's leaves it to the kernel to kill the run.
+    Raises:
+      UserError: it needs more memory than there is. A compiler for TPUs finds so itself; for others
+        that would end the run in the middle of a step, or have the kernel kill it.
     """
-    if jax.devices()[0].platform != "cpu":
-        return
-    needed, there = memory_needed(program) * jax.local_device_count(), host_memory()
-    if needed > there:
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"{what} does not fit in the memory of a device: {cure}") from error
+    device, needed = jax.local_devices()[0], memory_needed(program)
+    if device.platform == "cpu":  # its devices share the memory of the machine
+        needed, there, owner = needed * jax.local_device_count(), host_memory(), "this machine"
+    else:
+        there, owner = (device.memory_stats() or {}).get("bytes_limit"), f"a {device.device_kind}"
+    if there and needed > there:
         raise UserError(
-            f"{what} needs {needed / 2**30:.0f} GiB, and this machine has "
-            f"{there / 2**30:.0f}: {cure}"
+            f"{what} needs {needed / 2**30:.0f} GiB, and {owner} has {there / 2**30:.0f}: {cure}"
         )
+    return program
 
 
 def host_memory() -> int:

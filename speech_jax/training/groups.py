@@ -4,15 +4,19 @@ A parameter that is frozen for ever is taken out of the tree that the optimizer 
 see: `split` puts None in its place, which a pytree does not count as a leaf. So it has no moments,
 no part in the norm that gradients are clipped by, and nothing is differentiated with respect to it:
 
+    until = groups.thaw(params, config.optimizer.frozen)
     mask = groups.trainable(params, config.optimizer.frozen)
     make = lambda task: adversarial.gradients(task, adversary)
-    function = groups.gradients(make, task, mask)  # of all parameters, returns those that learn
+    function = groups.gradients(make, task, until)  # of all parameters, returns those that learn
     gradient, loss = function(params, state, batch, rng, step)
     learned, still = groups.split(params, mask)
     updates, opt_state = tx.update(gradient, opt_state, learned)
     params = groups.join(optax.apply_updates(learned, updates), still)
 
 Where nothing is frozen, `split` returns the tree as it is, and `still` without a leaf.
+
+What is frozen for some updates has moments that wait for it, and costs no more: the compiled step
+holds a branch for each time at which something thaws, and runs one of them.
 """
 
 import re
@@ -20,11 +24,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from speech_jax import rules
 from speech_jax.errors import UserError
 from speech_jax.rules import Rules, path_name
+from speech_jax.training import peft
 
 # Biases, norms, and the magnitudes of a weight norm: pulled towards 0 they lose their meaning.
 NO_DECAY = r"\w*(bias|scale|shift)(_\d+)?|magnitude"
@@ -71,20 +77,34 @@ def join(learned: Any, still: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, learned, still, is_leaf=none)
 
 
-def gradients(make: Callable[[Any], Callable], task: Any, mask: Any) -> Callable:
+def gradients(make: Callable[[Any], Callable], task: Any, until: Any) -> Callable:
     """A gradient function of all parameters whose gradient is of those that learn.
 
     `make(task)` returns a gradient function (training/step.py), which differentiates with respect
-    to whatever parameters it is given.
+    to whatever parameters it is given: nothing is computed backwards below the lowest of them.
+    `until` is that of `thaw`; the gradient of what has not thawed yet is 0.
     """
+    learns = jax.tree.map(lambda updates: updates != FOREVER, until)
+    starts = sorted(set(jax.tree.leaves(until)) - {FOREVER})
+
+    def after(start: int) -> Callable:
+        mask = jax.tree.map(lambda updates: FOREVER < updates <= start, until)
+
+        def function(params: Any, *rest: Any) -> tuple[Any, Any]:
+            learned, still = split(params, mask)
+            gradient, loss = make(_Held(task, still))(learned, *rest)
+            zeros = jax.tree.map(jnp.zeros_like, split(params, learns)[0])
+            return join(gradient, zeros), loss
+
+        return function
 
     def function(
         params: Any, state: Any, batch: Any, rng: jax.Array, step: jax.Array | int
     ) -> tuple[Any, Any]:
-        learned, still = split(params, mask)
-        return make(_Held(task, still))(learned, state, batch, rng, step)
+        phase = sum((jnp.asarray(step >= start, jnp.int32) for start in starts[1:]), jnp.int32(0))
+        return jax.lax.switch(phase, list(map(after, starts)), params, state, batch, rng, step)
 
-    return function
+    return after(starts[0]) if len(starts) == 1 else function
 
 
 class _Held:
@@ -169,7 +189,7 @@ def _by_name(params: Any, function: Any) -> Any:
 class Row(NamedTuple):
     """Parameters of one part of a model that learn alike."""
 
-    group: str  # the first two names of their paths
+    group: str  # the first two names of their paths; layers are one, and what LoRA adds its own
     parameters: int
     trainable: str  # 'yes', 'no' or 'after N updates'
     rate: str  # what multiplies the learning rate: '1', or '0.1 to 0.9' over stacked layers
@@ -191,18 +211,41 @@ def table(
         rate_factors(params, rates, layer_decay),
         decay_factors(params, decay),
     )
-    counts: dict[tuple[str, ...], int] = {}
+    found: dict[tuple[str, str], list[tuple]] = {}
     for (path, leaf), until, rate, factor in zip(
         names_and_shapes, *map(jax.tree.leaves, columns), strict=True
     ):
-        group = "/".join(path_name(path).split("/")[:2][: max(1, len(path) - 1)])
         when = {0: "yes", FOREVER: "no"}.get(until, f"after {until} updates")
-        learns = until != FOREVER
-        key = group, when, _span(rate) if learns else "", f"{factor:g}" if learns else ""
-        counts[key] = counts.get(key, 0) + leaf.size
-    return [Row(group, size, *rest) for (group, *rest), size in counts.items()]
+        found.setdefault((_group(path), when), []).append((leaf.size, rate, factor))
+    rows = []
+    for (group, when), members in found.items():
+        sizes, rates, factors = zip(*members, strict=True)
+        spans = ("", "") if when == "no" else (_span(rates), _span(factors))
+        rows.append(Row(group, sum(sizes), when, *spans))
+    return rows
 
 
-def _span(rate: float | np.ndarray) -> str:
-    low, high = np.min(rate), np.max(rate)
+def shown(rows: Sequence[Row]) -> list[str]:
+    """The lines of a table, and one that says how much of a model learns."""
+    cells = [("group", "parameters", "trainable", "rate", "decay")]
+    cells += [(row.group, f"{row.parameters:,}", *row[2:]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for group, size, *rest in cells:
+        first = f"{group:<{widths[0]}}  {size:>{widths[1]}}"
+        others = (f"{cell:<{width}}" for cell, width in zip(rest, widths[2:], strict=True))
+        lines.append("  ".join((first, *others)).rstrip())
+    whole = sum(row.parameters for row in rows)
+    learns = sum(row.parameters for row in rows if row.trainable != "no")
+    return [*lines, f"{learns:,} of {whole:,} parameters learn ({100 * learns / whole:.3g}%)"]
+
+
+def _group(path: tuple) -> str:
+    name = re.sub(r"\blayer_\d+\b", "layers", path_name(path))
+    group = "/".join(name.split("/")[:2][: max(1, len(path) - 1)])
+    return f"{group} (added)" if rules.matches(peft.ADDED, name) else group
+
+
+def _span(values: Sequence[float | np.ndarray]) -> str:
+    low, high = min(map(np.min, values)), max(map(np.max, values))
     return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"

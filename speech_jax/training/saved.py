@@ -28,6 +28,10 @@ from speech_jax.errors import UserError
 _DIGESTS = "digests.json"
 _RECORD = "record/metadata"
 _CURE = "Use the configuration that the checkpoint was trained with, or another directory."
+_OPTIMIZER = (
+    "Only the state of the optimizer is another (of other settings, or of an earlier version): "
+    "start a new run, in another directory, from its encoder (config.init.folder)."
+)
 
 
 class CheckpointError(UserError):
@@ -209,17 +213,19 @@ def state_handler(path: epath.Path) -> ocp.PyTreeCheckpointHandler:
 
 
 def _check_leaves(path: epath.Path, wanted: Mapping[str, Any], saved: Mapping[str, str]) -> None:
-    for name, leaf in wanted.items():
-        if name not in saved:
-            raise CheckpointError(f"Checkpoint {path} has no {name}: this model needs it. {_CURE}")
-        if signature(leaf) != saved[name]:
-            raise CheckpointError(
-                f"Checkpoint {path} has {name} as {saved[name]}, and this model needs "
-                f"{signature(leaf)}. {_CURE}"
-            )
-    extra = [name for name in saved if name not in wanted]
-    if extra:
-        raise CheckpointError(f"Checkpoint {path} has {extra[0]}, unknown to this model. {_CURE}")
+    asked = {name: signature(leaf) for name, leaf in wanted.items()}
+    other = [name for name in asked | dict(saved) if asked.get(name) != saved.get(name)]
+    if not other:
+        return
+    name = other[0]
+    if name not in saved:
+        what = f"has no {name}: this model needs it"
+    elif name not in asked:
+        what = f"has {name}, unknown to this model"
+    else:
+        what = f"has {name} as {saved[name]}, and this model needs {asked[name]}"
+    cure = _OPTIMIZER if all(one.startswith("opt_state/") for one in other) else _CURE
+    raise CheckpointError(f"Checkpoint {path} {what}. {cure}")
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -82,7 +82,8 @@ class TrainState:
     """Everything that a step changes. `step` is also the position in the data.
 
     `sums` adds up what is logged and starts anew after each logged step; it is part of the state so
-    that a resumed run logs what an uninterrupted one does.
+    that a resumed run logs what an uninterrupted one does. `ema` averages what is not frozen for
+    ever.
     """
 
     step: jax.Array
@@ -92,6 +93,11 @@ class TrainState:
     opt_state: Any
     ema: Any
     sums: dict[str, jax.Array]
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters that are evaluated: averaged ones, where there are any."""
+        return groups.join(self.ema, self.params) if self.ema else self.params
 
 
 def measured(fields: Mapping[str, Any]) -> str:
@@ -142,7 +148,7 @@ def make_step(
         ema = {}
         if ema_decay:
             share = 1 - average_decay(ema_decay, state.step)
-            ema = optax.incremental_update(params, state.ema, share)
+            ema = optax.incremental_update(learned, state.ema, share)
         new = (params, loss.aux["state"], opt_state, ema)
         old = (state.params, state.model_state, state.opt_state, state.ema)
         params, model_state, opt_state, ema = jax.tree.map(

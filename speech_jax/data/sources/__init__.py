@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import os
 import pathlib
 
@@ -16,6 +17,7 @@ from speech_jax.data.sources.base import (
     concatenate,
     default_cache,
     draw,
+    only,
     select,
 )
 
@@ -29,7 +31,7 @@ __all__ = [
     "SourceError",
     "Utterance",
 ]
-__all__ += ["concatenate", "default_cache", "draw", "open_source", "select"]
+__all__ += ["concatenate", "default_cache", "draw", "only", "open_source", "select"]
 
 # Kind -> 'module:function', called as function(root, split, on_error, cache, **settings of it).
 SOURCES = {
@@ -91,6 +93,11 @@ def open_source(
             f"a source of kind {kind!r} needs {error.name}; install it with "
             f"pip install 'speech_jax[{EXTRAS[kind]}]'"
         ) from error
+    for key, parameter in inspect.signature(opener).parameters.items():
+        usual, given = parameter.default, kwargs.get(key)
+        if isinstance(usual, str | bool) and given is not None and type(given) is not type(usual):
+            wanted = "True or False" if isinstance(usual, bool) else "a text"
+            raise SourceError(f"{key}={given!r} of a source of kind {kind!r} must be {wanted}")
     return registry.call(
         functools.partial(opener, pathlib.Path(root).expanduser(), split, on_error, cache),
         kwargs,

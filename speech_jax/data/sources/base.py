@@ -167,6 +167,38 @@ def draw(source: Source, seconds: float, seed: int) -> Source:
     return select(source, sorted(int(index) for index in order[:count]))
 
 
+def only(source: Source, tags: str) -> Source:
+    """Returns a source of the utterances with these tags: 'speaker=84, language!=en'.
+
+    Raises SourceError for a condition that is none, for a tag that no utterance has, and where
+    nothing is left.
+    """
+    chosen = list(range(len(source.utterances)))
+    for condition in tags.split(","):
+        name, equals, value = (part.strip() for part in condition.partition("="))
+        wanted, name = not name.endswith("!"), name.removesuffix("!").strip()
+        if not (name and equals and value):
+            raise SourceError(
+                f"data.only={tags!r}: {condition.strip()!r} is no condition: write tag=value or "
+                "tag!=value, with commas between several"
+            )
+        known = {utterance.tags[name] for utterance in source.utterances if name in utterance.tags}
+        if not known:
+            names = sorted({tag for utterance in source.utterances for tag in utterance.tags})
+            raise SourceError(
+                f"data.only={tags!r}: no utterance has the tag {name!r}; tags are {listed(names)}"
+            )
+        if wanted and value not in known:
+            raise SourceError(
+                f"data.only={tags!r}: no utterance has {name}={value}; there are "
+                f"{listed(sorted(known)[:20])}"
+            )
+        chosen = [i for i in chosen if (source.utterances[i].tags.get(name) == value) == wanted]
+    if not chosen:
+        raise SourceError(f"data.only={tags!r} leaves no utterance")
+    return select(source, chosen)
+
+
 # ---- From rows to a source ---------------------------------------------------------------------
 
 

@@ -1,0 +1,275 @@
+"""From logits to words: the one object that evaluation, transcription and export decode with."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speech_jax import files
+from speech_jax.decoding import beam, ctc, fusion, ngram
+from speech_jax.decoding.confidence import calibrated
+from speech_jax.decoding.lexicon import Lexicon
+from speech_jax.decoding.words import Decoded, Word, timed
+from speech_jax.errors import UserError
+
+DECODERS = ("greedy", "beam", "lexicon")
+
+
+class DecoderError(UserError):
+    """Settings of a decoder that cannot work; the message names the setting."""
+
+
+class Tokenizer(Protocol):
+    """What a decoder asks of a tokenizer (data/text.py)."""
+
+    @property
+    def spellings(self) -> tuple[str, ...]: ...
+
+    def decode(self, ids: Any) -> str: ...
+
+
+class Transcript(Protocol):
+    """What a decoder asks of a transcript (data/parts/transcript.py)."""
+
+    tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How logits become words; the section `decoder` of a configuration.
+
+    Attributes:
+      name: 'greedy', the best label of each frame; 'beam', CTC prefix beam search on the device,
+        with n-grams of the labels if there is an `lm`; 'lexicon', beam search over known words with
+        n-grams of words, on the host (flashlight-text).
+      width: hypotheses that are kept after each frame.
+      labels: the most probable labels of a frame that extend a hypothesis.
+      skip: a frame whose blank is more probable than this extends no hypothesis ('beam'); 1: none.
+      nbest: readings that are given, `width` at most.
+      lm: an ARPA file, plain or .gz, of labels for 'beam' and of words for 'lexicon'; empty: none.
+      lm_weight: what the language model's log probabilities are multiplied by.
+      bonus: nats for each label ('beam', with an `lm`) or word ('lexicon').
+      lexicon: a file of the words that 'lexicon' knows; empty: those of `lm`.
+      calibration: (scale, offset) of confidences, see decoding/confidence.py.
+    """
+
+    name: str = "greedy"
+    width: int = 16
+    labels: int = 32
+    skip: float = 0.9999
+    nbest: int = 1
+    lm: str = ""
+    lm_weight: float = 0.5
+    bonus: float = 0.0
+    lexicon: str = ""
+    calibration: tuple[float, float] = (1.0, 0.0)
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> "Settings":
+        """Those of a section, in which None stands for the default; DecoderError for others."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        given = {key: value for key, value in section.items() if value is not None}
+        for key in given:
+            if key not in known:
+                raise DecoderError(f"config.decoder has no {key!r}; it has {', '.join(known)}")
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        demands = {
+            "name": (self.name in DECODERS, f"one of {', '.join(DECODERS)}"),
+            "width": (1 <= self.width <= 1024, "1 to 1024"),
+            "labels": (self.labels >= 1, "at least 1"),
+            "skip": (0.5 <= self.skip <= 1, "in [0.5, 1]"),
+            "nbest": (1 <= self.nbest <= self.width, f"1 to config.decoder.width={self.width}"),
+            "calibration": (len(self.calibration) == 2, "a scale and an offset"),
+        }
+        for key, (holds, demand) in demands.items():
+            if not holds:
+                raise DecoderError(f"config.decoder.{key}={getattr(self, key)!r} must be {demand}")
+        for key in ("lm", "lexicon"):
+            path = getattr(self, key)
+            if path and not files.expand(path).is_file():
+                raise DecoderError(
+                    f"config.decoder.{key}={path!r} is no file: bring it back, name another one "
+                    "or set config.decoder.name='greedy'"
+                )
+        if self.name == "lexicon" and not (self.lm or self.lexicon):
+            raise DecoderError(
+                "config.decoder.name='lexicon' needs words: name an ARPA file of them as "
+                "config.decoder.lm, or a list of them as config.decoder.lexicon"
+            )
+
+
+class Decoder:
+    """Turns logits into words. A call does it all; `search` and `read` are its two halves.
+
+    `search` runs on the device inside somebody's jit, and gives arrays with a row an utterance;
+    `read` makes words of such a row on the host.
+    """
+
+    def __init__(
+        self, settings: Mapping[str, Any], transcript: Transcript, frame_seconds: float
+    ) -> None:
+        """Prepares a decoder; nothing is compiled yet.
+
+        Args:
+          settings: fields of `Settings`; None, or what is left out, is the default.
+          transcript: the part whose tokenizer the logits' classes are of; the blank is 0.
+          frame_seconds: seconds from one frame of the logits to the next.
+
+        Raises:
+          DecoderError: a setting cannot work.
+        """
+        self.settings = Settings.of(settings)
+        self._transcript = transcript
+        self._frame_seconds = frame_seconds
+        self._compiled = jax.jit(self._search)
+
+    def __call__(self, logits: Any, lengths: Any) -> list[Decoded]:
+        """Decodes logits float [B, T, K] of lengths int [B] frames.
+
+        They are padded to one of few shapes, so that few programs are compiled.
+
+        Raises:
+          LanguageModelError: the language model or the lexicon cannot be used.
+        """
+        logits, lengths = np.asarray(logits), np.asarray(lengths, np.int32)
+        batch = len(logits)
+        rows, frames = (_rounded(size) - size for size in logits.shape[:2])
+        padded = np.pad(logits, ((0, rows), (0, frames), (0, 0))), np.pad(lengths, (0, rows))
+        found = jax.device_get(self._compiled(*padded, self.fusion))
+        return [
+            self.read({name: array[row] for name, array in found.items()}) for row in range(batch)
+        ]
+
+    def search(self, logits: jax.Array, lengths: jax.Array) -> dict[str, jax.Array]:
+        """The decoding on the device: arrays by name, [B, ...] each.
+
+        Args:
+          logits: [B, T, K], not normalized; lengths: int32 [B], frames.
+
+        Raises:
+          LanguageModelError: the language model cannot be used.
+        """
+        return self._search(logits, lengths, self.fusion)
+
+    def _search(
+        self, logits: jax.Array, lengths: jax.Array, tables: fusion.Fusion | None
+    ) -> dict[str, jax.Array]:
+        settings = self.settings
+        if settings.name == "lexicon":  # the search is on the host: see `read`
+            log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+            return {"log_probs": log_probs, "frames": lengths}
+        if settings.name == "greedy":
+            return _row(ctc.best_path(logits, lengths))
+        found = beam.search(
+            logits,
+            lengths,
+            width=settings.width,
+            labels=settings.labels,
+            nbest=settings.nbest,
+            skip=settings.skip,
+            fusion=tables,
+        )
+        best = ctc.aligned(logits, lengths, found.labels[:, 0], found.count[:, 0])
+        others = {"nbest": found.labels, "nbest_length": found.count, "nbest_score": found.score}
+        return _row(best) | {"score": found.score[:, 0]} | (others if settings.nbest > 1 else {})
+
+    def read(self, row: Mapping[str, np.ndarray]) -> Decoded:
+        """The words of a row of what `search` gave."""
+        if self.settings.name == "lexicon":
+            return self._read_lexicon(row["log_probs"][: int(row["frames"])])
+        count = int(row["labels_length"])
+        labels = row["labels"][:count]
+        text, score = self._text(labels), float(row["score"])
+        alternatives = {text: score}
+        if "nbest" in row:
+            for labels_of, length, score_of in zip(
+                row["nbest"], row["nbest_length"], row["nbest_score"], strict=True
+            ):
+                if score_of > beam.NEVER / 2:  # two that differ in spaces alone are one
+                    alternatives.setdefault(self._text(labels_of[:length]), float(score_of))
+        words = self._words(labels, *(row[name][:count] for name in ("starts", "ends", "sure")))
+        return Decoded(text, words, score, tuple(alternatives.items()))
+
+    def _read_lexicon(self, log_probs: np.ndarray) -> Decoded:
+        found = self._lexicon(log_probs)
+        if not found:
+            return Decoded("", (), 0.0, (("", 0.0),))
+        best = found[0]
+        first = np.flatnonzero(np.diff(best.path, prepend=0) != 0)
+        ends = np.append(first[1:], len(best.path))[best.path[first] != 0]
+        starts = first[best.path[first] != 0]
+        sure = [
+            np.exp(log_probs[start:end, best.path[start]].max())
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        words = self._words(best.path[starts], starts, ends, np.asarray(sure))
+        alternatives = tuple((" ".join(one.words), one.score) for one in found)
+        return Decoded(*alternatives[0][:1], words, best.score, alternatives)
+
+    def _words(
+        self, labels: np.ndarray, starts: np.ndarray, ends: np.ndarray, sure: np.ndarray
+    ) -> tuple[Word, ...]:
+        """Words of labels that are in frames [start, end), each [N]."""
+        spoken = timed(labels, starts, ends, sure, self._spellings, self._frame_seconds)
+        if not spoken:
+            return ()
+        texts, begins, stops, evidence = zip(*spoken, strict=True)
+        sure_of = calibrated(np.asarray(evidence), *self.settings.calibration).tolist()
+        return tuple(map(Word, texts, begins, stops, sure_of))
+
+    def _text(self, labels: np.ndarray) -> str:
+        return self._transcript.tokenizer.decode(labels.tolist())
+
+    @functools.cached_property
+    def _spellings(self) -> tuple[str, ...]:
+        return self._transcript.tokenizer.spellings
+
+    @functools.cached_property
+    def fusion(self) -> fusion.Fusion | None:
+        """The language model on the device; None without one."""
+        settings = self.settings
+        if settings.name != "beam" or not settings.lm:
+            return None
+        try:
+            return fusion.make(
+                ngram.read(settings.lm), self._spellings, settings.lm_weight, settings.bonus
+            )
+        except UserError as error:
+            raise DecoderError(f"config.decoder.lm={settings.lm!r}: {error}") from error
+
+    @functools.cached_property
+    def _lexicon(self) -> Lexicon:
+        settings = self.settings
+        return Lexicon(
+            self._transcript.tokenizer,
+            width=settings.width,
+            labels=settings.labels,
+            nbest=settings.nbest,
+            lm=settings.lm,
+            lm_weight=settings.lm_weight,
+            bonus=settings.bonus,
+            words=settings.lexicon,
+        )
+
+
+def _row(path: ctc.Path) -> dict[str, jax.Array]:
+    return {
+        "labels": path.labels,
+        "labels_length": path.count,
+        "starts": path.starts,
+        "ends": path.ends,
+        "sure": path.sure,
+        "score": path.score,
+    }
+
+
+def _rounded(size: int) -> int:
+    """The next number of which there are few: 4 to 8 times a power of two."""
+    step = 1 << max(0, max(size, 1).bit_length() - 3)
+    return -(-max(size, 1) // step) * step

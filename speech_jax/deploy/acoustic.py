@@ -1,0 +1,111 @@
+"""What makes logits of samples, wherever it came from: all that transcription asks of a model.
+
+`open_acoustic` opens a workdir, a saved model, a folder of Hugging Face, or a file of a kind that
+`FILES` lists. A new kind of file is a module and a line in that table.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from speech_jax import bundle, experiment, files
+from speech_jax.data.parts.transcript import Transcript
+from speech_jax.errors import UserError
+
+# Models that are one file: how its name ends -> "module:function" that opens it.
+FILES: dict[str, str] = {
+    ".onnx": "speech_jax.deploy.exported:open_onnx",
+    ".sjx": "speech_jax.deploy.exported:open_sjx",
+}
+
+
+class AcousticError(UserError):
+    """A model that gives no text, or a file that is none; the message says why."""
+
+
+class Acoustic(Protocol):
+    """A recognizer up to its logits.
+
+    Attributes:
+      sample_rate: of the samples that it hears, in Hz.
+      frame_seconds: from one frame of logits to the next.
+      longest_seconds: of the utterances that it has learned from; it is heard best up to there.
+      transcript: reads label ids (data/parts/transcript.py).
+      decoder: settings of the decoder that it came with.
+    """
+
+    sample_rate: int
+    frame_seconds: float
+    longest_seconds: float
+    transcript: Transcript
+    decoder: Mapping[str, Any]
+
+    def logits(self, samples: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logits of a batch of recordings, each as if it were alone and not padded.
+
+        Args:
+          samples: int16 [B, S], padded on the right, a window of the features or longer.
+          lengths: int32 [B], samples of each row.
+
+        Returns:
+          (float32 [B, T, K], the blank at 0; frames int32 [B]).
+        """
+        ...
+
+
+def open_acoustic(path: str | os.PathLike) -> Acoustic:
+    """Opens a model for transcription.
+
+    Raises:
+      UserError: there is no model at `path`, or one that gives no text; the message says which.
+    """
+    path = files.expand(path)
+    if opener := FILES.get(path.suffix.lower()):
+        module, _, function = opener.partition(":")
+        return getattr(importlib.import_module(module), function)(path)
+    return BundleAcoustic(bundle.open(path))
+
+
+class BundleAcoustic:
+    """The acoustic model of a bundle.
+
+    Attributes:
+      bundle: the model as plain data.
+      function: (params, state, samples, lengths) -> (logits, frames), as `logits` but traceable.
+      frames: how many frames come of so many samples.
+    """
+
+    def __init__(self, model: bundle.Bundle):
+        """Raises AcousticError for a model that gives no text."""
+        task = model.task()
+        labels = model.parts.get("labels")
+        if not isinstance(labels, Transcript) or "audio" not in model.parts:
+            raise AcousticError(
+                f"this model is of the task {model.config.task.name!r} and gives no text of audio: "
+                "load one that was trained to recognize speech"
+            )
+        self.bundle = model
+        self.transcript = labels
+        self.sample_rate = model.config.data.sample_rate
+        self.longest_seconds = float(model.config.data.max_seconds)
+        self.decoder = dict(model.config.decoder)
+        self.frames = lambda samples: task.encoder.output_lengths(task.frontend.lengths(samples))
+        self.frame_seconds = experiment.frame_seconds(model.config, task.encoder, task.frontend)
+        self._params, self._state = jax.device_put((model.params, model.state))
+        self.function = functools.partial(_logits, task)
+        self._logits = jax.jit(self.function)
+
+    def logits(self, samples: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As Acoustic says."""
+        return jax.device_get(self._logits(self._params, self._state, samples, lengths))
+
+
+def _logits(task, params, state, samples, lengths):
+    batch = {"audio": samples, "audio_length": lengths}
+    logits, frames, _ = task.logits(params, state, batch)
+    return logits, frames

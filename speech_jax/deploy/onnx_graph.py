@@ -1,0 +1,484 @@
+"""A traced program as an ONNX graph: each primitive of a jaxpr becomes a few operators.
+
+Only what our encoders and front ends trace to is known; anything else is refused by name. Sizes
+that are symbols of the trace become int64 tensors, computed from the shapes of the inputs. What
+follows from parameters and constants alone is computed here, and kept as a constant.
+"""
+
+import ast
+import math
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from speech_jax.errors import UserError
+
+OPSET = 18
+
+
+class GraphError(UserError):
+    """A program that cannot be written as ONNX; the message names what is in the way."""
+
+
+class Tensor:
+    """A tensor of the graph.
+
+    Attributes:
+      name: in the graph.
+      small: a tensor that broadcasts to it; elementwise operators take it where they can.
+    """
+
+    def __init__(self, name: str | Callable[[], str], small: str | None = None):
+        self._name = name
+        self.small = small
+
+    @property
+    def name(self) -> str:
+        if callable(self._name):  # it is expanded where it must be
+            self._name = self._name()
+        return self._name
+
+
+Value = np.ndarray | Tensor | tuple[Tensor, Tensor]  # known, computed, or complex
+
+
+class Graph:
+    """An ONNX graph that grows; `trace` adds a program."""
+
+    def __init__(self, inputs: Mapping[str, jax.ShapeDtypeStruct]):
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self._constants: dict[tuple, str] = {}
+        self._sizes: dict[str, str] = {}
+        self._symbols: dict[str, tuple[str, int]] = {}
+        self.inputs = []
+        for name, like in inputs.items():
+            dims = [str(size) for size in like.shape]
+            self.inputs.append(helper.make_tensor_value_info(name, _onnx_type(like.dtype), dims))
+            for axis, size in enumerate(dims):
+                self._symbols.setdefault(size, (name, axis))
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Adds an operator; the name of its output."""
+        name = f"{kind.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [name], **attributes))
+        return name
+
+    def constant(self, value: Any, dtype: Any = None) -> str:
+        """The name of a constant, which is kept once."""
+        value = np.ascontiguousarray(value, dtype).reshape(np.shape(value))
+        key = (value.dtype.str, value.shape, value.tobytes())
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            self._constants[key] = name
+            self.initializers[name] = numpy_helper.from_array(value, name)
+        return self._constants[key]
+
+    def name(self, value: Value, small: bool = False) -> str:
+        """The name of a value in the graph; of what broadcasts to it, if it may be `small`."""
+        if isinstance(value, np.ndarray):
+            return self.constant(value)
+        if isinstance(value, tuple):
+            raise GraphError("complex numbers are only known behind a Fourier transform")
+        return value.small if small and value.small else value.name
+
+    # ---- Sizes ----
+
+    def size(self, size: Any) -> str:
+        """The name of an int64 scalar: a size, which may be an expression of symbols."""
+        if isinstance(size, int | np.integer):
+            return self.constant(np.int64(size))
+        text = str(size)
+        if text not in self._sizes:
+            self._sizes[text] = self._expression(ast.parse(text, mode="eval").body)
+        return self._sizes[text]
+
+    def sizes(self, sizes: Sequence[Any]) -> str:
+        """The name of an int64 [N] of sizes."""
+        if all(isinstance(size, int | np.integer) for size in sizes):
+            return self.constant(np.asarray(sizes, np.int64).reshape(-1))
+        zero = self.constant([0], np.int64)
+        parts = [self.op("Unsqueeze", self.size(size), zero) for size in sizes]
+        return self.op("Concat", *parts, axis=0)
+
+    def _expression(self, node: ast.expr) -> str:
+        if isinstance(node, ast.Constant):
+            return self.constant(np.int64(node.value))
+        if isinstance(node, ast.Name):
+            source, axis = self._symbols[node.id]
+            shape = self.op("Shape", source)
+            return self.op("Gather", shape, self.constant(np.int64(axis)), axis=0)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return self.op("Neg", self._expression(node.operand))
+        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+            sides = (self._expression(node.left), self._expression(node.right))
+            return self.op(_ARITHMETIC[type(node.op)], *sides)
+        if isinstance(node, ast.Call) and node.func.id in _FUNCTIONS:  # of sizes, from 0 on
+            return self.op(_FUNCTIONS[node.func.id], *map(self._expression, node.args))
+        raise GraphError(f"a size {ast.unparse(node)} cannot be written as ONNX")
+
+    # ---- Programs ----
+
+    def trace(self, closed: Any, inputs: Sequence[Value]) -> list[Value]:
+        """Adds a program (a closed jaxpr) on inputs; its outputs."""
+        return self._jaxpr(closed.jaxpr, [np.asarray(const) for const in closed.consts], inputs)
+
+    def _jaxpr(self, jaxpr: Any, consts: Sequence[Value], inputs: Sequence[Value]) -> list[Value]:
+        known: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
+        known |= zip(jaxpr.invars, inputs, strict=True)
+
+        def read(variable):
+            if hasattr(variable, "val"):  # a literal
+                return np.asarray(variable.val, variable.aval.dtype)
+            return known[variable]
+
+        for equation in jaxpr.eqns:
+            outputs = self._equation(equation, [read(variable) for variable in equation.invars])
+            known |= zip(equation.outvars, outputs, strict=True)
+        return [read(variable) for variable in jaxpr.outvars]
+
+    def _equation(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        kind, params = equation.primitive.name, equation.params
+        inner = next((params[key] for key in _PROGRAMS if key in params), None)
+        if kind == "scan":
+            return self._scan(params, inputs)
+        if kind == "cond":  # of platforms; the last one is for those that are not named
+            if not params.get("branches_platforms"):
+                raise GraphError("a branch that depends on values cannot be written as ONNX")
+            return self.trace(params["branches"][-1], inputs[1:])
+        if inner is not None:
+            if hasattr(inner, "consts"):
+                return self.trace(inner, inputs)
+            return self._jaxpr(inner, [], inputs)
+        static = all(
+            isinstance(size, int) for variable in equation.outvars for size in variable.aval.shape
+        )
+        if static and all(isinstance(value, np.ndarray) for value in inputs) and inputs:
+            outputs = equation.primitive.bind(*inputs, **params)
+            outputs = outputs if equation.primitive.multiple_results else [outputs]
+            return [np.asarray(output) for output in outputs]
+        return _as_list(_converter(kind)(self, equation, *inputs))
+
+    def _scan(self, params: Mapping[str, Any], inputs: list[Value]) -> list[Value]:
+        if params["reverse"]:
+            raise GraphError("a scan from the end cannot be written as ONNX")
+        constants, carries = params["num_consts"], params["num_carry"]
+        fixed, carry = inputs[:constants], inputs[constants : constants + carries]
+        stacked: list[list[Value]] = []
+        for turn in range(params["length"]):
+            each = [self._at(value, turn) for value in inputs[constants + carries :]]
+            outputs = self.trace(params["jaxpr"], [*fixed, *carry, *each])
+            carry, rest = outputs[:carries], outputs[carries:]
+            stacked.append(rest)
+        return [*carry, *(self._stack(values) for values in zip(*stacked, strict=True))]
+
+    def _at(self, value: Value, turn: int) -> Value:
+        if isinstance(value, np.ndarray):
+            return value[turn]
+        index = self.constant(np.int64(turn))
+        return Tensor(self.op("Gather", self.name(value), index, axis=0))
+
+    def _stack(self, values: Sequence[Value]) -> Value:
+        zero = self.constant([0], np.int64)
+        rows = [self.op("Unsqueeze", self.name(value), zero) for value in values]
+        return Tensor(self.op("Concat", *rows, axis=0))
+
+
+_ARITHMETIC = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul"}
+_FUNCTIONS = {"floordiv": "Div", "mod": "Mod", "max": "Max", "min": "Min"}
+_PROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def _as_list(outputs: Value | list[Value]) -> list[Value]:
+    return outputs if isinstance(outputs, list) else [outputs]
+
+
+def _onnx_type(dtype: Any) -> int:
+    return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+
+# ---- Primitives --------------------------------------------------------------------------------
+# A converter gets the graph, the equation and the values of its inputs.
+
+# The same elementwise operator.
+_SAME = {
+    "add": "Add", "add_any": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max",
+    "min": "Min", "pow": "Pow", "eq": "Equal", "lt": "Less", "gt": "Greater", "le": "LessOrEqual",
+    "ge": "GreaterOrEqual", "neg": "Neg", "exp": "Exp", "log": "Log", "tanh": "Tanh",
+    "sqrt": "Sqrt", "abs": "Abs", "floor": "Floor", "ceil": "Ceil", "sign": "Sign", "sin": "Sin",
+    "cos": "Cos", "logistic": "Sigmoid", "erf": "Erf",
+}  # fmt: skip
+_LOGICAL = {"and": "And", "or": "Or", "not": "Not"}
+_REDUCTIONS = {
+    "reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin",
+    "reduce_prod": "ReduceProd",
+}  # fmt: skip
+_UNCHANGED = ("copy", "stop_gradient", "optimization_barrier", "sharding_constraint")
+
+
+def _converter(kind: str) -> Callable:
+    if kind in _SAME:
+        return lambda graph, equation, *x: _elementwise(graph, equation, _SAME[kind], *x)
+    if kind in _LOGICAL:
+        return lambda graph, equation, *x: _logical(graph, equation, _LOGICAL[kind], *x)
+    if kind in _REDUCTIONS:
+        return lambda graph, equation, x: _reduce(graph, equation, _REDUCTIONS[kind], x)
+    if kind in _UNCHANGED:
+        return lambda graph, equation, *x: list(x)
+    if f"_{kind}" not in _OTHERS:
+        raise GraphError(f"the model computes {kind!r}, which cannot be written as ONNX: use .sjx")
+    return _OTHERS[f"_{kind}"]
+
+
+def _elementwise(graph: Graph, equation: Any, operator: str, *values: Value) -> Tensor:
+    shape = equation.outvars[0].aval.shape
+    # What broadcasts is taken as it is if another input has the whole shape.
+    whole = any(
+        variable.aval.shape == shape and not (isinstance(value, Tensor) and value.small)
+        for variable, value in zip(equation.invars, values, strict=True)
+    )
+    return Tensor(graph.op(operator, *(graph.name(value, small=whole) for value in values)))
+
+
+def _logical(graph: Graph, equation: Any, operator: str, *values: Value) -> Tensor:
+    if equation.outvars[0].aval.dtype != bool:
+        raise GraphError(f"{operator} of bits cannot be written as ONNX: use .sjx")
+    return _elementwise(graph, equation, operator, *values)
+
+
+def _reduce(graph: Graph, equation: Any, operator: str, x: Value) -> Tensor:
+    axes = graph.constant(np.asarray(equation.params["axes"], np.int64))
+    return Tensor(graph.op(operator, graph.name(x), axes, keepdims=0))
+
+
+def _ne(graph: Graph, equation: Any, *values: Value) -> Tensor:
+    return Tensor(graph.op("Not", _elementwise(graph, equation, "Equal", *values).name))
+
+
+def _rem(graph: Graph, equation: Any, *values: Value) -> Tensor:
+    names = [graph.name(value) for value in values]
+    return Tensor(graph.op("Mod", *names, fmod=1))  # the sign of the dividend, as XLA's
+
+
+def _square(graph: Graph, equation: Any, x: Value) -> Tensor:
+    return Tensor(graph.op("Mul", graph.name(x), graph.name(x)))
+
+
+def _rsqrt(graph: Graph, equation: Any, x: Value) -> Tensor:
+    return Tensor(graph.op("Reciprocal", graph.op("Sqrt", graph.name(x))))
+
+
+def _erfc(graph: Graph, equation: Any, x: Value) -> Tensor:
+    one = graph.constant(np.ones((), equation.outvars[0].aval.dtype))
+    return Tensor(graph.op("Sub", one, graph.op("Erf", graph.name(x))))
+
+
+def _integer_pow(graph: Graph, equation: Any, x: Value) -> Tensor:
+    power = graph.constant(np.asarray(equation.params["y"], equation.outvars[0].aval.dtype))
+    return Tensor(graph.op("Pow", graph.name(x), power))
+
+
+def _select_n(graph: Graph, equation: Any, which: Value, *cases: Value) -> Tensor:
+    if len(cases) != 2 or equation.invars[0].aval.dtype != bool:
+        raise GraphError("a choice of more than two cannot be written as ONNX: use .sjx")
+    names = [graph.name(value) for value in (which, cases[1], cases[0])]
+    return Tensor(graph.op("Where", *names))
+
+
+def _convert_element_type(graph: Graph, equation: Any, x: Value) -> Tensor:
+    kind = _onnx_type(equation.params["new_dtype"])
+    return Tensor(graph.op("Cast", graph.name(x), to=kind))
+
+
+def _broadcast_in_dim(graph: Graph, equation: Any, x: Value, *_: Value) -> Tensor:
+    shape, kept = equation.params["shape"], equation.params["broadcast_dimensions"]
+    small = graph.name(x)
+    if new := [axis for axis in range(len(shape)) if axis not in kept]:
+        small = graph.op("Unsqueeze", small, graph.constant(np.asarray(new, np.int64)))
+    given = equation.invars[0].aval.shape
+    sizes = [given[kept.index(axis)] if axis in kept else 1 for axis in range(len(shape))]
+    if tuple(sizes) == tuple(shape):
+        return Tensor(small)
+    return Tensor(lambda: graph.op("Expand", small, graph.sizes(shape)), small)
+
+
+def _reshape(graph: Graph, equation: Any, x: Value, *_: Value) -> Tensor:
+    sizes = graph.sizes(equation.params["new_sizes"])
+    return Tensor(graph.op("Reshape", graph.name(x), sizes, allowzero=1))
+
+
+def _squeeze(graph: Graph, equation: Any, x: Value) -> Tensor:
+    axes = graph.constant(np.asarray(equation.params["dimensions"], np.int64))
+    return Tensor(graph.op("Squeeze", graph.name(x), axes))
+
+
+def _transpose(graph: Graph, equation: Any, x: Value) -> Tensor:
+    order = [int(axis) for axis in equation.params["permutation"]]
+    return Tensor(graph.op("Transpose", graph.name(x), perm=order))
+
+
+def _concatenate(graph: Graph, equation: Any, *values: Value) -> Tensor:
+    axis = equation.params["dimension"]
+    return Tensor(graph.op("Concat", *map(graph.name, values), axis=axis))
+
+
+def _split(graph: Graph, equation: Any, x: Value) -> list[Value]:
+    axis, start, parts = equation.params["axis"], 0, []
+    for size in map(int, equation.params["sizes"]):
+        parts.append(_slices(graph, graph.name(x), {axis: (start, start + size, 1)}))
+        start += size
+    return parts
+
+
+def _pad(graph: Graph, equation: Any, x: Value, fill: Value) -> Tensor:
+    config = equation.params["padding_config"]
+    if any(inner for _, _, inner in config):
+        raise GraphError("padding between elements cannot be written as ONNX: use .sjx")
+    pads = graph.sizes([low for low, _, _ in config] + [high for _, high, _ in config])
+    return Tensor(graph.op("Pad", graph.name(x), pads, graph.name(fill)))
+
+
+def _slice(graph: Graph, equation: Any, x: Value) -> Tensor:
+    params, shape = equation.params, equation.invars[0].aval.shape
+    strides = params["strides"] or (1,) * len(shape)
+    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    return _slices(graph, graph.name(x), dict(enumerate(bounds)), shape)
+
+
+def _slices(
+    graph: Graph, name: str, bounds: Mapping[int, tuple], shape: Sequence[Any] | None = None
+) -> Tensor:
+    """Slices by (start, stop, step) of each axis; axes that stay whole are left out."""
+    for axis, (start, stop, step) in bounds.items():
+        if shape is not None and (start, step) == (0, 1) and stop == shape[axis]:
+            continue
+        arguments = [graph.sizes([value]) for value in (start, stop, axis, step)]
+        name = graph.op("Slice", name, *arguments)
+    return Tensor(name)
+
+
+def _gather(graph: Graph, equation: Any, x: Value, starts: Value) -> Tensor:
+    """What x[:, 3] and x[:, :, :5] trace to where sizes are symbols: one window at known starts."""
+    numbers, shape = equation.params["dimension_numbers"], equation.invars[0].aval.shape
+    if not isinstance(starts, np.ndarray) or starts.ndim != 1 or numbers.operand_batching_dims:
+        raise GraphError("indexing by what is computed cannot be written as ONNX: use .sjx")
+    first = dict(zip(numbers.start_index_map, map(int, starts), strict=True))
+    bounds = {
+        axis: (first.get(axis, 0), first.get(axis, 0) + size, 1)
+        for axis, size in enumerate(equation.params["slice_sizes"])
+    }
+    window = _slices(graph, graph.name(x), bounds, shape)
+    if not numbers.collapsed_slice_dims:
+        return window
+    axes = graph.constant(np.asarray(numbers.collapsed_slice_dims, np.int64))
+    return Tensor(graph.op("Squeeze", window.name, axes))
+
+
+def _iota(graph: Graph, equation: Any, *_: Value) -> Tensor:
+    shape, axis = equation.params["shape"], equation.params["dimension"]
+    zero, one = (graph.constant(np.int64(value)) for value in (0, 1))
+    numbers = graph.op("Range", zero, graph.size(shape[axis]), one)
+    numbers = graph.op("Cast", numbers, to=_onnx_type(equation.params["dtype"]))
+    if len(shape) == 1:
+        return Tensor(numbers)
+    others = np.asarray([other for other in range(len(shape)) if other != axis], np.int64)
+    small = graph.op("Unsqueeze", numbers, graph.constant(others))
+    return Tensor(lambda: graph.op("Expand", small, graph.sizes(shape)), small)
+
+
+def _dim_as_value(graph: Graph, equation: Any) -> Tensor:
+    kind = _onnx_type(equation.outvars[0].aval.dtype)
+    return Tensor(graph.op("Cast", graph.size(equation.params["dim"]), to=kind))
+
+
+def _platform_index(graph: Graph, equation: Any) -> np.ndarray:
+    return np.zeros((), np.int32)  # read by nobody: see cond
+
+
+def _dot_general(graph: Graph, equation: Any, left: Value, right: Value) -> Tensor:
+    (left_sum, right_sum), (left_batch, right_batch) = equation.params["dimension_numbers"]
+    shapes = [variable.aval.shape for variable in equation.invars]
+    ranks = [len(shape) for shape in shapes]
+    last = tuple(range(ranks[0] - len(left_sum), ranks[0]))
+    dense = tuple(left_sum) == last and tuple(right_sum) == tuple(range(len(right_sum)))
+    if dense and not left_batch and isinstance(right, np.ndarray):  # a layer: one product
+        summed = math.prod(shapes[1][: len(right_sum)])
+        name = graph.name(left)
+        if len(left_sum) > 1:
+            name = graph.op("Reshape", name, graph.sizes([*shapes[0][: last[0]], summed]))
+        name = graph.op("MatMul", name, graph.constant(right.reshape(summed, -1)))
+        if ranks[1] - len(right_sum) == 1:
+            return Tensor(name)
+        return Tensor(graph.op("Reshape", name, graph.sizes(equation.outvars[0].aval.shape)))
+    letters = iter(string.ascii_lowercase)
+    names = [[next(letters) for _ in range(rank)] for rank in ranks]
+    pairs = [*zip(left_batch, right_batch, strict=True), *zip(left_sum, right_sum, strict=True)]
+    for a, b in pairs:
+        names[1][b] = names[0][a]
+    out = [names[0][axis] for axis in left_batch]
+    out += [x for i, x in enumerate(names[0]) if i not in (*left_batch, *left_sum)]
+    out += [x for i, x in enumerate(names[1]) if i not in (*right_batch, *right_sum)]
+    text = f"{''.join(names[0])},{''.join(names[1])}->{''.join(out)}"
+    return Tensor(graph.op("Einsum", graph.name(left), graph.name(right), equation=text))
+
+
+def _conv_general_dilated(graph: Graph, equation: Any, x: Value, weight: Value) -> Tensor:
+    params = equation.params
+    if params["batch_group_count"] != 1 or set(params["lhs_dilation"]) != {1}:
+        raise GraphError("a transposed convolution cannot be written as ONNX: use .sjx")
+    numbers, lows_highs = params["dimension_numbers"], list(zip(*params["padding"], strict=True))
+    whole = lambda values: [int(value) for value in values]
+    out = graph.op(
+        "Conv",
+        graph.op("Transpose", graph.name(x), perm=whole(numbers.lhs_spec)),
+        _transposed(graph, weight, whole(numbers.rhs_spec)),
+        strides=whole(params["window_strides"]),
+        pads=whole(lows_highs[0] + lows_highs[1]),
+        dilations=whole(params["rhs_dilation"]),
+        group=int(params["feature_group_count"]),
+    )
+    return Tensor(graph.op("Transpose", out, perm=whole(np.argsort(numbers.out_spec))))
+
+
+def _transposed(graph: Graph, value: Value, order: list[int]) -> str:
+    if isinstance(value, np.ndarray):
+        return graph.constant(value.transpose(order))
+    return graph.op("Transpose", graph.name(value), perm=order)
+
+
+def _fft(graph: Graph, equation: Any, x: Value) -> list[Value]:
+    """A real transform of [..., N], as products: real and imaginary parts [..., N // 2 + 1]."""
+    if (
+        equation.params["fft_type"] != jax.lax.FftType.RFFT
+        or len(equation.params["fft_lengths"]) > 1
+    ):
+        raise GraphError("only real Fourier transforms can be written as ONNX: use .sjx")
+    size = equation.params["fft_lengths"][0]
+    turns = np.outer(np.arange(size), np.arange(size // 2 + 1)) % size * (2 * np.pi / size)
+    parts = (np.cos(turns), -np.sin(turns))
+    product = lambda part: graph.op("MatMul", graph.name(x), graph.constant(part, np.float32))
+    return [(Tensor(product(parts[0])), Tensor(product(parts[1])))]
+
+
+def _real(graph: Graph, equation: Any, x: tuple[Tensor, Tensor]) -> Tensor:
+    return x[0]
+
+
+def _imag(graph: Graph, equation: Any, x: tuple[Tensor, Tensor]) -> Tensor:
+    return x[1]
+
+
+_OTHERS = {
+    function.__name__: function
+    for function in (
+        _ne, _rem, _square, _rsqrt, _erfc, _integer_pow, _select_n, _convert_element_type,
+        _broadcast_in_dim, _reshape, _squeeze, _transpose, _concatenate, _split, _pad, _slice,
+        _gather, _iota, _dim_as_value, _platform_index, _dot_general, _conv_general_dilated, _fft,
+        _real, _imag,
+    )
+}  # fmt: skip

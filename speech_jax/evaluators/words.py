@@ -1,0 +1,140 @@
+"""Words of a reference beside those of a hypothesis, and what a report says of them."""
+
+import collections
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+from speech_jax.evaluators import page
+from speech_jax.evaluators.page import Html, Section
+
+# A word and what was said for it; None where there is none.
+Pair = tuple[str | None, str | None]
+# Rows of a table of confusions.
+_MOST = 30
+_BINS = 10
+
+
+def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[Pair]:
+    """A minimal alignment of two lists of words, in their order."""
+    if reference == hypothesis:  # most are
+        return list(zip(reference, hypothesis, strict=True))
+    pairs: list[Pair] = []
+    for _, i, i_end, j, j_end in Levenshtein.opcodes(reference, hypothesis).as_list():
+        both = min(i_end - i, j_end - j)
+        pairs += zip(reference[i : i + both], hypothesis[j : j + both], strict=True)
+        pairs += ((word, None) for word in reference[i + both : i_end])
+        pairs += ((None, word) for word in hypothesis[j + both : j_end])
+    return pairs
+
+
+def sections(lines: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """Which words are taken for which, and whether the confidence can be relied on.
+
+    `lines` are of predictions.jsonl, with "reference" and "hypothesis"; the words of a hypothesis
+    may be there with their confidence, as "words": [[text, start, end, confidence], ...].
+    """
+    pairs = collections.Counter[Pair]()
+    for line in lines:
+        pairs.update(align(line["reference"].split(), line["hypothesis"].split()))
+    found = [Section("Words that are confused", _confusions(pairs))]
+    known = [pair for line in lines for pair in confidences(line)]
+    if known:
+        found.append(Section("Reliability of the confidence", _reliability(known)))
+    return found
+
+
+def _confusions(pairs: Mapping[Pair, int]) -> Html:
+    words, said = collections.Counter[str](), collections.Counter[str]()
+    for (word, hypothesis), count in pairs.items():
+        if word is not None:
+            words[word] += count
+        if hypothesis is not None:
+            said[hypothesis] += count
+    wrong = [(pair, n) for pair, n in pairs.items() if pair[0] != pair[1]]
+    wrong.sort(key=lambda one: (-one[1], one[0][0] or "", one[0][1] or ""))
+    substituted = [(*pair, n) for pair, n in wrong if None not in pair]
+    deleted = [(pair[0], n) for pair, n in wrong if pair[1] is None]
+    inserted = [(pair[1], n) for pair, n in wrong if pair[0] is None]
+    return page.side_by_side(
+        _most(
+            ["word", "heard as", "times", "of its uses"],
+            [(a, b, n, page.percent(n / words[a], 1)) for a, b, n in substituted],
+            "substitutions",
+        ),
+        _most(
+            ["word that was missed", "times", "of its uses"],
+            [(a, n, page.percent(n / words[a], 1)) for a, n in deleted],
+            "deletions",
+        ),
+        _most(
+            ["word that was not said", "times", "of its uses"],
+            [(a, n, page.percent(n / said[a], 1)) for a, n in inserted],
+            "insertions",
+        ),
+    )
+
+
+def _most(heads: Sequence[str], rows: Sequence[Sequence[object]], what: str) -> Html:
+    note = f"There are no {what}." if not rows else ""
+    if len(rows) > _MOST:
+        note = f"The {_MOST} most frequent of {len(rows):,} {what}."
+    return page.table(heads, rows[:_MOST], note)
+
+
+def confidences(line: Mapping[str, Any]) -> Iterable[tuple[float, bool]]:
+    """(confidence, whether it is right) of each word of a hypothesis, as far as there are any."""
+    words = line.get("words") or []
+    said = [(word[0], float(word[3])) for word in words if word[3] is not None]
+    pairs = align(line["reference"].split(), [text for text, _ in said])
+    right = [word == text for word, text in pairs if text is not None]
+    return zip((confidence for _, confidence in said), right, strict=True)
+
+
+def area(confidence: np.ndarray, right: np.ndarray) -> float | None:
+    """The probability that a right word has a higher confidence than a wrong one, ties by half.
+
+    It is the area under the ROC curve (Mann and Whitney 1947); None where all are right or wrong.
+    """
+    below, above = np.sort(confidence[~right]), confidence[right]
+    if not len(below) or not len(above):
+        return None
+    less = np.searchsorted(below, above, "left") + np.searchsorted(below, above, "right")
+    return float(less.mean() / (2 * len(below)))
+
+
+def _reliability(known: Sequence[tuple[float, bool]]) -> Html:
+    confidence = np.asarray([one for one, _ in known], np.float64).clip(0, 1)
+    right = np.asarray([one for _, one in known], bool)
+    place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    rows, points, gap = [], [], 0.0
+    for number in range(_BINS):
+        these = place == number
+        if these.any():
+            mean, share = float(confidence[these].mean()), float(right[these].mean())
+            points.append((mean, share))
+            gap += these.sum() / len(known) * abs(mean - share)
+            bounds = f"{number / _BINS:.1f} to {(number + 1) / _BINS:.1f}"
+            rows.append((bounds, int(these.sum()), page.percent(mean, 1), page.percent(share, 1)))
+    curve = page.plot(
+        "Words that are right, by their confidence",
+        points,
+        across=(0.0, 1.0),
+        up=(0.0, 1.0),
+        labels=("mean confidence", "share that is right"),
+        marked=True,
+        diagonal=True,
+    )
+    figures = page.definitions(
+        {
+            "words": len(known),
+            "mean confidence": page.percent(float(confidence.mean())),
+            "words that are right": page.percent(float(right.mean())),
+            "calibration error (ECE)": page.percent(gap),
+            "area under the ROC curve of wrong words": area(confidence, right),
+        }
+    )
+    bins = page.table(["confidence", "words", "mean confidence", "right"], rows)
+    return page.side_by_side(curve, page.join([figures, bins]))

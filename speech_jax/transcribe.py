@@ -1,0 +1,286 @@
+"""Writes down what is said in recordings.
+
+  python -m speech_jax.transcribe talk.flac --model=runs/quickstart
+  python -m speech_jax.transcribe calls/ 'more/*.m4a' --model=runs/quickstart --format=srt --out=subtitles
+  ffmpeg ... -f wav - | python -m speech_jax.transcribe - --model=runs/quickstart --format=json --words
+
+A PATH is an audio file of any container, rate, length and number of channels; a folder, which stands
+for the audio files in it and in its folders; a pattern such as 'calls/*.wav'; or -, for the bytes of
+a file on standard input. What is said goes to standard output in the order of the recordings, as
+soon as it is known; with --out, to a file for each.
+"""  # noqa: E501
+
+import argparse
+import contextlib
+import glob
+import io
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from speech_jax import files
+from speech_jax.errors import UserError
+
+_STATUS = """exit status: 0, all is transcribed; 1, something failed: it is named on standard error,
+with the reason, and the rest is done; 2, the command line is wrong."""
+_FORMATS = ("text", "json", "srt", "vtt", "ctm", "textgrid", "tsv")
+
+
+class Input(NamedTuple):
+    """A recording, and where in the output folder its transcription goes, without a suffix."""
+
+    file: str
+    place: pathlib.PurePath
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    if chosen.format not in _FORMATS:
+        parser.error(f"--format={chosen.format} must be one of {', '.join(_FORMATS)}")
+    failures: list[str] = []
+    inputs = list(_inputs(chosen.paths, failures))
+    if inputs:
+        try:
+            _transcribe(chosen, inputs, failures, parser.error)
+        except UserError as error:  # of the model, or of the place that all is written to
+            _fail(failures, str(error))
+        except BrokenPipeError:  # nobody reads on
+            _forget_output()
+            return 1
+    return int(bool(failures))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m speech_jax.transcribe",
+        description=__doc__,
+        epilog=_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="a file, a folder, a pattern or -")
+    add(
+        "--model",
+        required=True,
+        help="a workdir, a saved model, a folder of Hugging Face, or an exported file",
+    )
+    add(
+        "--format",
+        default="text",
+        metavar="FORMAT",
+        help="text (a line a recording), json (an object a line), srt or vtt (subtitles), ctm (for "
+        "sclite), textgrid (for Praat), tsv (a table); default: text",
+    )
+    add("--words", action="store_true", help="every word with its times, and its confidence")
+    add("--out", metavar="FOLDER", help="write a file for each recording there")
+    add("--beam", type=int, metavar="WIDTH", help="beam search with so many hypotheses")
+    add("--nbest", type=int, metavar="N", help="that many readings of each segment (json)")
+    add(
+        "--lm", metavar="FILE", help="a language model, .arpa; see python -m speech_jax.decoding.lm"
+    )
+    add("--lm-weight", type=float, metavar="WEIGHT", help="of the language model's scores")
+    add(
+        "--chunk",
+        type=float,
+        metavar="SECONDS",
+        help="heard at once, at most; less takes less memory; default: as the model has learned",
+    )
+    return parser  # fmt: skip
+
+
+def _decoder(chosen: argparse.Namespace) -> dict[str, object]:
+    """The settings of the decoder that flags ask for."""
+    given = {
+        "width": chosen.beam,
+        "nbest": chosen.nbest,
+        "lm": chosen.lm,
+        "lm_weight": chosen.lm_weight,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    return {"name": "beam", **given} if given else {}
+
+
+# ---- What there is to transcribe ---------------------------------------------------------------
+
+
+def _inputs(paths: list[str], failures: list[str]) -> Iterator[Input]:
+    """The recordings that paths name, each once; a path that names none is a failure."""
+    seen, taken = set(), set()
+    for path in paths:
+        found = _found(path)
+        if isinstance(found, str):
+            _fail(failures, found)
+            continue
+        for file, place in found:
+            if (real := os.path.realpath(file)) in seen:
+                continue
+            seen.add(real)
+            yield Input(file, _free(place, taken))
+
+
+def _found(path: str) -> list[tuple[str, pathlib.PurePath]] | str:
+    """(file, place among the outputs) of what a path names, or why it names nothing."""
+    if path == "-":
+        return [("-", pathlib.PurePath("standard_input"))]
+    expanded = os.path.expanduser(path)
+    if os.path.isdir(expanded):
+        found = [(str(file), file.relative_to(expanded)) for file in _audio_below(expanded)]
+        return found or f"{path}: the folder holds no audio files: name another one, or a file"
+    matches = [expanded]
+    if not os.path.exists(expanded):
+        if not glob.has_magic(path):
+            return f"{path}: no such file or folder: correct the path"
+        matches = [
+            name for name in sorted(glob.glob(expanded, recursive=True)) if os.path.isfile(name)
+        ]
+    found = [(name, pathlib.PurePath(os.path.basename(name))) for name in matches]
+    return found or f"{path}: no file matches the pattern: correct it"
+
+
+def _audio_below(folder: str) -> Iterator[pathlib.Path]:
+    from speech_jax.data.decoders import EXTENSIONS
+
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            suffix = os.path.splitext(name)[1].lower().removeprefix(".")
+            if suffix in EXTENSIONS and not name.startswith("."):
+                yield pathlib.Path(parent, name)
+
+
+def _free(place: pathlib.PurePath, taken: set[pathlib.PurePath]) -> pathlib.PurePath:
+    """A place that no other recording has: a.wav and a.flac are in one folder, or two folders."""
+    free, number = place.with_suffix("") if place.suffix else place, 1
+    while free in taken:
+        free = place if number == 1 else place.with_name(f"{place.name}-{number}")
+        number += 1
+    taken.add(free)
+    return free
+
+
+# ---- The work ----------------------------------------------------------------------------------
+
+
+def _transcribe(
+    chosen: argparse.Namespace,
+    inputs: list[Input],
+    failures: list[str],
+    refuse: Callable[[str], None],
+) -> None:
+    # Only now, so that --help and a wrong flag answer at once.
+    from speech_jax.deploy import formats
+    from speech_jax.deploy.transcribe import load
+
+    format = formats.FORMATS[chosen.format]
+    if len(inputs) > 1 and not chosen.out and not format.joins:
+        refuse(f"--format={chosen.format} of {len(inputs)} recordings needs --out=FOLDER")
+    folder = None
+    if chosen.out:
+        folder = files.expand(chosen.out)
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    model = load(chosen.model, chunk_seconds=chosen.chunk, decoder=_decoder(chosen))
+    if not folder:
+        _print(format.header)
+    with _progress(len(inputs)) as progress:
+        found = model.transcribe_all((_opened(one.file) for one in inputs), progress)
+        for one, transcription in zip(inputs, found, strict=True):
+            name = "standard input" if one.file == "-" else one.file
+            if isinstance(transcription, UserError):
+                _fail(failures, str(transcription))
+                continue
+            if transcription.trouble:
+                _fail(failures, f"{name}: {transcription.trouble}")
+            rendered = format.render(name, transcription, chosen.words)
+            if folder:
+                path = folder / one.place.with_name(f"{one.place.name}.{format.suffix}")
+                try:
+                    with files.writing(path):
+                        files.write_atomically(path, format.header + rendered)
+                except UserError as error:
+                    _fail(failures, str(error))
+            elif chosen.format == "text" and len(inputs) > 1:
+                _print("".join(f"{name}: {line}\n" for line in rendered.splitlines()))
+            else:
+                _print(rendered)
+
+
+def _opened(file: str) -> str | io.BytesIO:
+    """A file as audio is read from: standard input is read whole, for it cannot seek."""
+    if file != "-":
+        return file
+    stream = io.BytesIO(sys.stdin.buffer.read())
+    stream.name = "standard input"
+    return stream
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[float, float], None]]:
+    """A bar on standard error, if that is a terminal; gives what tells it how far things are."""
+    if not sys.stderr.isatty():
+        yield lambda files, seconds: None
+        return
+    import rich.console
+    import rich.progress
+
+    columns = (
+        rich.progress.TextColumn("Transcribing"),
+        rich.progress.BarColumn(),
+        rich.progress.TextColumn(
+            "{task.fields[done]} of {task.total} files, {task.fields[minutes]}"
+        ),
+        rich.progress.TimeRemainingColumn(),
+    )
+    console = rich.console.Console(stderr=True)
+    bar = rich.progress.Progress(
+        *columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()
+    )
+    with bar:
+        task = bar.add_task("", total=total, done=0, minutes="")
+        yield lambda files, seconds: bar.update(
+            task, completed=files, done=int(files), minutes=f"{seconds / 60:.1f} minutes of audio"
+        )
+
+
+def _print(text: str) -> None:
+    """Writes to standard output at once; a UserError where that cannot be written."""
+    try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _forget_output()
+        raise UserError(
+            f"cannot write standard output ({error.strerror or error}): make room, then run the "
+            "same command again"
+        ) from error
+
+
+def _forget_output() -> None:
+    """Has what is still to be written go nowhere: the interpreter writes it when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(failures: list[str], message: str) -> None:
+    failures.append(message)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _leave(*_: object) -> None:
+    """Ends the process at once; what was written is whole."""
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+    os.write(2, f"{show_cursor}interrupted\n".encode())
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _leave)
+    sys.exit(main())
