@@ -6,14 +6,16 @@ Most valuable first, and written to --out (Markdown; lines of JSON beside it, an
 measurement, so that nothing is lost when the time ends or a part hangs:
 
 - the device: what it is, its matrix rate, bandwidth and latencies;
+- the training steps of Conformer L, wav2vec2 Base and the recipe of the training, in several forms
+  (hardware/forms.py): time, rate, MFU, memory, compilation, and a profile of their kernels; the
+  same models in PyTorch by transformers; numerics of the models against float32 on the CPU;
 - the CTC kernel, in a process of its own: right or not, against float64; then its times against
-  XLA, optax and torch (native and cuDNN). Where it is right and faster, what follows uses it;
-- the training steps of Conformer L, M, S and wav2vec2 Base: time, rate, MFU, memory, compilation;
-  the same in PyTorch by transformers; numerics of the models against float32 on the CPU; variants
-  of attention and convolutions side by side. These four compile at the same time, and take turns
-  in measuring;
+  XLA, optax and torch (native and cuDNN);
+- variants of attention and convolutions side by side;
 - real training on the speech in --data (LibriSpeech/train-clean-5 and dev-clean-5) until the time
-  ends: input wait, learning curve, WER.
+  ends: input wait, learning curve, WER, and the best model (training.tar.*).
+
+Some compile while one is measured.
 
 Every part is a module of benchmarks/hardware and can be run alone. --parts chooses some; --tiny
 goes through all of it in small sizes on any machine.
@@ -33,11 +35,37 @@ from math import exp, log
 
 from benchmarks.hardware import Table
 
-PARTS = ("device", "ctc", "steps", "training")
+PARTS = ("device", "steps", "ctc", "variants", "training")
 # Seconds that a part may take at most; what it does not need goes to the training.
-LIMITS = {"device": 45, "kernel": 70, "kernel again": 35, "times": 75, "steps": 170}
-TRAINING = 0.46  # of the time is kept for the training
+LIMITS = {
+    "device": 45, "kernel": 150, "kernel again": 60, "times": 90, "steps": 330, "step": 150,
+    "peers": 300, "variants": 60,
+}  # fmt: skip
+TRAINING = 0.6  # of the time is kept for the training, if there is other work
 MARGIN = 2.0  # seconds before its limit at which a part should end by itself
+TOGETHER = 4  # steps that are compiled at the same time
+# The compiler does without the device, so that compiling disturbs no measurement, and in half of
+# the time. `+tuned` is without.
+QUICK = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+# Models and the forms that they are tried in (hardware/steps.py), the most telling first.
+STEPS = (
+    "conformer-l",
+    "conformer-l+mixed+fused+products",
+    "conformer-l+banded+fused+products",
+    "recipe",
+    "conformer-l+fused+products",
+    "recipe+mixed+fused+products",
+    "wav2vec2-base",
+    "wav2vec2-base+fused+products",
+    "conformer-l+mixed+fused+products+tuned",
+    "conformer-l+mixed+fused",
+    "conformer-l+mixed+fused+products@1280",
+    "conformer-l+shifted+fused+products",
+    "recipe+mixed+fused",
+    "wav2vec2-base+fused+products+tuned",
+    "conformer-l+mixed+fused+unrolled",
+    "conformer-l+mixed+fused+products+rolled",
+)
 
 
 def main() -> None:
@@ -49,7 +77,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480.0, help="for everything")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("accelerator.md"))
     parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ",".join(PARTS))
-    parser.add_argument("--ctc", default="", help="the loss of the steps; default: the best")
+    parser.add_argument("--steps", default=",".join(STEPS), help="what steps are measured")
+    parser.add_argument("--forms", default="", help="of the training: +FORM+FORM (forms.py)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a test on a CPU")
     flags = parser.parse_args()
     parts = flags.parts.split(",")
@@ -67,67 +96,73 @@ def main() -> None:
 
 
 def _run_parts(run: "_Run", flags: argparse.Namespace, parts: list[str]) -> None:
-    cpu = {"JAX_PLATFORMS": "cpu"}
     if "device" in parts:
         run.wait(run.start("device", "device", LIMITS["device"]))
     if "training" in parts:
-        run.start("speech", "speech", 60, **cpu)
+        run.start("speech", "speech", 60, JAX_PLATFORMS="cpu")
+    # The parts share the device's memory.
+    some = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if "steps" in parts:
-        run.start("reference", "numerics", 120, "--only=reference", **cpu)
-    chosen = flags.ctc or "xla"
+        run.start("peers", "peers", LIMITS["peers"])
+        run.start("reference", "numerics", 120, "--only=reference", JAX_PLATFORMS="cpu")
     if "ctc" in parts:
-        chosen = flags.ctc or _ctc(run)
+        run.start(
+            "kernel own", "kernels", LIMITS["kernel"], "--only=own", "--forms=+rolled", **some
+        )
     if "steps" in parts:
-        # Together they must fit in the device's memory.
-        loss, some = f"--ctc={chosen}", {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        limit = LIMITS["steps"] * max(flags.seconds / 480, 1)
-        together = [
-            run.start("steps", "steps", limit, loss, XLA_PYTHON_CLIENT_MEM_FRACTION=".5"),
-            run.start("peers", "peers", limit),
-            run.start("numerics", "numerics", limit, loss, **some),
-            run.start("variants", "variants", limit, **some),
-        ]
-        for name in together:
-            run.wait(name)
+        _steps(run, flags.steps.split(","), some)
+    if "ctc" in parts:
+        _ctc(run, some)
+    if "steps" in parts:
+        run.wait(run.start("numerics", "numerics", 60, **some))
+    if "variants" in parts:
+        run.wait(run.start("variants", "variants", LIMITS["variants"], **some))
+    if "steps" in parts:
+        run.wait("peers")
     if "training" in parts:
         run.reserve = 0.0
-        chosen += _form(run.table)
-        run.wait(run.start("training", "training", flags.seconds, f"--ctc={chosen}"))
+        forms = f"--forms={flags.forms}"
+        run.wait(run.start("training", "training", flags.seconds, forms))
     _summary(run.table)
 
 
-def _ctc(run: "_Run") -> str:
-    """Checks and times the kernel; the implementation that the rest should use."""
-    right = []
-    for barriers in ("own", "auto", "light"):
-        if barriers == "auto" and "own" in right:
-            continue  # wanted only to learn whether the barriers are what is wrong
-        limit = LIMITS["kernel" if barriers == "own" else "kernel again"]
-        run.wait(run.start(f"kernel {barriers}", "kernels", limit, f"--only={barriers}"))
-        verdict = f"verdict, {barriers} barriers"
-        if any(row.get("what") == verdict and row["right"] for row in run.table.rows()):
-            right.append(barriers)
+def _steps(run: "_Run", names: list[str], some: dict[str, str]) -> None:
+    """Measures steps, each in a process; some compile while one is measured."""
+    until = time.monotonic() + LIMITS["steps"]
+    waiting, running = list(names), []
+    while waiting or running:
+        while waiting and len(running) < TOGETHER and time.monotonic() < until:
+            name = waiting.pop(0)
+            flags = "" if name.partition("@")[0].endswith("+tuned") else QUICK
+            flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+            only = f"--only={name}"
+            running.append(run.start(name, "steps", LIMITS["step"], only, XLA_FLAGS=flags, **some))
+        running = [name for name in running if not run.ended(name)]
+        if time.monotonic() > until:
+            break
+        time.sleep(0.2)
+    for name in running:
+        run.wait(name)
+
+
+def _ctc(run: "_Run", some: dict[str, str]) -> None:
+    """Waits for the check of the kernel, and times what is right."""
+    run.wait("kernel own")
     kernel = "pallas_tpu" if _platform(run.table) == "tpu" else "pallas_gpu"
-    device = _platform(run.table) != "cpu"
-    first = ["xla", *([kernel] if device and "own" in right else [])]
-    half = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}  # torch wants some of it
-    run.wait(run.start("times", "losses", LIMITS["times"], f"--ctc={','.join(first)}", **half))
-    for barriers in right:
-        if barriers != "own" and device:
-            arguments = f"--ctc={kernel}", f"--only={barriers}"
-            run.wait(run.start(f"times {barriers}", "losses", LIMITS["kernel again"], *arguments))
-    times = _times(run.table)
-    ours = [shape["xla"] / shape[kernel] for shape in times.values() if {"xla", kernel} <= {*shape}]
-    best = kernel if ours and sum(map(log, ours)) > 0 else "xla"
-    run.table.add("the loss that what follows uses", ctc=best)
-    return best
-
-
-def _form(table: Table) -> str:
-    """How the training should compute depthwise convolutions, by the steps of its recipe."""
-    rates = {row.get("what"): row.get("audio_s_per_s") for row in table.rows()}
-    usual, other = rates.get("recipe, best batch"), rates.get("recipe+shifted, best batch")
-    return "+shifted" if usual and other and other > usual else ""
+    right = any(
+        row.get("what") == "verdict, own barriers" and row["right"] for row in run.table.rows()
+    )
+    if not right:
+        limit = LIMITS["kernel again"]
+        run.wait(
+            run.start("kernel auto", "kernels", limit, "--only=auto", "--forms=+rolled", **some)
+        )
+    first = ["xla", *([kernel] if right and _platform(run.table) != "cpu" else [])]
+    run.wait(run.start("times", "losses", LIMITS["times"], f"--names={','.join(first)}", **some))
+    if _platform(run.table) == "gpu":
+        loops = "--xla_gpu_enable_command_buffer=+WHILE"
+        run.wait(run.start("times of loops in graphs", "losses", 30, "--names=graphs",
+                           XLA_FLAGS=loops, **some))  # fmt: skip
 
 
 def _platform(table: Table) -> str:
@@ -177,6 +212,14 @@ class _Run:
         elif process.returncode:
             self.table.fail(name, f"ended by itself with {process.returncode}: see the log")
         _kill(process)
+
+    def ended(self, name: str) -> bool:
+        """Whether a part has ended; it is ended at its limit."""
+        process, until = self._running[name]
+        if process.poll() is None and time.monotonic() < until:
+            return False
+        self.wait(name)
+        return True
 
     def left(self) -> float:
         """Seconds left in all."""
@@ -243,10 +286,9 @@ def _summary(table: Table) -> None:
         if row.get("part") in rates and "audio_s_per_s" in row and "rows of" in row["what"]:
             rates[row["part"]][row["what"]] = row["audio_s_per_s"]
     for what, rate in rates["peer"].items():
-        shape, _, way = what.rpartition(", ")
         for ours, found in rates["step"].items():
-            if ours.replace("+shifted", "") == shape:
-                table.add(f"{ours}: times the rate of {way}", ratio=found / rate)
+            if ours.replace("+", ",").replace("@", ",").partition(",")[0] == what.partition(",")[0]:
+                table.add(f"{ours}: times the rate of {what}", ratio=found / rate)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ _RULES = ("optimizer.decay", "optimizer.rates", "optimizer.frozen")
 _LIKE = {
     "features.high_hz": 0.0,
     "adversarial.snr_db": 0.0,
+    "model.attention_dropout": 0.0,
     "model.subsampling_channels": 0,
     "optimizer.momentum": 0.0,
     **{f"decoder.{field.name}": field.default for field in dataclasses.fields(Settings)},
@@ -107,8 +108,9 @@ RANGES = {
     **dict.fromkeys(
         (
             "train.ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum",
-            "model.dropout", "model.input_dropout", "model.layer_drop", "task.feature_dropout",
-            "task.dropout", "task.smoothing",
+            "model.dropout", "model.attention_dropout", "model.input_dropout",
+            "model.layer_drop", "task.feature_dropout", "task.dropout",
+            "task.smoothing",
         ),
         _SHARE_BELOW_ONE,
     ),

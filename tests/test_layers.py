@@ -27,10 +27,8 @@ def test_depthwise_convolution_is_a_grouped_one():
 def test_rotary_scores_depend_on_distance_alone():
     query, key = normal(1, 1, 1, 8), normal(1, 1, 1, 8)
     frames = 12
-    scores = layers._dot(
-        layers.rotate(jnp.broadcast_to(query, (1, frames, 1, 8))),
-        layers.rotate(jnp.broadcast_to(key, (1, frames, 1, 8))),
-    )[0, 0]
+    query, key = (jnp.broadcast_to(x, (1, frames, 1, 8)) for x in (query, key))
+    scores = jnp.einsum("bthd,bshd->bhts", layers.rotate(query), layers.rotate(key))[0, 0]
     for distance in range(-5, 6):
         diagonal = np.diagonal(scores, distance)
         np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)

@@ -8,14 +8,15 @@ loses nothing but itself. A part that measures times holds the device for itself
 import argparse
 import contextlib
 import fcntl
-import functools
 import json
+import os
 import pathlib
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from statistics import median
+from typing import IO
 
 
 class Table:
@@ -81,14 +82,36 @@ def run_part(part: str, run: Callable[[Table, argparse.Namespace], None]) -> Non
     parser.add_argument("--work", type=pathlib.Path, required=True)
     parser.add_argument("--data", type=pathlib.Path)
     parser.add_argument("--seconds", type=float, default=1e9)
-    parser.add_argument("--ctc", default="xla")
+    parser.add_argument("--forms", default="", help="+FORM+FORM, as in forms.py")
     parser.add_argument("--only", default="")
+    parser.add_argument("--names", default="xla")
     parser.add_argument("--tiny", action="store_true")
     flags = parser.parse_args()
     flags.end = time.monotonic() + flags.seconds
     table = Table(flags.out, part)
-    with table.attempt("the part"):
+    with table.attempt(f"the part{flags.only and ': '}{flags.only}"):
         run(table, flags)
+
+
+@contextlib.contextmanager
+def compiling(work: pathlib.Path) -> Iterator[None]:
+    """Around a compilation: where the compiler tries kernels on the device, nobody measures."""
+    if "--xla_gpu_autotune_level=0" in os.environ.get("XLA_FLAGS", ""):
+        yield
+        return
+    with (work / "device.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def hold(work: pathlib.Path) -> None:
+    """`alone`, until this process ends."""
+    file = (work / "device.lock").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    _held.append(file)
+
+
+_held: list[IO] = []
 
 
 @contextlib.contextmanager
@@ -114,18 +137,3 @@ def median_seconds(call: Callable[[], object], repeats: int, warmup: int = 2) ->
 def left(flags: argparse.Namespace) -> float:
     """Seconds that the part still has."""
     return flags.end - time.monotonic()
-
-
-def choose(what: str) -> None:
-    """Has this process compute by chosen means: LOSS or LOSS+shifted.
-
-    LOSS is an implementation of ops/ctc.py; with 'shifted', depthwise convolutions are sums of
-    shifted products.
-    """
-    from benchmarks.hardware import shifted
-    from speech_jax.ops import convolution, ctc
-
-    loss, _, form = what.partition("+")
-    ctc.ctc_loss = functools.partial(ctc.ctc_loss, implementation=loss)
-    if form == "shifted":
-        convolution.depthwise = shifted.depthwise

@@ -103,6 +103,11 @@ class Step:
         """The compiler's own count, in which a loop's body counts once."""
         return self._program.cost_analysis()["flops"]
 
+    @property
+    def text(self) -> str:
+        """The compiled program."""
+        return self._program.as_text()
+
     def load(self) -> None:
         """Puts a batch of noise on the device."""
         self._batch = sharding.put_batch(noise(self._shapes), self.model.mesh)

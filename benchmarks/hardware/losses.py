@@ -1,7 +1,7 @@
 """CTC's value and gradient on the shapes of benchmarks/ctc.py: ours, the kernel, optax and torch.
 
---ctc names the implementations of ours that are known to be right, joined by commas; --only the
-barriers of the GPU kernel (kernels.py).
+--names are the implementations of ours that are known to be right, joined by commas; --only is the
+barriers of the GPU kernel (kernels.py). `graphs` stands for XLA alone, with what XLA_FLAGS say.
 """
 
 import argparse
@@ -25,21 +25,30 @@ def run(table: Table, flags: argparse.Namespace) -> None:
     """A row for each shape and contestant, our best first."""
     barriers = flags.only or "own"
     set_barriers(barriers)
-    names = [name for name in flags.ctc.split(",") if name]
-    for shape in TINY if flags.tiny else benchmark.SHAPES:
+    names = flags.names.split(",")
+    graphs = names == ["graphs"]
+    contestants = {name: partial(ctc.ctc_loss, implementation=name) for name in names}
+    if graphs:
+        contestants = {"xla, loops in graphs": ctc.ctc_loss}
+    elif barriers == "own":
+        contestants["optax"] = benchmark.optax_loss
+    shapes = TINY if flags.tiny else benchmark.SHAPES
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        problems = {shape: benchmark.problem(*shape, jnp.float32) for shape in shapes}
+        programs = {
+            (shape, name): pool.submit(_compile, loss, problems[shape])
+            for shape in shapes
+            for name, loss in contestants.items()
+        }
+    for shape, arrays in problems.items():
         if left(flags) < 5:
             break
-        arrays = benchmark.problem(*shape, jnp.float32)
-        losses = {name: partial(ctc.ctc_loss, implementation=name) for name in names}
-        if barriers == "own":
-            losses["optax"] = benchmark.optax_loss
         what = "B,T,N,K = " + ",".join(map(str, shape))
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            programs = {name: pool.submit(_compile, loss, arrays) for name, loss in losses.items()}
-        for name, program in programs.items():
+        for name in contestants:
             with table.attempt(f"{name}, {what}"):
-                _measure(table, flags, f"{name}, {what}", program.result(), arrays, shape)
-        if barriers == "own":
+                program = programs[shape, name].result()
+                _measure(table, flags, f"{name}, {what}", program, arrays, shape)
+        if barriers == "own" and not graphs:
             with table.attempt(f"torch, {what}"):
                 for name, call in torch_calls(arrays).items():
                     with table.attempt(f"{name}, {what}"), alone(flags.work):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.hardware import Table, choose, left, run_part
+from benchmarks.hardware import Table, forms, left, run_part
 from benchmarks.hardware.build import config_of, make_batch, make_bucket, make_task
 from speech_jax.ops import features
 from speech_jax.training import sharding
@@ -26,7 +26,7 @@ WAIT = 60.0  # seconds for the reference
 
 def run(table: Table, flags: argparse.Namespace) -> None:
     """Stores the reference, or compares with it."""
-    choose(flags.ctc)
+    forms.choose(flags.forms)
     if flags.only == "reference":
         for name in MODELS:
             np.savez(flags.work / f"{name}.part.npz", *evaluate(name, "float32", "highest"))

@@ -2,13 +2,11 @@
 
 BATCH_SECONDS = 320  # of recipe.py
 ROW_SECONDS = 16.0  # of every row
-# Seconds of audio in a batch that are tried, the peers' first; labels a second.
+# Seconds of audio in a batch, and labels a second.
 SIZES = {
-    "conformer-l": ((640,), 5),
-    "conformer-l+shifted": ((640, 960), 5),
-    "wav2vec2-base": ((320, 480), 12),
-    "recipe": ((BATCH_SECONDS,), 7),
-    "recipe+shifted": ((BATCH_SECONDS,), 7),
-    "conformer-m+shifted": ((1280,), 5),
-    "conformer-s+shifted": ((2560,), 5),
+    "conformer-l": (640, 5),
+    "conformer-m": (1280, 5),
+    "conformer-s": (2560, 5),
+    "wav2vec2-base": (320, 12),
+    "recipe": (BATCH_SECONDS, 7),
 }

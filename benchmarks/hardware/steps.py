@@ -1,96 +1,110 @@
-"""The training step of each model as a run has it: time, rate, MFU, memory, compilation.
+"""The training step of a model as a run has it: time, rate, MFU, memory, compilation, profile.
 
-All programs are compiled first, some at once; then each is timed on full rows of noise. MFU is of
+--only is a model and its forms (forms.py), and how many seconds of audio a batch has where that is
+not the model's usual: `conformer-l+mixed+fused@1280`. It is timed on full rows of noise. MFU is of
 the analytic FLOPs of matrix products and convolutions (training/costs.py), forward and backward
 without recomputation, over the data sheet's bfloat16 rate; front end, CTC, clipping and AdamW are
-in the time and not in the FLOPs. Models `+shifted` have their depthwise convolutions as sums of
-shifted products. --only names the models, joined by commas.
+in the time and not in the FLOPs. Then a trace of some steps says what the time went to.
+
+A process measures one step: what it holds of the device's memory is only freed when it ends.
 """
 
 import argparse
-import concurrent.futures
+import pathlib
 import time
 
 import jax
 
-from benchmarks.hardware import Table, alone, choose, left, median_seconds, run_part, shifted
+from benchmarks.hardware import Table, compiling, forms, hold, hottest, left, run_part
 from benchmarks.hardware.build import Model, Step, config_of
 from benchmarks.hardware.shapes import ROW_SECONDS, SIZES
-from speech_jax.ops import convolution
 from speech_jax.training import costs
 
-THREADS = 6  # programs compiled at once
+PROFILED = 3  # steps
+SHOWN = 12  # kernels, and modules
 
 
 def run(table: Table, flags: argparse.Namespace) -> None:
-    """Compiles in the background and times what is ready, in the order of SIZES."""
-    choose(flags.ctc)
-    usual = convolution.depthwise
-    names = flags.only.split(",") if flags.only else list(SIZES)
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        waiting, states = [], {}
-        for name in names:
-            with table.attempt(name):
-                started = time.perf_counter()
-                convolution.depthwise = shifted.depthwise if name.endswith("+shifted") else usual
-                kind = name.removesuffix("+shifted")
-                model = Model(config_of(kind, flags.tiny), vocabulary(kind))
-                states[name] = pool.submit(model.start)
-                waiting += [
-                    (name, step, pool.submit(step.compile)) for step in _trace(model, name, flags)
-                ]
-                table.add(f"{name}, traced", s=time.perf_counter() - started)
-        # Better nothing is timed while this process compiles: the compiler tries kernels on the
-        # device. But what is ready at two thirds of the time is not kept waiting.
-        concurrent.futures.wait([future for _, _, future in waiting], timeout=left(flags) * 2 / 3)
-        best: dict[str, float] = {}
-        for name, step, future in waiting:
-            if left(flags) < 4:
-                break
-            with table.attempt(f"{name}, {step.rows} rows"):
-                states[name].result(timeout=max(left(flags) - 4, 0))
-                future.result(timeout=max(left(flags) - 4, 0))
-                rate = _measure(table, flags, name, step)
-                best[name] = max(rate, best.get(name, 0.0))
-            step.release()
-        for name, rate in best.items():
-            table.add(f"{name}, best batch", audio_s_per_s=rate)
-        for _, _, future in waiting:
-            future.cancel()
-
-
-def vocabulary(name: str) -> int:
-    """Classes of a model's head, the blank among them."""
-    return {"wav2vec2": 32, "recipe": 128}.get(name.partition("-")[0], 1024)
-
-
-def _trace(model: Model, name: str, flags: argparse.Namespace) -> list[Step]:
-    totals, labels = SIZES[name]
+    """Compiles, measures and profiles the step of --only."""
+    name, _, total = flags.only.partition("@")
+    kind = name.partition("+")[0]
+    size, labels = SIZES[kind]
     seconds = 2.0 if flags.tiny else ROW_SECONDS
-    totals = (4.0,) if flags.tiny else totals
-    return [model.trace(round(total / seconds), seconds, labels) for total in totals]
+    rows = round((4.0 if flags.tiny else float(total or size)) / seconds)
+    # Of the model as it is: a form may compute more, or what is not counted.
+    usual = Model(config_of(kind, flags.tiny), vocabulary(kind))
+    flops = usual.trace(rows, seconds, labels).flops
+    started = time.perf_counter()
+    model = Model(forms.apply(name, config_of(kind, flags.tiny)), vocabulary(kind))
+    step = model.trace(rows, seconds, labels)
+    traced = time.perf_counter() - started
+    with compiling(flags.work):
+        step.compile()
+    hold(flags.work)
+    with table.attempt(flags.only):
+        model.start()
+        took = _measure(table, flags, step, flops, traced)
+    if left(flags) > 6:
+        with table.attempt(f"{flags.only}, profile"):
+            _profile(table, flags, step, took)
 
 
-def _measure(table: Table, flags: argparse.Namespace, name: str, step: Step) -> float:
-    with alone(flags.work):
-        step.load()
-        last = {}
-        seconds = median_seconds(lambda: last.update(step()), 2 if flags.tiny else 8)
+def vocabulary(kind: str) -> int:
+    """Classes of a model's head, the blank among them."""
+    return {"wav2vec2": 32, "recipe": 128}.get(kind.partition("-")[0], 1024)
+
+
+def _measure(table, flags, step: Step, flops: float, traced: float) -> float:
+    step.load()
+    last, times = {}, []
+    for number in range(4 if flags.tiny else 11):
+        start = time.perf_counter()
+        last = jax.device_get(step())
+        if number > 1:
+            times.append(time.perf_counter() - start)
+        if left(flags) < 2:
+            break
+    took = sorted(times)[len(times) // 2]
     audio = step.rows * step.seconds
-    peak = costs.peak_flops()
     table.add(
-        f"{name}, {step.rows} rows of {step.seconds:g} s",
-        ms=1e3 * seconds,
-        audio_s_per_s=audio / seconds,
-        MFU=step.flops / seconds / peak,
-        TFLOP=step.flops / 1e12,
+        f"{flags.only}, {step.rows} rows of {step.seconds:g} s",
+        ms=1e3 * took,
+        least_ms=1e3 * min(times),
+        audio_s_per_s=audio / took,
+        MFU=flops / took / costs.peak_flops(),
+        TFLOP=flops / 1e12,
         temporary_GiB=step.temporary / 2**30,
+        traced_s=traced,
         compile_s=step.compile_seconds,
         M_parameters=step.model.parameters / 1e6,
-        ctc=flags.ctc,
-        finite=bool(jax.device_get(last["finite"])),
+        finite=bool(last["finite"]),
+        loss=float(last["loss"]),
+        grad_norm=float(last["grad_norm"]),
     )
-    return audio / seconds
+    return took
+
+
+def _profile(table: Table, flags: argparse.Namespace, step: Step, took: float) -> None:
+    found = hottest.profile(step, PROFILED, step.text)
+    table.add(f"{flags.only}, profile", kernels_ms=found.milliseconds, step_ms=1e3 * took)
+    for kernel in found.kernels[:SHOWN]:
+        table.add(
+            f"{flags.only}, kernel {kernel.name}",
+            ms=kernel.milliseconds,
+            share=kernel.share,
+            runs=kernel.count,
+            function=kernel.function[:80],
+            place=kernel.place[-100:],
+        )
+    shown = list(found.modules.items())[:SHOWN]
+    table.add(f"{flags.only}, modules, ms", **dict(shown))
+    whole = flags.out.with_suffix(".kernels")
+    lines = [
+        f"{flags.only}\t{k.milliseconds:.4f}\t{k.count:g}\t{k.name}\t{k.function}\t{k.place}\n"
+        for k in found.kernels[:150]
+    ]
+    with pathlib.Path(whole).open("a") as file:
+        file.writelines(lines)
 
 
 if __name__ == "__main__":

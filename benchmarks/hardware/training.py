@@ -70,8 +70,8 @@ def expected_rate(rows: list[dict]) -> float:
     """Updates a second, from what was measured before."""
     rates = {row["what"]: row["audio_s_per_s"] for row in rows if "audio_s_per_s" in row}
     found = [
-        max((rate for what, rate in rates.items() if what.startswith(starts)), default=None)
-        for starts in (("recipe, best", "recipe+shifted, best"), ("loader, WAV, speeds (0.9",))
+        max((rate for what, rate in rates.items() if what.startswith(start)), default=None)
+        for start in ("recipe", "loader, WAV, speeds (0.9")
     ]
     known = [0.85 * rate for rate in found if rate]
     return (min(known) if known else GUESS) / (0.92 * BATCH_SECONDS)  # 8% of a batch is padding
@@ -83,7 +83,7 @@ def _start(flags: argparse.Namespace, root, workdir: pathlib.Path, *arguments: s
     log = workdir.with_suffix(".log").open("w")
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "benchmarks.hardware.watched", flags.ctc, str(waits),
+            sys.executable, "-m", "benchmarks.hardware.watched", flags.forms, str(waits),
             f"--config=benchmarks/hardware/{recipe}.py", f"--workdir={workdir}",
             f"--config.data.root={root}", f"--config.data.cache={flags.work / 'cache'}",
             *arguments,

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.hardware import Table, alone, left, median_seconds, run_part
-from benchmarks.hardware.shifted import depthwise as shifted
+from benchmarks.hardware import Table, alone, forms, left, median_seconds, run_part
 from speech_jax.models import layers
 from speech_jax.ops import convolution
 
@@ -170,7 +169,9 @@ def depthwise(batch: int, frames: int, width: int, kernel: int = 31):
 
     variants = {
         "ours": ours,
-        "shifted products": lambda x, weight: shifted(x, weight, None),
+        "shifted products": lambda x, weight: forms.shifted(x, weight, None),
+        "banded products": lambda x, weight: forms.banded(x, weight, None),
+        "shifted, banded weight gradient": lambda x, weight: forms.mixed(x, weight, None),
         "lax.conv, grouped": grouped,
         "lax.conv, grouped, channels first": channels_first,
     }

@@ -2,8 +2,8 @@
 
   python -m benchmarks.hardware.watched HOW FILE FLAGS ...
 
-HOW is what benchmarks.hardware.choose takes. FILE gets a line of JSON every so many batches: how
-many were taken, the seconds spent waiting for them, and the clock.
+HOW is what forms.choose takes: '' or +FORM+FORM. FILE gets a line of JSON every so many batches:
+how many were taken, the seconds spent waiting for them, and the clock.
 """
 
 import json
@@ -11,7 +11,7 @@ import runpy
 import sys
 import time
 
-from benchmarks.hardware import choose
+from benchmarks.hardware import forms
 
 EVERY = 10
 
@@ -56,7 +56,7 @@ def watch(file: str) -> None:
 
 if __name__ == "__main__":
     name, waits, *rest = sys.argv[1:]
-    choose(name)
+    forms.choose(name)
     watch(waits)
     sys.argv[1:] = rest
     runpy.run_module("speech_jax.main", run_name="__main__", alter_sys=True)

@@ -23,7 +23,8 @@ class Conformer(nn.Module):
       subsampling_channels: channels of the strided convolutions; None is D.
       position: 'rotary' or 'relative' attention.
       conv_norm: 'layer' or 'batch' in the convolution module.
-      dropout: on every residual branch and on attention weights.
+      dropout: on every residual branch and on attention weights; attention_dropout: on these alone,
+        in its place. With 0.0, attention is one kernel on GPUs (ops/attention.py).
       adapter: hidden units of the adapter behind each layer (layers.Adapter); 0: none.
       scan: compile one layer and loop over it (fast to compile), or unroll (faster to run on CPU).
       remat: recompute each layer's activations in the backward pass.
@@ -40,6 +41,7 @@ class Conformer(nn.Module):
     position: str = "rotary"
     conv_norm: str = "layer"
     dropout: float = 0.1
+    attention_dropout: float | None = None
     adapter: int = 0
     scan: bool = True
     remat: bool = False
@@ -105,7 +107,10 @@ class Conformer(nn.Module):
         return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), lengths
 
     def _block_settings(self) -> dict[str, Any]:
-        names = ("heads", "kernel", "position", "conv_norm", "dropout", "adapter", "dtype")
+        names = (
+            "heads", "kernel", "position", "conv_norm", "dropout", "attention_dropout", "adapter",
+            "dtype",
+        )  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         return settings | {"feed_forward": self.expansion * self.width}
 
@@ -123,6 +128,7 @@ class Block(nn.Module):
     position: str
     conv_norm: str
     dropout: float
+    attention_dropout: float | None
     dtype: Any
     conv_bias: bool = True
     conv_momentum: float = 0.99
@@ -140,8 +146,9 @@ class Block(nn.Module):
         half = jnp.asarray(0.5, self.dtype)
         x = residual = partition.split_rows(x)
         first = layers.FeedForward(self.feed_forward, name="feed_forward_1", site=0, **common)
+        by_weight = layers.weight_dropout(self.dropout, self.attention_dropout)
         attention = layers.SelfAttention(
-            self.heads, self.position, name="attention", site=2, **common
+            self.heads, self.position, weight_dropout=by_weight, name="attention", site=2, **common
         )
         convolution = layers.ConvolutionModule(
             self.kernel,

@@ -9,6 +9,7 @@ Shapes: B rows, T frames, D the width of the residual stream, H heads of W = D /
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speech_jax.errors import UserError
-from speech_jax.ops import convolution, masking
+from speech_jax.ops import attention, convolution, masking
 from speech_jax.rules import Rules
 
 Dtype = Any
@@ -99,6 +100,18 @@ def dropout(x: jax.Array, rate: float, seed: jax.Array | None, site: int = 0) ->
     return jnp.where(keep, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
 
 
+def dropping(rate: float, seed: jax.Array | None, site: int) -> Callable | None:
+    """`dropout` as a function of its array alone; None where it would do nothing."""
+    if seed is None or not rate:
+        return None
+    return functools.partial(dropout, rate=rate, seed=seed, site=site)
+
+
+def weight_dropout(dropout: float, attention_dropout: float | None) -> float:
+    """The rate at which weights of attention are dropped, by the settings of an encoder."""
+    return dropout if attention_dropout is None else attention_dropout
+
+
 def _mix(x: jax.Array) -> jax.Array:
     """A hash of uint32: an input bit flips half of the output bits (lowbias32, C. Wellons)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
@@ -125,11 +138,13 @@ class SelfAttention(nn.Module):
     queries and keys is rotated, instead of queries and keys: scores then depend on absolute
     position too; as in fairseq's Conformer) or 'relative' (Transformer-XL, Dai et al. 2019, as in
     the Conformer paper). The mask is bool [B, T], True where a key may be attended to.
+    `weight_dropout` is of the attention's weights, `dropout` of its output.
     """
 
     heads: int
     position: str = "rotary"
     dropout: float = 0.0
+    weight_dropout: float = 0.0
     dtype: Dtype = jnp.float32
     site: int = 0
 
@@ -152,22 +167,17 @@ class SelfAttention(nn.Module):
         else:
             projected = dense((3, self.heads, each), name="qkv")(x)
             query, key, value = (projected[:, :, i] for i in range(3))
+        last = (value, mask, dropping(self.weight_dropout, seed, self.site), np.sqrt(each))
         if self.position == "rotary":
-            scores = _dot(rotate(query), rotate(key))
+            context = attention.attend(rotate(query), rotate(key), *last)
         elif self.position == "rotary_input":
-            scores = _dot(query, key)
+            context = attention.attend(query, key, *last)
         elif self.position == "relative":
-            scores = self._relative_scores(query, key)
+            context = attention.weigh(self._relative_scores(query, key), *last)
         else:
             raise UserError(
                 f"position must be 'rotary', 'rotary_input' or 'relative', got {self.position!r}"
             )
-        scores = scores.astype(jnp.float32) / np.sqrt(each).astype(np.float32)  # [B, H, T, T]
-        # Finite, so that a row without a single valid frame stays free of NaN.
-        scores = jnp.where(mask[:, None, None, :], scores, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        weights = dropout(weights, self.dropout, seed, self.site)
-        context = jnp.einsum("bhts,bshd->bthd", weights, value)  # [B, T, H, W]
         zeros = nn.initializers.zeros
         output = dense(width, axis=(-2, -1), kernel_init=zeros, name="project")(context)
         return dropout(output, self.dropout, seed, self.site + 1)
@@ -184,11 +194,8 @@ class SelfAttention(nn.Module):
         query_content = query + content_bias.astype(self.dtype)[None, None]
         query_position = query + position_bias.astype(self.dtype)[None, None]
         by_distance = jnp.einsum("bthd,rhd->bhtr", query_position, position)  # [B, H, T, 2T - 1]
-        return _dot(query_content, key) + _distance_to_key(by_distance)
-
-
-def _dot(query: jax.Array, key: jax.Array) -> jax.Array:
-    return jnp.einsum("bthd,bshd->bhts", query, key)
+        content = jnp.einsum("bthd,bshd->bhts", query_content, key)
+        return content + _distance_to_key(by_distance)
 
 
 def _distance_to_key(scores: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from jax import lax
 
 from speech_jax.errors import UserError
 from speech_jax.models import layers
-from speech_jax.ops import convolution, masking, partition
+from speech_jax.ops import attention, convolution, masking, partition
 from speech_jax.rules import Rules
 
 _normal = nn.initializers.normal(0.02)
@@ -37,8 +37,9 @@ class Wav2Vec2(nn.Module):
       norm_padding: count padding in the group norm's statistics, as fairseq and transformers do.
         Only for parity with them: the output then depends on how far an utterance is padded.
       position_kernel, position_groups: the convolution that encodes position; none without taps.
-      dropout: on every residual branch and on attention weights; input_dropout: on the projected
-        features.
+      dropout: on every residual branch and on attention weights; attention_dropout: on these alone,
+        in its place (with 0.0, attention is one kernel on GPUs: ops/attention.py); input_dropout:
+        on the projected features.
       layer_drop: probability that a layer is skipped in training (Fan et al. 2020).
       mask_time, mask_time_length: in training, spans of so many frames become a learned vector;
         starts are so many that they would cover this fraction of an utterance if none overlapped.
@@ -64,6 +65,7 @@ class Wav2Vec2(nn.Module):
     position_kernel: int = 128
     position_groups: int = 16
     dropout: float = 0.1
+    attention_dropout: float | None = None
     input_dropout: float = 0.1
     layer_drop: float = 0.0
     mask_time: float = 0.0
@@ -130,7 +132,7 @@ class Wav2Vec2(nn.Module):
 
     def layer_settings(self) -> tuple[type[nn.Module], dict[str, Any]]:
         """The module of a layer, called as module(x, mask, seed, skip), and its attributes."""
-        names = ("heads", "pre_norm", "dropout", "adapter", "dtype")
+        names = ("heads", "pre_norm", "dropout", "attention_dropout", "adapter", "dtype")
         settings = {name: getattr(self, name) for name in names}
         return Block, settings | {"hidden": self.feed_forward}
 
@@ -321,6 +323,7 @@ class Block(nn.Module):
     hidden: int
     pre_norm: bool
     dropout: float
+    attention_dropout: float | None
     adapter: int
     dtype: Any
 
@@ -335,7 +338,8 @@ class Block(nn.Module):
         x = partition.split_rows(x)
         attention_norm = layers.LayerNorm(self.dtype, name="attention_norm")
         feed_forward_norm = layers.LayerNorm(self.dtype, name="feed_forward_norm")
-        attention = Attention(self.heads, self.dropout, self.dtype, name="attention")
+        by_weight = layers.weight_dropout(self.dropout, self.attention_dropout)
+        attention = Attention(self.heads, self.dropout, by_weight, self.dtype, name="attention")
         feed_forward = FeedForward(self.hidden, self.dropout, self.dtype, name="feed_forward")
         if self.pre_norm:
             y = x + attention(attention_norm(x), mask, seed)
@@ -355,6 +359,7 @@ class Attention(nn.Module):
 
     heads: int
     dropout: float
+    weight_dropout: float
     dtype: Any
 
     @nn.compact
@@ -367,12 +372,8 @@ class Attention(nn.Module):
         projected = dense((3, self.heads, each), name="qkv")(x)  # [B, T', 3, H, W]
         query, key, value = (projected[:, :, i] for i in range(3))
         query = query * jnp.asarray(each**-0.5, self.dtype)
-        scores = jnp.einsum("bthd,bshd->bhts", query, key).astype(jnp.float32)  # [B, H, T', T']
-        # Finite, so that a row without a single valid frame stays free of NaN.
-        scores = jnp.where(mask[:, None, None, :], scores, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        weights = layers.dropout(weights, self.dropout, seed, site=0)
-        context = jnp.einsum("bhts,bshd->bthd", weights, value)  # [B, T', H, W]
+        drop = layers.dropping(self.weight_dropout, seed, site=0)
+        context = attention.attend(query, key, value, mask, drop)  # [B, T', H, W]
         output = dense(width, axis=(-2, -1), name="project")(context)
         return layers.dropout(output, self.dropout, seed, site=1)
 

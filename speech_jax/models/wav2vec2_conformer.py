@@ -57,6 +57,7 @@ class Wav2Vec2Conformer(Wav2Vec2):
             "conv_bias": False,
             "conv_momentum": 0.9,  # PyTorch's 0.1
             "dropout": self.dropout,
+            "attention_dropout": self.attention_dropout,
             "adapter": self.adapter,
             "dtype": self.dtype,
         }

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from speech_jax.ops import partition
 from speech_jax.ops.checks import checked
 from speech_jax.ops.wide import (
     CHUNK,
@@ -34,6 +35,7 @@ from speech_jax.ops.wide import (
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 
+UNROLL = 16  # frames that are one program on accelerators
 _LOWEST = -1e30  # stands for -inf where 0 * -inf must be 0
 
 # The states of a row at a frame: Wide [B, N + 1] of the blanks and of the labels.
@@ -114,6 +116,13 @@ def _chunks(frames: int) -> jax.Array:
     return jnp.arange(-(-frames // min(CHUNK, frames)))
 
 
+def _scan(step: Callable, states: States, frames: tuple, reverse: bool = False) -> tuple:
+    """lax.scan over the frames of a chunk."""
+    # On accelerators, a step of a loop costs several times its arithmetic, and copies of states.
+    unroll = 1 if partition.platform() == "cpu" else min(UNROLL, len(frames[0].mantissa))
+    return lax.scan(step, states, frames, reverse=reverse, unroll=unroll)
+
+
 def _keep_labels(step: Callable) -> Callable:
     def body(states, frame):
         blanks, labels = step(states, frame)
@@ -133,7 +142,7 @@ def _likelihood(problem: _Problem) -> tuple[Wide, States]:
     def advance(states, index):
         frames, _ = _chunk(problem, index)
         step = lambda states, frame: (_forward_step(problem.skip, states, frame), None)
-        return _normalized_states(lax.scan(step, states, frames)[0]), states
+        return _normalized_states(_scan(step, states, frames)[0]), states
 
     states = _states(jnp.zeros_like(problem.label_lengths), N)
     (blanks, labels), checkpoints = lax.scan(advance, states, _chunks(T))
@@ -187,8 +196,8 @@ def _gradient(
         index, checkpoint = xs
         frames, start = _chunk(problem, index)
         label, _, live = frames  # [size, B, N], ..., [size, B, 1]
-        _, alpha = lax.scan(_keep_labels(step), checkpoint, frames)
-        states, beta = lax.scan(_keep_labels(back), states, frames, reverse=True)
+        _, alpha = _scan(_keep_labels(step), checkpoint, frames)
+        states, beta = _scan(_keep_labels(back), states, frames, reverse=True)
         alpha, beta = _cut(alpha, 1, None), _cut(beta, None, -1)  # [size, B, N]
         occupancy = _occupancy(alpha, beta, label, likelihood)
         weight = jnp.where(live[..., 0], cotangent[None], 0)  # [size, B]
