@@ -1,5 +1,6 @@
 """Every kind of source keeps one contract, and says clearly what is wrong with bad data."""
 
+import dataclasses
 import concurrent.futures
 import hashlib
 import http.server
@@ -256,7 +257,11 @@ def test_every_form_of_a_corpus_gives_the_same_utterances(tmp_path, kind):
     write_corpus(tmp_path / "plain", "train")
     folder = open_folder(tmp_path / "plain")
     other = make_source(kind, tmp_path / kind)
-    assert other.utterances == folder.utterances
+    chapterless = [
+        dataclasses.replace(one, tags={k: v for k, v in one.tags.items() if k != "chapter"})
+        for one in (*folder.utterances, *other.utterances)
+    ]  # which the layout of folders alone tells
+    assert chapterless[: len(folder.utterances)] == chapterless[len(folder.utterances) :]
     everything = range(len(folder.utterances))
     for one, two in zip(decode_all(folder, everything), decode_all(other, everything), strict=True):
         np.testing.assert_array_equal(one, two)
