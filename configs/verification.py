@@ -24,6 +24,7 @@ def get_config(encoder: str = ""):
     config.task = tasks.settings(
         "classify",
         pooling="attentive",
+        standardize=True,
         units=192,
         activation="none",
         dropout=0.1,

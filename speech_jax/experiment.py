@@ -61,6 +61,11 @@ def open_splits(config: ConfigDict, names: str) -> sources.Source:
         )
         kept = {"within": data.portion_within, "together": data.portion_together}
         opened.append(portions.portion(source, low, high, **kept))
+        if source.utterances and not opened[-1].utterances:
+            raise sources.SourceError(
+                f"{name} holds none of the {len(source.utterances)} utterances of {split}: take a "
+                "larger portion, or set config.data.portion_together to less"
+            )
     source = opened[0] if len(opened) == 1 else sources.concatenate(opened)
     return sources.only(source, data.only) if data.only else source
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from speech_jax import experiment, files, rules
+from speech_jax import experiment, files, models, rules
 from speech_jax.bundle import start
 from speech_jax.config import split_names
 from speech_jax.data.parts import Part
@@ -67,6 +67,8 @@ def replace_audio(
         use for them, or they cannot be written.
     """
     check(config)
+    if jax.process_count() > 1:
+        raise UserError("config.data.cache_hidden is for one process: set it to False")
     if not hasattr(task, "encode"):
         raise UserError(
             f"config.data.cache_hidden: the task {config.task.name!r} does not end in a head on "
@@ -95,10 +97,8 @@ def replace_audio(
         if not kept.is_there(folders[-1]):
             with files.writing(folders[-1]):
                 _write(config, task, mesh, corpus, encode, folders[-1])
-        sharding.barrier("hidden")
-    first = np.load(folders[0] / "states.npy", mmap_mode="r")
-    frames = sum(len(np.load(folder / "states.npy", mmap_mode="r")) for folder in folders)
-    part = kept.Hidden(tuple(folders), first.shape[1:], frames / seconds)
+    frames, size = kept.shape(folders)
+    part = kept.Hidden(tuple(folders), size, frames / seconds)
     rest = {name: part for name, part in parts.items() if name != "audio"}
     return OnHidden(task, config.data.sample_rate), {"hidden": part, **rest}
 
@@ -109,7 +109,7 @@ def check(config: ConfigDict) -> None:
     random = {
         "config.data.noise_root": config.data.noise_root,
         "config.data.speeds": tuple(config.data.speeds) != (1.0,),
-        "config.spec_augment": masks and "mel" in experiment.models.listens(config.model.name),
+        "config.spec_augment": masks and models.listens(config.model.name) == "log_mel",
         "config.adversarial.method": config.adversarial.method != "none",
     }
     for name, asked in random.items():

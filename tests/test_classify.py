@@ -140,6 +140,25 @@ def test_scores_with_a_margin_are_cosines_and_there_is_none_without_training():
     assert task.loss(params, state, batch, jax.random.key(0))[0] > clean
 
 
+def test_standardized_is_each_number_over_the_rows_with_frames():
+    task, params, state, batch = make(standardize=True)
+    plain = dataclasses.replace(task, standardize=False)
+    pooled = np.asarray(plain._apply(params, {}, batch)[0])
+    norm = {name: np.asarray(value) for name, value in params["pooled_norm"].items()}
+    batch["audio_length"] = batch["audio_length"].at[2].set(0)  # a filler row
+    found, _, moved = task._apply(params, state, batch, jax.random.key(0))
+    known = np.asarray(plain._apply(params, {}, batch, jax.random.key(0))[0])[:2]
+    expected = (known - known.mean(0)) / np.sqrt(known.var(0) + 1e-5) * norm["scale"] + norm["bias"]
+    np.testing.assert_allclose(found[:2], expected, atol=1e-3)
+    kept = moved["batch_stats"]["pooled_norm"]["mean"]
+    np.testing.assert_allclose(kept, 0.05 * known.mean(0), atol=1e-5)
+    # What is kept is used where nothing is trained: neighbours do not matter.
+    evaluated = np.asarray(task._apply(params, state, batch)[0])
+    np.testing.assert_allclose(
+        evaluated[0], pooled[0] / np.sqrt(1 + 1e-5) * norm["scale"] + norm["bias"], atol=1e-4
+    )
+
+
 def test_one_class_and_unknown_numbers_of_examples_are_refused():
     task = make()[0]
     with pytest.raises(UserError, match="have 1 class with two examples"):

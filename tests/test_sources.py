@@ -1,7 +1,7 @@
 """Every kind of source keeps one contract, and says clearly what is wrong with bad data."""
 
-import dataclasses
 import concurrent.futures
+import dataclasses
 import hashlib
 import http.server
 import itertools

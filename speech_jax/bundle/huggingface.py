@@ -289,7 +289,7 @@ def _described(config: ConfigDict) -> tuple[dict[str, Any], str]:
             f"{' or '.join(architectures.KNOWN)} with {' or '.join(_TASKS.values())}"
         )
     if head == "classification":
-        for key, value in {"pooling": "mean", "activation": "none", "margin": 0.0}.items():
+        for key, value in _KNOWN_HEAD.items():
             if config.task.get(key, value) != value:
                 raise ModelFolderError(
                     f"a head with task.{key}={config.task[key]!r} is not known to transformers, "

@@ -35,6 +35,7 @@ RULES: Rules = (
     (r"classifier/bias", ()),
     (r"attention_(units|score)/(kernel|bias)", ()),
     (r"layer_weights", ()),
+    (r"pooled_norm/(scale|bias)", ()),
 )
 _ATTENTION_UNITS = 64
 
@@ -54,6 +55,7 @@ class ClassModel(nn.Module):
     dropout: float
     cosine: bool
     layer_sum: bool
+    standardize: bool
 
     def setup(self):
         if self.layer_sum:
@@ -62,6 +64,8 @@ class ClassModel(nn.Module):
         if self.pooling == "attentive":
             self.attention_units = nn.Dense(_ATTENTION_UNITS)
             self.attention_score = nn.Dense(1)
+        if self.standardize:
+            self.pooled_norm = layers.MaskedBatchNorm(momentum=0.95)
         if self.units:
             self.projector = nn.Dense(self.units)
         self.classifier = Cosine(self.classes) if self.cosine else nn.Dense(self.classes)
@@ -85,6 +89,9 @@ class ClassModel(nn.Module):
             mix = jax.nn.softmax(self.layer_weights)[None, None, :, None]
             hidden = (hidden.astype(jnp.float32) * mix).sum(2)
         pooled = self._pool(hidden.astype(jnp.float32), lengths)
+        if self.standardize:  # an utterance is a frame of its own; filler rows have none
+            mask = (lengths > 0)[:, None]
+            pooled = self.pooled_norm(pooled[:, None], mask, deterministic)[:, 0]
         embedding = self.projector(pooled) if self.units else pooled  # [B, E]
         if self.units and self.activation == "relu":
             embedding = nn.relu(embedding)
@@ -134,6 +141,9 @@ class Classify:
         (their softmax is of `layer_weights`, the input of the first layer first).
       pooling: of the frames of an utterance: their 'mean', 'statistics' (mean and standard
         deviation), or 'attentive' statistics, where a frame's weight is learned.
+      standardize: whether what is pooled has its mean and variance over utterances taken out (batch
+        normalization, with a scale and a bias that are learned): what all utterances have in common
+        is most of it, and a head learns faster without.
       units: of the dense layer between pooling and classes; 0: there is none.
       activation: behind the dense layer, 'relu' or 'none'.
       dropout: on what the classifier sees.
@@ -154,6 +164,7 @@ class Classify:
     examples: Mapping[str, Sequence[int]]
     layer_sum: bool = False
     pooling: str = "mean"
+    standardize: bool = False
     units: int = 0
     activation: str = "relu"
     dropout: float = 0.0
@@ -202,6 +213,7 @@ class Classify:
             dropout=self.dropout,
             cosine=self.margin > 0,
             layer_sum=self.layer_sum,
+            standardize=self.standardize,
         )
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:

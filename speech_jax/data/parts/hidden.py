@@ -74,6 +74,12 @@ class Hidden:
         return f"{row[f'{self.name}_length']} frames"
 
 
+def shape(folders: Sequence[pathlib.Path]) -> tuple[int, tuple[int, ...]]:
+    """(frames in all, the dimensions of one) of what `write` wrote into folders."""
+    states = [np.load(folder / _STATES, mmap_mode="r") for folder in folders]
+    return sum(map(len, states)), states[0].shape[1:]
+
+
 def is_there(folder: pathlib.Path) -> bool:
     """Whether `write` came to its end there: the index is written last."""
     return (folder / _INDEX).exists()
