@@ -110,7 +110,7 @@ def open_saved(folder: pathlib.Path) -> Bundle:
 def checked(model: Bundle, folder: pathlib.Path) -> Bundle:
     """The model; BundleError where a part has not the symbols that the head was trained for."""
     head = model.params.get("head") or model.params.get("classifier") or {}
-    outputs = np.shape(head.get("kernel", ()))[-1:]
+    outputs = np.shape(head.get("kernel", 0.0))[-1:]
     counts = {name: part.count for name, part in model.parts.items() if part.count}
     if outputs and len(counts) == 1 and outputs[0] not in counts.values():
         ((name, count),) = counts.items()
