@@ -76,6 +76,7 @@ class Workdir:
         self.results = self.folder / "results.json"
         self.report = self.folder / "report.html"
         self.robustness = self.folder / "robustness.json"
+        self.decoder = self.folder / "decoder.json"  # its settings, as --mode=tune found them
         self.lock = self.folder / "lock"
 
     def predictions(self, split: str) -> pathlib.Path:

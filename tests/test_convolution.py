@@ -57,6 +57,17 @@ def test_depthwise(kernel, monkeypatch):
     assert_same_numbers_by_other_means(monkeypatch, convolution.depthwise, x, weight, bias)
 
 
+@pytest.mark.parametrize(("kernel", "dilation", "past"), [(3, 4, 4), (2, 8, 8), (7, 1, 0)])
+def test_dilated(kernel, dilation, past, monkeypatch):
+    x, weight = normal(2, 21, 6), normal(kernel, 6, 5)
+    run = lambda x, weight: convolution.dilated(x, weight, dilation, past)
+    assert_same_numbers_by_other_means(monkeypatch, run, x, weight)
+    heard = jnp.abs(jax.jacobian(run)(x, weight)[0, 10, 0, 0]).sum(axis=1) > 0
+    assert np.flatnonzero(heard).tolist() == [
+        t for t in range(10 - past, 11 - past + (kernel - 1) * dilation, dilation) if 0 <= t < 21
+    ]
+
+
 @pytest.mark.parametrize("scanned", [False, True])
 def test_the_form_is_that_of_the_devices_that_a_program_is_for(scanned):
     """A mesh may be of another machine: preflight compiles here for a slice of a pod."""

@@ -126,6 +126,8 @@ def test_a_split_is_more_than_the_mean_of_its_halves(row):
 
 def test_tallies_of_lines_divide_to_the_results(row):
     evaluator, lines = _measure(row, [*row.given, *row.empty])
+    if not hasattr(evaluator, "tallies"):
+        return  # it is optional
     tallies = [evaluator.tallies(line) for line in lines]
     for name in tallies[0]:
         errors, sizes = np.sum([one[name] for one in tallies], axis=0)

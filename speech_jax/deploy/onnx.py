@@ -1,5 +1,6 @@
 """Models as ONNX: written, compared number by number, and run with onnxruntime."""
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -29,11 +30,13 @@ def make(
     card: Mapping[str, Any],
     samples: jax.ShapeDtypeStruct,
     lengths: jax.ShapeDtypeStruct,
+    kept: Mapping[str, bytes],
 ) -> bytes:
     """The bytes of an ONNX file of (samples int16 [B, S], lengths int32 [B]).
 
     Args:
       card: what the file says of the model; samples, lengths: their shapes, B and S symbols.
+      kept: contents by name of what the decoder's settings name.
 
     Raises:
       UserError: onnx is not installed, the model is too large, or holds what ONNX has not.
@@ -76,14 +79,15 @@ def make(
         opset_imports=[helper.make_opsetid("", onnx_graph.OPSET)],
         ir_version=8,
     )
-    helper.set_model_props(made, {KEY: json.dumps({**card, "sha256": _BLANK_DIGEST})})
+    texts = {name: base64.b64encode(data).decode() for name, data in kept.items()}
+    helper.set_model_props(made, {KEY: json.dumps({**card, "sha256": _BLANK_DIGEST})} | texts)
     onnx.checker.check_model(made)
     data = made.SerializeToString()
     return data.replace(_BLANK_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
 class Session:
-    """An ONNX file that runs; `logits` is as of sjx.Model."""
+    """An ONNX file that runs; its members are as of sjx.Model."""
 
     def __init__(self, data: bytes, path: object):
         """Raises OnnxError for what is none of our files, or is damaged."""
@@ -97,7 +101,8 @@ class Session:
         providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
         try:
             self._session = onnxruntime.InferenceSession(data, providers=providers)
-            card = self._session.get_modelmeta().custom_metadata_map[KEY]
+            texts = self._session.get_modelmeta().custom_metadata_map
+            card = texts[KEY]
         except KeyError:
             raise OnnxError(f"{path} is no ONNX file that speech_jax wrote") from None
         except Exception as error:  # of onnxruntime, which has a tree of its own
@@ -110,6 +115,10 @@ class Session:
             version = self.card["version"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise OnnxError(f"{path} has a damaged card: export it again") from error
+        self.files = {
+            name: base64.b64decode(texts.get(name, ""))
+            for name in self.card.get("files", {}).values()
+        }
         if sealed != self.card["sha256"]:
             raise OnnxError(f"{path} is damaged: it has changed since it was written")
         if type(version) is not int or version > sjx.VERSION:

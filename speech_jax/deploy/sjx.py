@@ -74,7 +74,9 @@ def load(path: str | os.PathLike) -> "Model":
             arrays = [_array(path, archive, card, entry) for entry in card["arguments"]]
             exported = _exported(card, program)
             exported.mlir_module()  # raises where it is of another version of StableHLO
-            return Model(card, exported, arrays)
+            names = card["files"].values()
+            kept = {name: _verified(path, archive, card, name) for name in names}
+            return Model(card, exported, arrays, kept)
         except SjxError:
             raise
         except Exception as error:  # whatever a card's values or StableHLO's bytes make them raise
@@ -92,10 +94,18 @@ class Model:
       card: all that the file says of it.
       sample_rate: of the samples that it hears, in Hz.
       frame_seconds: from one frame of logits to the next.
+      files: contents by name of what the decoder's settings name (card["files"]).
     """
 
-    def __init__(self, card: dict[str, Any], exported: jax.export.Exported, arrays: list):
+    def __init__(
+        self,
+        card: dict[str, Any],
+        exported: jax.export.Exported,
+        arrays: list,
+        files: dict[str, bytes],
+    ):
         self.card = card
+        self.files = files
         self.sample_rate = int(card["sample_rate"])
         self.frame_seconds = float(card["frame_seconds"])
         self._shortest = int(card["shortest"])

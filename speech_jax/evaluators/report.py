@@ -293,7 +293,7 @@ def _groups(
         if counted:
             speakers = len({split.speakers[place] for place in places})
             row.append(speakers)
-            if speakers < FEW:
+            if speakers < FEW and intervals[label]:
                 said = element("span", said, class_="few", title="of few speakers")
                 note = note or f"The interval of fewer than {FEW} speakers says little: it is grey."
         row += [_count(errors[places].sum()), _count(sizes[places].sum())]

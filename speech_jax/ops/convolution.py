@@ -161,6 +161,25 @@ def depthwise(
     return partition.by_platform(products, convolution)(x, weight, start)
 
 
+# ---- Dilated -----------------------------------------------------------------------------------
+
+
+def dilated(x: jax.Array, weight: jax.Array, dilation: int, past: int) -> jax.Array:
+    """[B, T, C] convolved with weight [K, C, D], its taps `dilation` frames apart: [B, T, D].
+
+    A frame sees from `past` frames before it on.
+    """
+    kernel, channels, width = weight.shape
+    sides = (past, (kernel - 1) * dilation - past)
+    if partition.platform() != "cpu":
+        return lax.conv_general_dilated(
+            x, weight, (1,), [sides], rhs_dilation=(dilation,), dimension_numbers=_TIME
+        )
+    padded, frames = jnp.pad(x, ((0, 0), sides, (0, 0))), x.shape[1]
+    taps = [padded[:, tap * dilation : tap * dilation + frames] for tap in range(kernel)]
+    return jnp.matmul(jnp.concatenate(taps, axis=-1), weight.reshape(1, kernel * channels, width))
+
+
 # ---- Grouped -----------------------------------------------------------------------------------
 
 
