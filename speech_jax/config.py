@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -371,9 +372,14 @@ def check(config: ConfigDict) -> None:
                     f"config.{key} holds {_shown(rule)}, which is no rule: a rule is the end of a "
                     "parameter's path and a number, such as ('encoder/.*', 0.5)"
                 )
-    for pattern in config.init.new:
-        if not isinstance(pattern, str):
-            raise UserError(f"config.init.new holds {_shown(pattern)}, which is no end of a path")
+    for key, patterns in (("init.new", config.init.new), ("lora.targets", [config.lora.targets])):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise UserError(
+                    f"config.{key}: {_shown(pattern)} is not a regular expression ({error})"
+                ) from error
     data = config.data
     if data.batch_seconds < data.max_seconds:
         raise UserError(
