@@ -4,8 +4,8 @@
       --config.data.root=/path/to/SpokenDigits
 
 53 minutes of training speech in LibriSpeech layout, splits `train` and `dev`; scores are in
-benchmarks/RESULTS.md. The argument is the encoder: `configs/spoken_digits.py:deepspeech`, or
-`conformer`, which it is without one.
+benchmarks/RESULTS.md. The argument is the encoder: `configs/spoken_digits.py:deepspeech`,
+`wavenet`, or `conformer`, which it is without one.
 """
 
 from speech_jax import config as defaults
@@ -18,6 +18,7 @@ ENCODERS = {
         "subsampling": 8, "conv_channels": (32,) * 3, "conv_kernels": (3,) * 3,
         "conv_bands": (3,) * 3,
     },
+    "wavenet": {"subsampling": 8},
 }  # fmt: skip
 
 

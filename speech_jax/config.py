@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -299,6 +300,7 @@ def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
                 config[name] = ConfigDict()
         _merge(config, recorded, "", where)
         _check_ranges(config)
+        Settings.of(config.decoder)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{where} holds no configuration of ours ({error}): bring it back"
@@ -370,9 +372,14 @@ def check(config: ConfigDict) -> None:
                     f"config.{key} holds {_shown(rule)}, which is no rule: a rule is the end of a "
                     "parameter's path and a number, such as ('encoder/.*', 0.5)"
                 )
-    for pattern in config.init.new:
-        if not isinstance(pattern, str):
-            raise UserError(f"config.init.new holds {_shown(pattern)}, which is no end of a path")
+    for key, patterns in (("init.new", config.init.new), ("lora.targets", [config.lora.targets])):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise UserError(
+                    f"config.{key}: {_shown(pattern)} is not a regular expression ({error})"
+                ) from error
     data = config.data
     if data.batch_seconds < data.max_seconds:
         raise UserError(
@@ -442,6 +449,22 @@ def _check_ranges(config: ConfigDict) -> None:
             raise UserError(f"config.{key}={_shown(value)} must hold numbers alone")
         if not all(map(fits, several)):
             raise UserError(f"config.{key}={_shown(value)} {demand}")
+    of_convolutions = {
+        f"config.model.{key}": value
+        for key, value in config.model.items()
+        if key.startswith("conv_") and isinstance(value, tuple | list)
+    }
+    if len(set(map(len, of_convolutions.values()))) > 1:
+        raise UserError(
+            f"{', '.join(of_convolutions)} must be of equal length: a number for each convolution"
+        )
+    rate = config.data.sample_rate
+    for key in ("window_ms", "hop_ms"):
+        if not round(config.features[key] * rate / 1000):
+            raise UserError(
+                f"config.features.{key}={config.features[key]:g} is less than a sample of "
+                f"config.data.sample_rate={rate}: 25 and 10 are usual"
+            )
 
 
 def _reference(config: ConfigDict) -> ConfigDict:

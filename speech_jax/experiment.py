@@ -337,6 +337,11 @@ def frame_seconds(config: ConfigDict, encoder: Any, frontend: FrontEnd) -> float
     seconds = 3600  # beside which the frames at the ends are nothing
     samples = seconds * config.data.sample_rate
     short, long = (encoder.output_lengths(frontend.lengths(n * samples)) for n in (1, 2))
+    if long == short:
+        raise UserError(
+            f"config.features.hop_ms={config.features.hop_ms:g} and the strides of config.model "
+            "make no frame of an hour of audio: lower them (10 ms are usual)"
+        )
     return seconds / (int(long) - int(short))
 
 
@@ -378,6 +383,17 @@ class Program(NamedTuple):
     flops: float
 
 
+class Programs(NamedTuple):
+    """The compiled steps of a run, by the updates after which they are used and by batch shape."""
+
+    steps: Mapping[int, Mapping[tuple, Program]]
+
+    def at(self, step: int, batch: Mapping[str, Any]) -> Program:
+        """What makes update number `step`, of which the first is 1."""
+        start = max((start for start in self.steps if start < step), default=min(self.steps))
+        return self.steps[start][signature(batch)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What a training step is made of.
@@ -415,13 +431,17 @@ class Setup:
         """The global batch of a bucket, as shapes with shardings."""
         return batch_shapes(self.fields, bucket, self.mesh)
 
-    def step(self):
-        """The step as one jitted function; it gives its state's memory to the next one."""
+    def step(self, done: int | None = None):
+        """The step as one jitted function; it gives its state's memory to the next one.
+
+        `done` is how many updates are done, at the least: what thaws later costs nothing. None:
+        everything has thawed.
+        """
         config, everywhere = self.config, sharding.replicated(self.mesh)
         adversary = make_adversary(config)
-        until = groups.thaw(self.abstract.params, frozen(config))
         make = lambda task: adversarial.gradients(task, adversary)
-        gradients = groups.gradients(make, self.task, until)
+        done = max(self.starts) if done is None else done
+        gradients = groups.gradients(make, self.task, self.until, done)
         step = steps.make_step(
             steps.accumulate(gradients, config.train.accumulate),
             self.tx,
@@ -434,9 +454,23 @@ class Setup:
             step, out_shardings=(self.shardings, everywhere, everywhere), donate_argnums=0
         )
 
-    def compile(self, buckets: Sequence[Bucket]) -> dict[tuple, Program]:
-        """Compiles the step for every batch shape, keyed by `batch.signature`."""
-        step = self.step()
+    @property
+    def until(self) -> Any:
+        """For how many updates each parameter stands still (groups.thaw)."""
+        return groups.thaw(self.abstract.params, frozen(self.config))
+
+    @property
+    def starts(self) -> list[int]:
+        """The numbers of updates after which another step is used, for something thaws."""
+        starts = groups.starts(self.until)
+        return [start for start in starts if start < self.config.train.steps] or starts[:1]
+
+    def compile(self, buckets: Sequence[Bucket]) -> Programs:
+        """Compiles the step for every batch shape, and for every time at which something thaws."""
+        return Programs({start: self._compile(buckets, start) for start in self.starts})
+
+    def _compile(self, buckets: Sequence[Bucket], done: int) -> dict[tuple, Program]:
+        step = self.step(done)
         with jax.set_mesh(self.mesh):  # for what ops/partition.py says
             traced = [step.trace(self.abstract, self.batch(bucket)) for bucket in buckets]
             lowered = [program.lower() for program in traced]

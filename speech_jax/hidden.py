@@ -111,6 +111,7 @@ def check(config: ConfigDict) -> None:
         "config.data.speeds": tuple(config.data.speeds) != (1.0,),
         "config.spec_augment": masks and models.listens(config.model.name) == "log_mel",
         "config.adversarial.method": config.adversarial.method != "none",
+        "config.task.mixup": config.task.get("mixup"),
     }
     for name, asked in random.items():
         if asked:

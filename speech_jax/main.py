@@ -5,6 +5,8 @@
       --config.data.root=/data/LibriSpeech --config.train.steps=200000
   python -m speech_jax.main --config=configs/librispeech.py:conformer_m --workdir=runs/m \\
       --mode=evaluate --config.data.eval_splits=test-other
+  python -m speech_jax.main --config=configs/librispeech.py:conformer_m --workdir=runs/m \\
+      --mode=tune --config.decoder.name=beam --config.decoder.lm=lm.arpa
 
 Train and run the same command again after an interruption: it goes on where it was. A workdir
 holds config.json, plan.json, what the vocabulary and features have learned, checkpoints/,
@@ -32,10 +34,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything 
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "robustness", "compile"],
+    ["train", "evaluate", "tune", "robustness", "compile"],
     "train: train, or go on training. evaluate: measure the best checkpoint of the workdir on "
-    "config.data.eval_splits. robustness: measure it there under attacks and noise. compile: say "
-    "what a training step needs and how fast it can be, without data or a workdir.",
+    "config.data.eval_splits. tune: find the weights of its decoder on half of the first of them, "
+    "and keep them in the workdir. robustness: measure it there under attacks and noise. compile: "
+    "say what a training step needs and how fast it can be, without data or a workdir.",
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
@@ -60,6 +63,8 @@ def main(argv: list[str]) -> None:
     try:
         config.check(_CONFIG.value)
         if _MODE.value == "compile":
+            if not _TOPOLOGY.value:
+                _backend(jax)
             from speech_jax.preflight import compile
 
             compile.run(_CONFIG.value, _TOPOLOGY.value)
@@ -67,11 +72,15 @@ def main(argv: list[str]) -> None:
         if not _WORKDIR.value:
             raise UserError(f"--mode={_MODE.value} needs a --workdir")
         _join_processes(jax)
-        if jax.default_backend() == "cpu":
+        if _backend(jax) == "cpu":
             _keep_memory()
         workdir = Workdir(_WORKDIR.value)
         if _MODE.value == "evaluate":
             train.evaluate(_CONFIG.value, workdir)
+        elif _MODE.value == "tune":
+            from speech_jax.evaluators import tune
+
+            tune.run(_CONFIG.value, workdir)
         elif _MODE.value == "robustness":
             from speech_jax.evaluators import robustness
 
@@ -90,6 +99,21 @@ def main(argv: list[str]) -> None:
             # A proper end waits for the other processes, which wait for this one in a collective.
             os._exit(1)
         sys.exit(1)
+
+
+def _backend(jax) -> str:
+    """The kind of the devices here; UserError where there are none of the kind asked for."""
+    from speech_jax.errors import UserError
+
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # an assertion is what JAX has for cuda
+        why = " ".join(str(error).split())[:300] or "JAX finds none"
+        raise UserError(
+            f"there is no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} ({why}): "
+            "install what JAX needs for it (speech_jax[gpu] or speech_jax[tpu]), or leave the "
+            "variable empty, which takes what there is"
+        ) from error
 
 
 def _keep_memory() -> None:

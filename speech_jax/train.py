@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from speech_jax import bundle, experiment, files, hidden, tasks, versions
 from speech_jax.bundle import runs, start
 from speech_jax.config import split_names
-from speech_jax.data.batch import signature
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.pipeline import Corpus
@@ -200,7 +199,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
             if stopper.should_stop:
                 break
             batch = next(batches)
-            program = programs[signature(batch)]
+            program = programs.at(step, batch)
             state, sums, finite = program.run(state, sharding.put_batch(batch, mesh))
             report.step(step, sums, finite, batch["index"], program.flops)
             _check(report, config.train.max_skipped, task)
@@ -457,7 +456,8 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
         for split in splits:
             evaluation.check_memory(split, params, state, longest)
         found = measure(evaluation, params, state, splits, workdir, say)
-        results = workdir.write_results(found)
+        decoder = {name: value for name, value in config.decoder.items() if value is not None}
+        results = workdir.write_results(found, decoder=decoder)
         corpora = {split: evaluation.corpus(split) for split in splits}
         if write_report(workdir, task.evaluator(model.parts), corpora, results):
             say(f"report: {workdir.report}")

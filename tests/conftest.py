@@ -1,6 +1,7 @@
 """A strict session: eight CPU devices; implicit promotion and warnings are errors."""
 
 import atexit
+import fcntl
 import os
 import pathlib
 import shutil
@@ -49,25 +50,41 @@ def speech() -> pathlib.Path:
     return pathlib.Path(root)
 
 
+def made_once(tmp_path_factory, name: str, make) -> pathlib.Path:
+    """The folder that `make` fills, the same one for all workers of a session."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / name).exists():
+            partial = base / f"{name}.partial"
+            make(partial)
+            partial.rename(base / name)
+    return base / name
+
+
 @pytest.fixture(scope="session")
 def tones(tmp_path_factory) -> pathlib.Path:
     """A LibriSpeech-style folder with splits 'train' and 'dev': each word is a tone of its own."""
-    root = tmp_path_factory.mktemp("tones")
-    for split, count, seed in (("train", 48, 0), ("dev", 6, 1)):
-        write_tones(root / split, count, seed)
-    return root
+
+    def make(root):
+        for split, count, seed in (("train", 48, 0), ("dev", 6, 1)):
+            write_tones(root / split, count, seed)
+
+    return made_once(tmp_path_factory, "tones", make)
 
 
 @pytest.fixture(scope="session")
 def finished(tones, tmp_path_factory):
     """A run on the tones that came to its end, and recognizes them; its weights are averaged."""
     import runs
-    from speech_jax import train
+    from speech_jax import files, train
     from speech_jax.workdir import Workdir
 
-    workdir = Workdir(tmp_path_factory.mktemp("finished") / "work")
     config = runs.learning_config(tones)
-    return runs.Finished(config, workdir, train.run(config, workdir))
+    folder = made_once(tmp_path_factory, "finished", lambda path: train.run(config, Workdir(path)))
+    return runs.Finished(config, Workdir(folder), files.read_json(Workdir(folder).results))
 
 
 WORDS = {"A": 300.0, "B": 900.0, "C": 2700.0}

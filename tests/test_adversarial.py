@@ -38,6 +38,10 @@ SMALL = {
         "input_dropout": 0.0, "conv_channels": (8,) * 7, "position_kernel": 4,
         "position_groups": 2, "scan": False,
     },
+    "wav2vec2_conformer": {
+        "width": 16, "num_layers": 1, "heads": 2, "feed_forward": 16, "dropout": 0.0,
+        "input_dropout": 0.0, "conv_channels": (8,) * 7, "scan": False,
+    },
 }  # fmt: skip
 
 
@@ -411,9 +415,8 @@ def make_state():
 
 
 @pytest.mark.optax
-@pytest.mark.parametrize("random_start", [False, True])
-def test_sharded_equals_single_device(random_start):
-    settings = FGSM | {"random_start": random_start}
+def test_sharded_equals_single_device():
+    settings = FGSM | {"random_start": True}
     alone, sums, _ = update(**settings)(make_state(), make_batch())
     mesh = sharding.make_mesh()
     assert mesh.size == 8

@@ -18,6 +18,7 @@ import test_report
 from speech_jax import config as settings
 from speech_jax import files
 from speech_jax import workdir as workdirs
+from speech_jax.data import audio, sources
 from speech_jax.data.batch import Bucket
 from speech_jax.errors import UserError
 from speech_jax.training.checkpoint import Checkpoints, load_best
@@ -25,6 +26,10 @@ from speech_jax.workdir import Workdir, WorkdirError
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of the storage's clients are not ours
 
+# Where gcsfs, tensorstore and ArrayRecord are told of an emulator.
+VARIABLES = (
+    "STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT",
+)  # fmt: skip
 SERVER = """
 import sys
 from gcp_storage_emulator.server import create_server
@@ -40,7 +45,7 @@ def bucket():
         port = taken.getsockname()[1]
     address = f"http://localhost:{port}"
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+        for name in VARIABLES:
             patch.setenv(name, address)
         patch.setenv("NO_GCE_CHECK", "true")
         patch.setenv("NO_PROXY", "localhost")
@@ -95,6 +100,33 @@ def test_a_run_in_a_bucket(bucket):
         "checkpoints", "config.json", "metrics.jsonl", "plan.json", "predictions", "results.json",
         "tensorboard",
     }  # fmt: skip
+
+
+def test_prepared_data_is_read_from_a_bucket(bucket, tones, tmp_path):
+    """A record at a time; other data, and what is written there, is refused in one sentence."""
+    pytest.importorskip("tensorflow_datasets", reason="the extra 'tfds' is not installed")
+    from speech_jax.data import prepare
+
+    corpus = sources.open_source("librispeech", root=tones, split="dev")
+    prepare.prepare(corpus, "dev", tmp_path)
+    there = files.expand(f"{bucket}/prepared")
+    for path in tmp_path.rglob("*.*"):
+        if path.is_file():
+            (there / path.relative_to(tmp_path)).write_bytes(path.read_bytes())
+    found = sources.open_source("prepared", root=f"{bucket}/prepared", split="dev")
+    assert found.utterances == corpus.utterances
+    for index in (5, 0):
+        expected = audio.decode(corpus.open(index), 16_000)
+        np.testing.assert_array_equal(audio.decode(found.open(index), 16_000), expected)
+    for message, use in (
+        ("no prepared split 'test' .*; it has dev", {"kind": "prepared", "root": there}),
+        ("root=.* is in a bucket", {"kind": "manifest", "root": f"{bucket}/data"}),
+        ("cache=.* is in a bucket", {"kind": "manifest", "root": tones, "cache": "gs://x/y"}),
+    ):
+        with pytest.raises(UserError, match=message):
+            sources.open_source(**use, split="test")
+    with pytest.raises(UserError, match=r"out=.* is in a bucket"):
+        prepare.prepare(corpus, "dev", f"{bucket}/elsewhere")
 
 
 def test_one_run_at_a_time(bucket, monkeypatch):

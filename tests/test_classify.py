@@ -17,6 +17,7 @@ from speech_jax.config import default
 from speech_jax.data.parts.audio import Audio
 from speech_jax.errors import UserError
 from speech_jax.experiment import make_frontend
+from speech_jax.ops import augment
 from speech_jax.tasks.classify import Classify
 from speech_jax.workdir import Workdir
 
@@ -75,6 +76,18 @@ def test_the_head_is_what_it_says(pooling):
     found = jax.jit(task.predict)(params, state, batch)
     np.testing.assert_allclose(found["probabilities"], expected, atol=2e-5)
     assert found["target"].tolist() == expected.argmax(-1).tolist()
+
+
+def test_the_loss_of_mixed_speech_is_that_of_both_classes():
+    plain, params, state, batch = make(smoothing=0.1, balance=1.0)
+    mixing = dataclasses.replace(plain, mixup=1.0)
+    found = jax.jit(mixing.loss)(params, state, batch, jax.random.key(3))
+    rng, key = jax.random.split(jax.random.key(3))
+    loss = jax.jit(plain.loss)
+    each = [loss(params, state, one, rng) for one in augment.mixup(key, batch, 1.0)]
+    for place in (0, 1):
+        assert found[place] == pytest.approx(float(each[0][place] + each[1][place]), rel=1e-4)
+        assert min(float(one[place]) for one in each) > 0.01
 
 
 def test_padding_and_filler_rows_change_nothing():

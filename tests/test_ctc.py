@@ -147,7 +147,7 @@ def test_equals_the_sum_over_all_alignments(implementation):
         for y in itertools.product(range(1, k), repeat=n)
     ]  # fmt: skip
     if implementation == "pallas_gpu":
-        rows = rows[:: len(rows) // 24]
+        rows = rows[:: len(rows) // 12]
     batch = np.repeat(logits[None], len(rows), 0)
     labels = np.zeros((len(rows), N), np.int32)
     for i, (k, _, y) in enumerate(rows):
@@ -231,7 +231,7 @@ def test_equals_torch_on_200_ragged_batches(implementation):
 
 
 @pytest.mark.optax
-@pytest.mark.parametrize("scale", [1, 10, 50])
+@pytest.mark.parametrize("scale", [1, 50])
 def test_long_and_peaked_logits_against_float64(scale):
     T, N = 3000, 100
     logits, frames, labels, lengths, weights = problem(T, 3, T, N, 40, scale, ragged=False)
@@ -283,13 +283,19 @@ def test_finite_differences(implementation):
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), junk=st.sampled_from([0.0, 1e4, -np.inf, np.inf, np.nan]))
-def test_padding_holds_anything_and_rows_are_independent(implementation, seed, junk):
-    arrays = logits, frames, labels, lengths, weights = problem(seed)
+def test_padding_and_other_rows_change_nothing(implementation, seed, junk):
+    """And the gradient of a frame sums to zero."""
+    assert_independent(implementation, problem(seed), seed, junk)
+
+
+def assert_independent(implementation, arrays, seed, junk):
+    logits, frames, labels, lengths, _ = arrays
     loss, gradient = evaluator(implementation)(*arrays)
+    np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-5)  # of each frame
     spoilt, other = logits.copy(), labels.copy()
-    spoilt[np.arange(30)[None] >= frames[:, None]] = junk
-    other[np.arange(8)[None] >= lengths[:, None]] = seed % 99 - 50
-    padded = evaluator(implementation)(spoilt, frames, other, lengths, weights)
+    spoilt[np.arange(logits.shape[1])[None] >= frames[:, None]] = junk
+    other[np.arange(labels.shape[1])[None] >= lengths[:, None]] = seed % 99 - 50
+    padded = evaluator(implementation)(spoilt, frames, other, lengths, arrays[-1])
     np.testing.assert_array_equal(loss, padded[0])
     np.testing.assert_array_equal(gradient, padded[1])
     order = np.random.default_rng(seed).permutation(len(frames))
@@ -316,20 +322,9 @@ def test_more_padding_and_more_rows_change_nothing(implementation, seed):
     assert not gradient_[:4, 30:].any()
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10**6))
-def test_gradient_of_a_frame_sums_to_zero(implementation, seed):
-    arrays = problem(seed)
-    _, gradient = evaluator(implementation)(*arrays)
-    np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-5)
-
-
 def test_invariances_of_the_gpu_kernel():
-    """The properties above, at as many examples as its interpreter has time for."""
-    check = lambda test: functools.partial(test.hypothesis.inner_test, "pallas_gpu")
-    check(test_padding_holds_anything_and_rows_are_independent)(seed=1, junk=np.nan)
-    check(test_gradient_of_a_frame_sums_to_zero)(seed=1)
+    """The first of the properties above, on as much as its interpreter has time for."""
+    assert_independent("pallas_gpu", problem(1, B=2), seed=1, junk=np.nan)
 
 
 @every_implementation

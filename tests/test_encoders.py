@@ -38,6 +38,7 @@ CASES = {
             "cell": "gru",
             "bidirectional": False,
             "lookahead": 3,
+            "adapter": 3,
             "norm": "batch",
             "subsampling": 2,
         },
@@ -46,6 +47,12 @@ CASES = {
         "deepspeech",
         "original",
         {"width": 16, "context": 2, "subsampling": 1},
+    ),
+    "wavenet": ("wavenet", "tiny", {"width": 16, "stacks": 2, "num_layers": 3}),
+    "wavenet-causal-8": (
+        "wavenet",
+        "tiny",
+        {"width": 16, "kernel": 2, "causal": True, "subsampling": 8},
     ),
     "wav2vec2-conformer": ("wav2vec2_conformer", "tiny", WAVEFORM | {"kernel": 5}),
     "wav2vec2-conformer-rotary-scan": (

@@ -15,7 +15,7 @@ import test_encoders
 from configs import finetune_lora
 from speech_jax import bundle, experiment, train
 from speech_jax import config as defaults
-from speech_jax.bundle import base, format
+from speech_jax.bundle import base, format, start
 from speech_jax.bundle import runs as run_folders
 from speech_jax.data.batch import Bucket
 from speech_jax.data.parts.audio import Audio
@@ -27,7 +27,7 @@ from speech_jax.training import costs, peft, sharding
 from speech_jax.workdir import Workdir
 
 pytestmark = pytest.mark.optax
-LORA = peft.LoRA(rank=2, targets=r"(attention|feed_forward(_\d)?|convolution|subsampling)/.*kernel")
+LORA = peft.LoRA(rank=2, targets=rf"{peft.LoRA.targets}|(convolution|subsampling)/.*kernel")
 
 
 # ---- The transform -----------------------------------------------------------------------------
@@ -132,8 +132,8 @@ def setup(tmp_path, frozen=(), **lora):
 BUCKET = Bucket(4, (("samples", 32_000), ("labels", 8)))
 
 
-def traced(made):
-    return made.step().trace(made.abstract, made.batch(BUCKET))
+def traced(made, done=None):
+    return made.step(done).trace(made.abstract, made.batch(BUCKET))
 
 
 def compiled_flops(program):
@@ -153,6 +153,7 @@ def test_what_is_frozen_costs_nothing(tmp_path):
     forward = jax.jit(lambda *x: head.task.loss(*x)[:2]).trace(
         head.abstract.params, head.abstract.model_state, head.batch(BUCKET), head.abstract.rng
     )
+    later = setup(tmp_path, (("encoder/.*", 4),))
     # In the program as XLA compiled it.
     assert compiled_flops(traced(head)) < 1.1 * compiled_flops(forward)
     # In the products of matrices that are left.
@@ -160,10 +161,12 @@ def test_what_is_frozen_costs_nothing(tmp_path):
         name: costs.matmul_flops(program.jaxpr)
         for name, program in {
             "forward": forward, "head": traced(head), "top": traced(top), "lora": traced(lora),
-            "full": traced(full),
+            "full": traced(full), "still": traced(later, 0), "thawed": traced(later),
         }.items()
     }  # fmt: skip
     assert cost["forward"] < cost["head"] < 1.05 * cost["forward"]
+    assert later.starts == [0, 4]
+    assert (cost["still"], cost["thawed"]) == (cost["head"], cost["full"])
     assert cost["head"] < cost["lora"] < cost["top"] < 0.75 * cost["full"]
     assert moments(full) > 2 * full.parameters
     assert moments(head) < 0.02 * moments(full)
@@ -263,6 +266,19 @@ def test_what_was_trained_is_kept_alone_and_merged_again(adapted, finished, tmp_
     assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match="trained all of its parameters"):
         base.split(finished.workdir.folder)
+
+
+def test_what_thaws_stands_still_until_then(finished, tones, tmp_path):
+    config = runs.tiny_config(tones, steps=3, eval_every=3)
+    config.init.folder = str(finished.workdir.folder)
+    config.optimizer.frozen = (("encoder/.*", 2),)
+    config.checkpoint.update({"every": 1, "keep": 3})
+    train.run(config, Workdir(tmp_path))
+    before = start.flat(bundle.open(finished.workdir.folder).params, {})
+    for step in (1, 2, 3):
+        after = runs.saved_state(Workdir(tmp_path), step)
+        same = [np.array_equal(after[name], before[name]) for name in before if "encoder" in name]
+        assert all(same) if step < 3 else not any(same)
 
 
 def test_the_recipe_takes_all_of_a_model(finished):

@@ -812,21 +812,3 @@ def test_pieces_cover_a_recording_with_the_overlap(duration, overlap):
         assert one.offset + one.duration - other.offset == pytest.approx(overlap, abs=1e-9)
     fewer = (len(cut) - 1) * (10 - overlap) + overlap
     assert fewer < duration or len(cut) == 1
-
-
-def test_quiet_pieces_end_in_pauses():
-    rng = np.random.default_rng(0)
-    words, gap = [], np.zeros(RATE // 2, np.int16)
-    for _ in range(40):
-        words += [rng.normal(0, 3000, rng.integers(RATE // 2, 2 * RATE)).astype(np.int16), gap]
-    samples = np.concatenate(words)
-    cut = pieces.quiet_pieces("a.wav", samples, RATE, 10)
-    assert len(cut) > 3
-    assert cut[0].offset == 0
-    assert cut[-1].offset + cut[-1].duration == pytest.approx(len(samples) / RATE)
-    for one, other in itertools.pairwise(cut):
-        assert one.offset + one.duration == pytest.approx(other.offset)
-        assert 2 < one.duration <= 10
-        end = round(other.offset * RATE)
-        assert not samples[end - 500 : end + 500].any()
-    assert len(pieces.quiet_pieces("a.wav", samples[: 9 * RATE], RATE, 10)) == 1

@@ -120,7 +120,7 @@ def digest(arrays: Mapping[str, Any]) -> str:
 
 def _taken(base: Bundle, config: Any) -> dict[str, np.ndarray]:
     """The parameters of a base that a run takes, by name."""
-    found = start.takes(config, start.flat(base.params, {}, config.model.scan))
+    found = start.takes(config, start.flat(base.params, {}, config.model.get("scan")))
     return {name: np.asarray(value) for name, value in found.items()}
 
 

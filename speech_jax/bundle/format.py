@@ -6,6 +6,7 @@ A saved bundle is a folder with
                         too, which the parameters that are not here are of (bundle/base.py)
     params.safetensors  parameters and model state by path: "params/encoder/...", "state/..."
     tokenizer.json, features.json, ...   what its parts have learned (data/parts/)
+    decoder-NAME        the files of its decoder: a language model, a list of words
 """
 
 import contextlib
@@ -34,6 +35,8 @@ from speech_jax.training import sharding
 
 VERSION = 2
 DESCRIPTION, _PARAMETERS = "bundle.json", "params.safetensors"
+# Settings of the decoder that are paths.
+FILES = ("lm", "lexicon")
 
 
 class BundleError(UserError):
@@ -75,6 +78,7 @@ def save(model: Bundle, folder: str | os.PathLike) -> None:
     if model.base:
         described |= {"version": VERSION, "base": dict(model.base)}
     with appearing(folder) as partial:
+        described["config"]["decoder"] |= _keep_files(model.config.decoder, partial)
         files.write_atomically(partial / DESCRIPTION, files.dump_json(described))
         safetensors.numpy.save_file(tensors, partial / _PARAMETERS)
         for part in model.parts.values():
@@ -93,6 +97,8 @@ def open_saved(folder: pathlib.Path) -> Bundle:
     if not isinstance(described.get("config"), dict):
         raise BundleError(f"{folder / DESCRIPTION} holds no configuration: bring the folder back")
     config = defaults.completed(described["config"], str(folder / DESCRIPTION))
+    own = {key: str(folder / config.decoder[key]) for key in FILES if config.decoder[key]}
+    config = with_decoder(config, own, str(folder / DESCRIPTION))
     try:
         tensors = safetensors.numpy.load_file(folder / _PARAMETERS)
     except (OSError, safetensors.SafetensorError) as error:
@@ -107,18 +113,50 @@ def open_saved(folder: pathlib.Path) -> Bundle:
     )
 
 
+# Task -> the parameters that end in a number for each symbol of a part, and that part.
+_HEADS = {"recognize": ("head", "labels"), "classify": ("classifier", "target")}
+
+
 def checked(model: Bundle, folder: pathlib.Path) -> Bundle:
     """The model; BundleError where a part has not the symbols that the head was trained for."""
-    head = model.params.get("head") or model.params.get("classifier") or {}
-    outputs = np.shape(head.get("kernel", ()))[-1:]
-    counts = {name: part.count for name, part in model.parts.items() if part.count}
-    if outputs and len(counts) == 1 and outputs[0] not in counts.values():
-        ((name, count),) = counts.items()
+    head, name = _HEADS.get(model.config.task.name, ("", ""))
+    outputs = np.shape(model.params.get(head, {}).get("kernel", ()))[-1:]
+    if outputs and name in model.parts and model.parts[name].count != outputs[0]:
         raise BundleError(
-            f"{folder}: what it keeps of {name!r} has {count} symbols, and the model's head was "
-            f"trained for {outputs[0]}: bring back the file that it had (tokenizer.json, of labels)"
+            f"{folder}: what it keeps of {name!r} has {model.parts[name].count} symbols, and the "
+            f"model's head was trained for {outputs[0]}: bring back the file that it had "
+            "(tokenizer.json, of labels)"
         )
     return model
+
+
+def _keep_files(decoder: ConfigDict, folder: pathlib.Path) -> dict[str, str]:
+    """Copies a decoder's files into a bundle's folder; their names there by setting."""
+    kept = {}
+    for key in FILES:
+        if decoder[key]:
+            path = files.expand(decoder[key])
+            kept[key] = f"decoder-{path.name}"
+            (folder / kept[key]).write_bytes(path.read_bytes())
+    return kept
+
+
+def with_decoder(config: ConfigDict, settings: Mapping[str, Any], where: str) -> ConfigDict:
+    """A configuration with other settings of the decoder, which were found in a file.
+
+    Raises:
+      UserError: they are no such settings.
+    """
+    try:
+        given = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+        changed = config.copy_and_resolve_references()
+        with changed.unlocked():
+            changed.decoder.update(given)
+        return defaults.completed(files.plain(changed), where)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise BundleError(f"{where} holds no settings of a decoder: {error}") from error
 
 
 # Settings of the data that belong to a model, not to what it is used on.

@@ -60,7 +60,7 @@ def with_bundle(params: Any, state: Any, config: ConfigDict) -> tuple[Any, Any, 
     folder = files.expand(config.init.folder)
     found = bundle.open(folder)
     differing = tuple(_differences(folder, found.config, config))
-    ours, theirs = flat(params, state), flat(found.params, found.state, config.model.scan)
+    ours, theirs = flat(params, state), flat(found.params, found.state, config.model.get("scan"))
     rules.check_used([(pattern, None) for pattern in config.init.new], params, "init.new")
     wanted = takes(config, theirs)
     taken, new = {}, {}

@@ -48,6 +48,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from speech_jax.data import audio, sources
 from speech_jax.data.sources import prepared
 from speech_jax.errors import UserError
+from speech_jax.files import is_remote
 
 Encoded = tuple[bytes, int, int] | str  # (FLAC, samples, rate), or why there is none
 
@@ -131,6 +132,11 @@ def prepare(
     """
     if not re.fullmatch(r"[\w.+-]+", split):
         raise sources.SourceError(f"split {split!r} must be of letters, digits and any of _ . + -")
+    if is_remote(out):
+        raise sources.SourceError(
+            f"out={out} is in a bucket, where no file can be written in parts: prepare the "
+            "data on a disk, then copy its folder there; training reads it from both"
+        )
     folder = prepared.folder_of(out, split)
     if folder.exists() and not overwrite:
         return None

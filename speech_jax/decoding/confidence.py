@@ -34,17 +34,18 @@ def calibrated(evidence: np.ndarray, scale: float, offset: float) -> np.ndarray:
 def fit(evidence: Sequence[float], right: Sequence[bool]) -> tuple[float, float]:
     """The (scale, offset) under which words that were right and wrong are most probable.
 
-    A word of each kind is added that says the opposite of its evidence, so that few words, or
-    words that are all right, give no certainty.
+    A right and a wrong word are added, of the mean evidence, and the scale is thought to be near 1:
+    few words, or words that are all right, give no certainty.
     """
-    odds = np.append(_log_odds(np.asarray(evidence, float)), [0.0, 0.0])
+    odds = _log_odds(np.asarray(evidence, float))
+    odds = np.append(odds, [odds.mean() if len(odds) else 0.0] * 2)
     target = np.append(np.asarray(right, float), [0.0, 1.0])
-    at = np.zeros(2)
     inputs = np.stack([odds, np.ones_like(odds)], axis=1)
+    prior, at = np.asarray([1.0, 0.0]), np.asarray([1.0, 0.0])
     for _ in range(50):  # Newton; the function is convex
         p = 1 / (1 + np.exp(-inputs @ at))
-        slope = inputs.T @ (p - target)
-        curve = inputs.T @ (inputs * (p * (1 - p))[:, None]) + 1e-6 * np.eye(2)
+        slope = inputs.T @ (p - target) + prior * (at - 1)
+        curve = inputs.T @ (inputs * (p * (1 - p))[:, None]) + np.diag(prior + 1e-6)
         step = np.linalg.solve(curve, slope)
         at -= step * min(1.0, 2.0 / max(np.abs(step).max(), 1e-9))
     return max(float(at[0]), 0.0), float(at[1])

@@ -1,5 +1,6 @@
 """From logits to words: the one object that evaluation, transcription and export decode with."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -85,7 +86,11 @@ class Settings:
             "labels": (self.labels >= 1, "at least 1"),
             "skip": (0.5 <= self.skip <= 1, "in [0.5, 1]"),
             "nbest": (1 <= self.nbest <= self.width, f"1 to config.decoder.width={self.width}"),
-            "calibration": (len(self.calibration) == 2, "a scale and an offset"),
+            "calibration": (
+                len(self.calibration) == 2
+                and all(isinstance(number, int | float) for number in self.calibration),
+                "a scale and an offset",
+            ),
         }
         for key, (holds, demand) in demands.items():
             if not holds:
@@ -126,7 +131,7 @@ class Decoder:
         """
         self.settings = Settings.of(settings)
         self._transcript = transcript
-        self._frame_seconds = frame_seconds
+        self.frame_seconds = frame_seconds
         self._compiled = jax.jit(self._search)
 
     def __call__(self, logits: Any, lengths: Any) -> list[Decoded]:
@@ -165,7 +170,7 @@ class Decoder:
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
             return {"log_probs": log_probs, "frames": lengths}
         if settings.name == "greedy":
-            return _row(ctc.best_path(logits, lengths))
+            return _row(ctc.best_path(logits, lengths)) | {"frames": lengths}
         found = beam.search(
             logits,
             lengths,
@@ -177,7 +182,23 @@ class Decoder:
         )
         best = ctc.aligned(logits, lengths, found.labels[:, 0], found.count[:, 0])
         others = {"nbest": found.labels, "nbest_length": found.count, "nbest_score": found.score}
-        return _row(best) | {"score": found.score[:, 0]} | (others if settings.nbest > 1 else {})
+        row = _row(best) | {"frames": lengths, "score": found.score[:, 0]}
+        return row | (others if settings.nbest > 1 else {})
+
+    def weighed(self, lm_weight: float, bonus: float) -> "Decoder":
+        """The same decoder with other weights; on the device nothing is compiled for it."""
+        other = copy.copy(self)
+        other.settings = dataclasses.replace(self.settings, lm_weight=lm_weight, bonus=bonus)
+        other.__dict__.pop("_lexicon", None)
+        if self.fusion:
+            other.__dict__["fusion"] = self.fusion.weighed(lm_weight, bonus)
+        return other
+
+    def calibrated_by(self, scale: float, offset: float) -> "Decoder":
+        """The same decoder with another calibration of its confidences."""
+        other = copy.copy(self)
+        other.settings = dataclasses.replace(self.settings, calibration=(scale, offset))
+        return other
 
     def read(self, row: Mapping[str, np.ndarray]) -> Decoded:
         """The words of a row of what `search` gave."""
@@ -193,7 +214,8 @@ class Decoder:
             ):
                 if score_of > beam.NEVER / 2:  # two that differ in spaces alone are one
                     alternatives.setdefault(self._text(labels_of[:length]), float(score_of))
-        words = self._words(labels, *(row[name][:count] for name in ("starts", "ends", "sure")))
+        aligned = (row[name][:count] for name in ("starts", "ends", "sure"))
+        words = self._words(labels, *aligned, int(row["frames"]))
         return Decoded(text, words, score, tuple(alternatives.items()))
 
     def _read_lexicon(self, log_probs: np.ndarray) -> Decoded:
@@ -208,15 +230,20 @@ class Decoder:
             np.exp(log_probs[start:end, best.path[start]].max())
             for start, end in zip(starts, ends, strict=True)
         ]
-        words = self._words(best.path[starts], starts, ends, np.asarray(sure))
+        words = self._words(best.path[starts], starts, ends, np.asarray(sure), len(log_probs))
         alternatives = tuple((" ".join(one.words), one.score) for one in found)
-        return Decoded(*alternatives[0][:1], words, best.score, alternatives)
+        return Decoded(alternatives[0][0], words, best.score, alternatives)
 
     def _words(
-        self, labels: np.ndarray, starts: np.ndarray, ends: np.ndarray, sure: np.ndarray
+        self,
+        labels: np.ndarray,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        sure: np.ndarray,
+        frames: int,
     ) -> tuple[Word, ...]:
-        """Words of labels that are in frames [start, end), each [N]."""
-        spoken = timed(labels, starts, ends, sure, self._spellings, self._frame_seconds)
+        """Words of labels that are in frames [start, end), each [N], of so many in all."""
+        spoken = timed(labels, starts, ends, sure, self._spellings, self.frame_seconds, frames)
         if not spoken:
             return ()
         texts, begins, stops, evidence = zip(*spoken, strict=True)
@@ -237,9 +264,9 @@ class Decoder:
         if settings.name != "beam" or not settings.lm:
             return None
         try:
-            return fusion.make(
-                ngram.read(settings.lm), self._spellings, settings.lm_weight, settings.bonus
-            )
+            known = ngram.read(settings.lm)
+            with jax.ensure_compile_time_eval():  # it may be asked for first inside a jit
+                return fusion.make(known, self._spellings, settings.lm_weight, settings.bonus)
         except UserError as error:
             raise DecoderError(f"config.decoder.lm={settings.lm!r}: {error}") from error
 

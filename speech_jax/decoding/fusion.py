@@ -9,7 +9,8 @@ looking one up takes two reads, whatever the size.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ import numpy as np
 from speech_jax.decoding.ngram import BEGIN, END, SPACE, UNKNOWN, LanguageModelError, NGrams
 
 _LN10 = math.log(10)
-_SEEDS = np.asarray([0x9E3779B1, 0x85EBCA6B], np.uint32)
-_EMPTY = -1
+_SEEDS = np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B)
+_NO_ARC = 2**32 - 1  # a key
 
 
 @functools.partial(
@@ -35,8 +36,8 @@ class Fusion:
     """The tables. Called with states and labels, it gives what they add to a score.
 
     Attributes:
-      keys: int32 [2, M, 2], the (state, label) of the arc in each place, -1 for none.
-      gains: float32 [2, M], nats; targets: int32 [2, M], the next states.
+      keys: uint32 [2 M], state * K + label of the arc in each place of both tables.
+      gains: float32 [2 M], nats; targets: int32 [2 M], the next states.
       backoff: float32 [S], nats; shorter: int32 [S], the state to fall back to.
       root: float32 [K], nats of each label without a context; root_target: int32 [K].
       ends: float32 [S], nats of the end of a text in each state.
@@ -60,17 +61,17 @@ class Fusion:
     def __call__(self, state: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(what is added, next state) for labels int32 [...] said in states int32 [...]."""
         total = jnp.zeros(state.shape, jnp.float32)
-        gain, target, done = total, state, jnp.zeros(state.shape, bool)
+        place, done = jnp.zeros(state.shape, jnp.int32), jnp.zeros(state.shape, bool)
         for _ in range(self.order - 1):
-            hit, found_gain, found_target = self._arc(state, label)
-            new = hit & ~done
-            gain = jnp.where(new, total + found_gain, gain)
-            target = jnp.where(new, found_target, target)
-            done |= hit
+            key = state.astype(jnp.uint32) * np.uint32(len(self.root)) + label.astype(jnp.uint32)
+            for candidate in _places(key, len(self.keys)):
+                hit = ~done & (self.keys[candidate] == key)
+                place = jnp.where(hit, candidate, place)
+                done |= hit
             total += jnp.where(done, 0.0, self.backoff[state])
             state = jnp.where(done, state, self.shorter[state])
-        gain = jnp.where(done, gain, total + self.root[label])
-        target = jnp.where(done, target, self.root_target[label])
+        gain = total + jnp.where(done, self.gains[place], self.root[label])
+        target = jnp.where(done, self.targets[place], self.root_target[label])
         return self.weight * gain + self.bonus, target
 
     def end(self, state: jax.Array) -> jax.Array:
@@ -81,25 +82,18 @@ class Fusion:
         """The same tables with another weight and bonus."""
         return dataclasses.replace(self, weight=jnp.float32(weight), bonus=jnp.float32(bonus))
 
-    def _arc(self, state: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        hit = jnp.zeros(state.shape, bool)
-        gain, target = jnp.zeros(state.shape, jnp.float32), jnp.zeros(state.shape, jnp.int32)
-        for table, place in enumerate(_places(state, label, self.keys.shape[1])):
-            here = (self.keys[table, place, 0] == state) & (self.keys[table, place, 1] == label)
-            gain = jnp.where(here, self.gains[table, place], gain)
-            target = jnp.where(here, self.targets[table, place], target)
-            hit |= here
-        return hit, gain, target
 
+def _places(key: Any, size: int) -> Iterator[Any]:
+    """The two places of arcs, in tables that lie behind each other; numpy or jax arrays.
 
-def _places(state, label, size: int):
-    """The two places of arcs, in tables of a size that is a power of 2; numpy or jax arrays."""
-    state, label = state.astype(np.uint32), label.astype(np.uint32)
-    for seed in _SEEDS:
-        mixed = (state * seed) ^ ((label + np.uint32(1)) * np.uint32(0xC2B2AE35))
+    `size` is that of both together, a power of 2.
+    """
+    for table, seed in enumerate(_SEEDS):
+        mixed = key * seed
         mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
         mixed = mixed ^ (mixed >> np.uint32(13))
-        yield (mixed & np.uint32(size - 1)).astype(np.int32)
+        half = np.uint32(size // 2)
+        yield ((mixed & (half - np.uint32(1))) + np.uint32(table) * half).astype(np.int32)
 
 
 def make(model: NGrams, spellings: Sequence[str], weight: float, bonus: float = 0.0) -> Fusion:
@@ -115,21 +109,25 @@ def make(model: NGrams, spellings: Sequence[str], weight: float, bonus: float = 
       LanguageModelError: its units are not labels, so it is of something else.
     """
     labels = np.asarray([model.ids.get(one.replace(" ", SPACE), -1) for one in spellings[1:]])
-    named = [unit for unit in model.ids if unit not in (BEGIN, END, UNKNOWN)]
-    if (labels >= 0).sum() < max(1, 0.9 * len(named)):
+    if (labels >= 0).sum() < max(1, 0.9 * len(model.named)):
         raise LanguageModelError(
-            f"{(labels >= 0).sum()} of the language model's {len(named)} units are labels of the "
-            "model: build one of its labels with `python -m speech_jax.decoding.lm build TEXT "
+            f"{(labels >= 0).sum()} of the language model's {len(model.named)} units are labels of "
+            "the model: build one of its labels with `python -m speech_jax.decoding.lm build TEXT "
             "OUT.arpa --model MODEL`"
         )
-    label_of = np.full(len(model.units), _EMPTY)
+    label_of = np.full(len(model.units), -1)
     label_of[labels[labels >= 0]] = np.flatnonzero(labels >= 0) + 1
     states = _States(model)
     arcs = [states.arcs(n, label_of) for n in range(2, model.order + 1)]
     arcs = arcs or [tuple(np.zeros((4, 0), np.int64))]
     state, label, log10, target = (np.concatenate(one) for one in zip(*arcs, strict=True))
-    state, label = state.astype(np.int32), label.astype(np.int32)
-    slots = _cuckoo(state, label)
+    keys = state * len(spellings) + label
+    if len(states.backoff) * len(spellings) >= _NO_ARC:
+        raise LanguageModelError(
+            f"{len(states.backoff)} contexts of {len(spellings)} labels are too many for the "
+            "device: build it with a lower --order"
+        )
+    slots = _cuckoo(keys.astype(np.uint32))
     placed = lambda value, empty: jnp.asarray(np.append(value, empty)[slots])  # the slot -1: empty
     first = model.levels[0]
     unknown = model.ids.get(UNKNOWN)
@@ -137,7 +135,7 @@ def make(model: NGrams, spellings: Sequence[str], weight: float, bonus: float = 
     root = np.where(labels >= 0, first.log10[labels], rare) * _LN10
     root_target = np.where(labels >= 0, states.kept[1][labels], 0)
     return Fusion(
-        keys=jnp.stack([placed(state, _EMPTY), placed(label, _EMPTY)], axis=-1),
+        keys=placed(keys.astype(np.uint32), np.uint32(_NO_ARC)),
         gains=placed((log10 * _LN10).astype(np.float32), np.float32(0)),
         targets=placed(target.astype(np.int32), np.int32(0)),
         backoff=jnp.asarray(states.backoff * _LN10, jnp.float32),
@@ -207,7 +205,7 @@ class _States:
         """(state, label, log10, next state) of the n-grams of level n that end in a label."""
         level = self._model.levels[n - 1]
         label = label_of[level.unit]
-        use = label != _EMPTY
+        use = label >= 0
         state = self._first[n - 1] + level.before
         return state[use], label[use], level.log10[use], self.kept[n][use]
 
@@ -223,18 +221,18 @@ class _States:
         return found
 
 
-def _cuckoo(state: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Which arc is in each place of the two tables, int64 [2, M]; -1 for none."""
-    size = 1 << max(1, math.ceil(1.1 * len(state)) - 1).bit_length()
+def _cuckoo(keys: np.ndarray) -> np.ndarray:
+    """Which of the distinct keys is in each place of both tables, int64 [2 M]; -1 for none."""
+    size = 2 << max(1, math.ceil(1.1 * len(keys)) - 1).bit_length()
     while True:
-        places = list(_places(state, label, size))
-        slots = np.full((2, size), -1)
-        waiting = np.arange(len(state))
+        places = list(_places(keys, size))
+        slots = np.full(size, -1)
+        waiting = np.arange(len(keys))
         for turn in range(200):  # from one table to the other, and back
-            table, place = turn % 2, places[turn % 2][waiting]
-            evicted = slots[table, place]
-            slots[table, place] = waiting
-            beaten = waiting[slots[table, place] != waiting]
+            place = places[turn % 2][waiting]
+            evicted = slots[place]
+            slots[place] = waiting
+            beaten = waiting[slots[place] != waiting]
             waiting = np.concatenate([beaten, np.unique(evicted[evicted >= 0])])
             if not len(waiting):
                 return slots

@@ -31,7 +31,7 @@ import pathlib
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.traverse_util
@@ -42,6 +42,7 @@ import numpy as np
 
 import speech_jax
 from speech_jax import bundle, files, rules
+from speech_jax.bundle.format import FILES
 from speech_jax.deploy import acoustic, onnx, sjx
 from speech_jax.errors import UserError
 from speech_jax.ops import partition
@@ -81,9 +82,10 @@ def write_sjx(
     model = heard.bundle
     arrays, restore = stored(model.params, model.state, weights)
     exported = program(heard, restore, list(arrays.values()))
-    members = {sjx.PROGRAM: exported.mlir_module_serialized}
+    card = make_card(heard, scores)
+    members = {sjx.PROGRAM: exported.mlir_module_serialized, **kept_files(model.config)}
     members |= {name: _little_endian(array) for name, array in arrays.items()}
-    card = make_card(heard, scores) | {
+    card |= {
         "weights": weights,
         "program": sjx.describe(exported),
         "arguments": [
@@ -177,10 +179,27 @@ def program(
         return compute(*restore(arrays), samples, lengths)
 
     like = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype)
-    with partition.several_platforms():
+    with partition.several_platforms(), _without_lines():
         return jax.export.export(jax.jit(logits), platforms=PLATFORMS)(
             [like(array) for array in arrays], *batch(heard)
         )
+
+
+@contextlib.contextmanager
+def _without_lines() -> Iterator[None]:
+    """What is lowered within does not name the files and lines of this machine."""
+    settings = {
+        "jax_include_full_tracebacks_in_locations": True,
+        "jax_traceback_in_locations_limit": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def batch(heard: acoustic.BundleAcoustic) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -197,6 +216,21 @@ def shortest(heard: acoustic.BundleAcoustic) -> int:
     return bisect.bisect_left(range(1 << 30), 1, key=heard.frames)
 
 
+def kept_files(config: Any) -> dict[str, bytes]:
+    """The files that settings of the decoder name (a language model), by their names in a card."""
+    kept = {}
+    for key in FILES:
+        if config.decoder[key]:
+            path = files.expand(config.decoder[key])
+            try:
+                kept[f"decoder-{path.name}"] = path.read_bytes()
+            except OSError as error:
+                raise ExportError(
+                    f"config.decoder.{key}={path} cannot be read: {error.strerror or error}"
+                ) from error
+    return kept
+
+
 def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says of its model, but for its own kind.
 
@@ -209,6 +243,8 @@ def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict
             part.save(pathlib.Path(folder))
         parts = {path.name: path.read_text("utf-8") for path in pathlib.Path(folder).iterdir()}
     data = config.data
+    decoder = files.plain(config)["decoder"]
+    named = {key: pathlib.PurePath(decoder[key]).name for key in FILES if decoder[key]}
     return {
         "format": "speech_jax",
         "version": sjx.VERSION,
@@ -218,7 +254,8 @@ def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict
         "shortest": shortest(heard),
         "outputs": "logits float32 [B, T, K] of labels (the blank is 0) and frames int32 [B]",
         "labels": list(heard.transcript.tokenizer.spellings),
-        "decoder": files.plain(config)["decoder"],
+        "decoder": decoder,
+        "files": {key: f"decoder-{name}" for key, name in named.items()},
         "parts": parts,
         "model": {
             "task": config.task.name,
@@ -325,7 +362,8 @@ def _run(arguments: argparse.Namespace) -> None:
         if kind == "onnx":
             say("writing the graph")
             heard = acoustic.BundleAcoustic(onnx.in_float32(heard.bundle))
-            graph = onnx.make(heard, make_card(heard, scores), *batch(heard))
+            card, kept = make_card(heard, scores), kept_files(heard.bundle.config)
+            graph = onnx.make(heard, card, *batch(heard), kept)
             with files.writing(out):
                 out.parent.mkdir(parents=True, exist_ok=True)
                 scratch.write_bytes(graph)

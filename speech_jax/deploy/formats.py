@@ -12,6 +12,7 @@ tsv       a table with a header: file, start, end, text
 import dataclasses
 import itertools
 import json
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -93,7 +94,7 @@ def _described(segment: Segment, words: bool) -> dict:
 
 
 def _ctm(name: str, found: Transcription, words: bool) -> str:
-    name = re.sub(r"\s+", "_", name)
+    name = re.sub(r"\s+", "_", pathlib.PurePath(name).stem)
     return "".join(
         f"{name} 1 {word.start:.2f} {word.end - word.start:.2f} {word.text} {word.confidence:.2f}\n"
         for word in found.words
@@ -119,9 +120,9 @@ def _spans(found: Transcription, words: bool) -> list[Span]:
 def cues(found: Transcription) -> list[Span]:
     """Subtitles of sensible length, cut at pauses; in order, and none overlaps the next."""
     cut = [cue for segment in found.segments for cue in _split(segment.words)]
-    starts = [words[0].start for words in cut[1:]] + [max(found.seconds, 0.0)]
+    starts = [words[0].start for words in cut] + [found.seconds]
     spans = []
-    for words, following in zip(cut, starts, strict=True):
+    for words, following in zip(cut, starts[1:], strict=True):
         start, end = words[0].start, words[-1].end
         end = max(end, min(start + _SHORTEST_CUE, following))
         spans.append(Span(start, end, " ".join(word.text for word in words)))

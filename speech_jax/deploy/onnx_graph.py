@@ -6,6 +6,7 @@ follows from parameters and constants alone is computed here, and kept as a cons
 """
 
 import ast
+import itertools
 import math
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,7 @@ class Graph:
         self._constants: dict[tuple, str] = {}
         self._sizes: dict[str, str] = {}
         self._symbols: dict[str, tuple[str, int]] = {}
+        self._names = itertools.count()
         self.inputs = []
         for name, like in inputs.items():
             dims = [str(size) for size in like.shape]
@@ -65,9 +67,16 @@ class Graph:
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """Adds an operator; the name of its output."""
-        name = f"{kind.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [name], **attributes))
-        return name
+        return self.ops(kind, inputs, 1, **attributes)[0]
+
+    def ops(self, kind: str, inputs: Sequence[str], outputs: int, **attributes: Any) -> list[str]:
+        """Adds an operator of so many outputs; their names."""
+        names = [self._new(kind) for _ in range(outputs)]
+        self.nodes.append(helper.make_node(kind, inputs, names, **attributes))
+        return names
+
+    def _new(self, kind: str) -> str:
+        return f"{kind.lower()}_{next(self._names)}"
 
     def constant(self, value: Any, dtype: Any = None) -> str:
         """The name of a constant, which is kept once."""
@@ -146,7 +155,7 @@ class Graph:
         kind, params = equation.primitive.name, equation.params
         inner = next((params[key] for key in _PROGRAMS if key in params), None)
         if kind == "scan":
-            return self._scan(params, inputs)
+            return self._scan(equation, inputs)
         if kind == "cond":  # of platforms; the last one is for those that are not named
             if not params.get("branches_platforms"):
                 raise GraphError("a branch that depends on values cannot be written as ONNX")
@@ -164,11 +173,18 @@ class Graph:
             return [np.asarray(output) for output in outputs]
         return _as_list(_converter(kind)(self, equation, *inputs))
 
-    def _scan(self, params: Mapping[str, Any], inputs: list[Value]) -> list[Value]:
-        if params["reverse"]:
-            raise GraphError("a scan from the end cannot be written as ONNX")
-        constants, carries = params["num_consts"], params["num_carry"]
+    def _scan(self, equation: Any, inputs: list[Value]) -> list[Value]:
+        params = equation.params
+        # What is scanned has a dimension more outside of the loop than inside.
+        inner = getattr(params["jaxpr"], "jaxpr", params["jaxpr"])
+        same = lambda outside, inside: sum(
+            a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True)
+        )
+        carries = same(equation.outvars, inner.outvars)
+        constants = same(equation.invars, inner.invars) - carries
         fixed, carry = inputs[:constants], inputs[constants : constants + carries]
+        if params["reverse"] or not isinstance(params["length"], int):
+            return self._loop(equation, inner, fixed, inputs[constants:])
         stacked: list[list[Value]] = []
         for turn in range(params["length"]):
             each = [self._at(value, turn) for value in inputs[constants + carries :]]
@@ -176,6 +192,41 @@ class Graph:
             carry, rest = outputs[:carries], outputs[carries:]
             stacked.append(rest)
         return [*carry, *(self._stack(values) for values in zip(*stacked, strict=True))]
+
+    def _loop(
+        self, equation: Any, inner: Any, fixed: list[Value], moving: list[Value]
+    ) -> list[Value]:
+        """A scan over time as an operator with a graph of its own, which sees the names of ours."""
+        fixed = [x if isinstance(x, np.ndarray) else Tensor(self.name(x)) for x in fixed]
+        inputs = list(map(self.name, moving))
+        nodes, sizes, self.nodes = self.nodes, dict(self._sizes), []
+        given = [self._new("frame") for _ in moving]
+        outputs = self.trace(equation.params["jaxpr"], [*fixed, *map(Tensor, given)])
+        found = [self.op("Identity", self.name(value)) for value in outputs]
+        info = lambda name, variable: helper.make_tensor_value_info(
+            name, _onnx_type(variable.aval.dtype), None
+        )
+        body = helper.make_graph(
+            self.nodes,
+            "body",
+            list(map(info, given, inner.invars[len(fixed) :])),
+            list(map(info, found, inner.outvars)),
+        )
+        self.nodes, self._sizes = nodes, sizes
+        states = sum(
+            a.aval.ndim == b.aval.ndim for a, b in zip(equation.outvars, inner.outvars, strict=True)
+        )
+        turned = int(equation.params["reverse"])
+        names = self.ops(
+            "Scan",
+            inputs,
+            len(found),
+            body=body,
+            num_scan_inputs=len(moving) - states,
+            scan_input_directions=[turned] * (len(moving) - states),
+            scan_output_directions=[turned] * (len(found) - states),
+        )
+        return list(map(Tensor, names))
 
     def _at(self, value: Value, turn: int) -> Value:
         if isinstance(value, np.ndarray):
@@ -327,6 +378,13 @@ def _concatenate(graph: Graph, equation: Any, *values: Value) -> Tensor:
     return Tensor(graph.op("Concat", *map(graph.name, values), axis=axis))
 
 
+def _stack(graph: Graph, equation: Any, *values: Value) -> Tensor:
+    axis = equation.params["axis"]
+    axes = graph.constant(np.asarray([axis], np.int64))
+    rows = [graph.op("Unsqueeze", graph.name(value), axes) for value in values]
+    return Tensor(graph.op("Concat", *rows, axis=axis))
+
+
 def _split(graph: Graph, equation: Any, x: Value) -> list[Value]:
     axis, start, parts = equation.params["axis"], 0, []
     for size in map(int, equation.params["sizes"]):
@@ -341,6 +399,12 @@ def _pad(graph: Graph, equation: Any, x: Value, fill: Value) -> Tensor:
         raise GraphError("padding between elements cannot be written as ONNX: use .sjx")
     pads = graph.sizes([low for low, _, _ in config] + [high for _, high, _ in config])
     return Tensor(graph.op("Pad", graph.name(x), pads, graph.name(fill)))
+
+
+def _rev(graph: Graph, equation: Any, x: Value) -> Tensor:
+    last = np.iinfo(np.int64).min  # before the first
+    bounds = dict.fromkeys(equation.params["dimensions"], (-1, last, -1))
+    return _slices(graph, graph.name(x), bounds)
 
 
 def _slice(graph: Graph, equation: Any, x: Value) -> Tensor:
@@ -477,8 +541,8 @@ _OTHERS = {
     function.__name__: function
     for function in (
         _ne, _rem, _square, _rsqrt, _erfc, _integer_pow, _select_n, _convert_element_type,
-        _broadcast_in_dim, _reshape, _squeeze, _transpose, _concatenate, _split, _pad, _slice,
-        _gather, _iota, _dim_as_value, _platform_index, _dot_general, _conv_general_dilated, _fft,
-        _real, _imag,
+        _broadcast_in_dim, _reshape, _squeeze, _transpose, _concatenate, _stack, _split, _pad, _rev,
+        _slice, _gather, _iota, _dim_as_value, _platform_index, _dot_general,
+        _conv_general_dilated, _fft, _real, _imag,
     )
 }  # fmt: skip

@@ -34,7 +34,8 @@ _SILENCE, _PAUSE, _EDGE = 1.0, 0.3, 0.1
 # Energy is measured in frames of so many seconds, and averaged over so many frames: a closure of a
 # plosive is no pause.
 _FRAME, _STEADY = 0.01, 10
-# Pauses have at most such a share of the energy of speech, and such a multiple of the background's.
+# Pauses have at most such a share of the energy of the loudest tenth of a second until then, and
+# such a multiple of the background's.
 _SHARE, _BACKGROUND = 1e-2, 4.0
 
 
@@ -54,7 +55,7 @@ def cut(blocks: Iterator[np.ndarray], rate: int, longest: float) -> Iterator[Pie
       longest: of the utterances that the model has learned from, in seconds.
     """
     wanted = round((_MOST + 2 * _SILENCE) * rate)
-    ahead, start, first = np.zeros(0, np.int16), 0, True
+    ahead, start, first, loudest = np.zeros(0, np.int16), 0, True, 0.0
     while True:
         while len(ahead) < wanted and (block := next(blocks, None)) is not None:
             ahead = np.concatenate([ahead, block])
@@ -64,15 +65,17 @@ def cut(blocks: Iterator[np.ndarray], rate: int, longest: float) -> Iterator[Pie
         zeros = int(np.argmax(ahead != 0)) if ahead.any() else len(ahead)
         length, done = 0, zeros
         if not zeros or (start == 0 and zeros < min(len(ahead), _SILENCE * rate)):
-            length, done = _next(ahead[:wanted], rate, longest, first)
+            length, done, loudest = _next(ahead[:wanted], rate, longest, first, loudest)
         if length:
             yield Piece(start, ahead[:length])
             first = False
         ahead, start = ahead[done:], start + done
 
 
-def _next(ahead: np.ndarray, rate: int, longest: float, first: bool) -> tuple[int, int]:
-    """(samples in the next piece, samples that are done with) of what is ahead."""
+def _next(
+    ahead: np.ndarray, rate: int, longest: float, first: bool, loudest: float
+) -> tuple[int, int, float]:
+    """(samples in the next piece, samples that are done with, the loudest so far)."""
     hop = max(1, round(_FRAME * rate))
     energy = _energy(ahead, hop)
     zeros = next((run for run in _runs(energy == 0) if _lasts(run, _SILENCE)), None)
@@ -80,17 +83,17 @@ def _next(ahead: np.ndarray, rate: int, longest: float, first: bool) -> tuple[in
     end = len(np.trim_zeros(ahead[:end], "b"))
     energy = energy[: end // hop]  # [F]
     if len(energy) <= _SILENCE / _FRAME:
-        return end, end
+        return end, end, loudest
     is_long = not first or end > longest * rate
     steady = np.convolve(energy, np.ones(_STEADY) / _STEADY, "same")
-    speech, background = np.percentile(steady, 95), np.percentile(steady[steady > 0], 5)
-    quiet = steady <= min(_SHARE * speech, _BACKGROUND * background)
+    loudest, background = max(loudest, steady.max()), np.percentile(steady[steady > 0], 5)
+    quiet = steady <= min(_SHARE * loudest, _BACKGROUND * background)
     edge = round(_EDGE / _FRAME)
     for begun, ended in _runs(quiet):
         done = end if ended == len(quiet) else (ended - edge) * hop
         if begun == 0:
             if ended > edge and (is_long or _lasts((begun, ended), _SILENCE)):
-                return 0, done
+                return 0, done, loudest
         elif _lasts((begun, ended), _SILENCE) or (
             is_long
             and _lasts((begun, ended), _PAUSE)
@@ -103,18 +106,19 @@ def _next(ahead: np.ndarray, rate: int, longest: float, first: bool) -> tuple[in
     else:
         done = end
     if end <= (min(longest, LONGEST) if is_long else longest) * rate:
-        return end, done
-    place = _quietest(steady[: end // hop], speech, round(min(longest, LONGEST) / _FRAME)) * hop
-    return place, place
+        return end, done, loudest
+    most = round(min(longest, LONGEST) / _FRAME)
+    place = _quietest(steady[: end // hop], _SHARE * loudest, most) * hop
+    return place, place, loudest
 
 
-def _quietest(energy: np.ndarray, speech: float, longest: int) -> int:
-    """The frame at which to end a piece of which more follows, without a clear pause."""
+def _quietest(energy: np.ndarray, pause: float, longest: int) -> int:
+    """The frame at which to end a piece without a clear pause; a short one is below `pause`."""
     first = longest // 2
-    last = len(energy) - round(_LEAST / _FRAME)  # the rest is no splinter
+    last = max(first + 1, len(energy) - round(_LEAST / _FRAME))  # the rest is no splinter
     near = energy[first : min(longest, last)]
-    if near.min() > _SHARE * speech:  # a word would be cut in two: on to the next pause
-        later = np.flatnonzero(energy[longest:last] <= _SHARE * speech)
+    if near.min() > pause:  # a word would be cut in two: on to the next pause
+        later = np.flatnonzero(energy[longest:last] <= pause)
         if len(later):
             return longest + int(later[0])
         near = energy[first:last]

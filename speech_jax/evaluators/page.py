@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Point = tuple[float, float]
+# A table of more rows scrolls in a box of its own.
+_TALL = 12
 
 
 class Html(str):
@@ -92,12 +94,13 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]], note: str = ""
     made = element(
         "table", element("thead", element("tr", *head)), element("tbody", *body)
     )  # fmt: skip
-    return join([scrolled(made), element("p", note, class_="note") if note else ""])
+    kind = "scrolled tall" if len(rows) > _TALL else "scrolled"
+    return join([scrolled(made, kind), element("p", note, class_="note") if note else ""])
 
 
-def scrolled(content: Html) -> Html:
+def scrolled(content: Html, kind: str = "scrolled") -> Html:
     """Content that may be wider than the screen; the arrow keys move it."""
-    return element("div", content, class_="scrolled", tabindex=0)
+    return element("div", content, class_=kind, tabindex=0)
 
 
 def side_by_side(*content: Html) -> Html:

@@ -30,6 +30,7 @@ ENCODERS = {
     "conformer": "speech_jax.models.conformer:Conformer",
     "deepspeech": "speech_jax.models.deepspeech:DeepSpeech",
     "wav2vec2": "speech_jax.models.wav2vec2:Wav2Vec2",
+    "wavenet": "speech_jax.models.wavenet:WaveNet",
     "wav2vec2_conformer": "speech_jax.models.wav2vec2_conformer:Wav2Vec2Conformer",
 }
 

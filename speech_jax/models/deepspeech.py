@@ -39,6 +39,7 @@ class DeepSpeech(nn.Module):
         'batch').
       residual: whether a recurrent layer is added to its input.
       dropout: of the outputs of each layer.
+      adapter: hidden units of the adapter behind each recurrent layer (layers.Adapter); 0: none.
       dtype: what the products run in; states and parameters are float32.
     """
 
@@ -57,6 +58,7 @@ class DeepSpeech(nn.Module):
     norm: str = "layer"
     residual: bool = True
     dropout: float = 0.1
+    adapter: int = 0
     dtype: Any = "float32"
 
     listens: ClassVar = "log_mel"
@@ -69,6 +71,7 @@ class DeepSpeech(nn.Module):
         (r"layer_\d+/inputs/kernel", ("fsdp", None, None)),
         (r"layer_\d+/inputs/bias", ()),
         (r"layer_\d+/recurrent", (None, "fsdp", None)),
+        (r"adapter/(down|up)/(kernel|bias)", ()),
         (r"lookahead/(kernel|bias)", ()),
         (r"(norm|norm_\d)/(layer/)?(scale|bias)", ()),
     )
@@ -113,8 +116,8 @@ class DeepSpeech(nn.Module):
         each = [x]
         for i in range(self.num_layers):
             layer = Recurrent(
-                self.width, self.cell, 1 + self.bidirectional, self.norm, dtype=self.dtype,
-                name=f"layer_{i}",
+                self.width, self.cell, 1 + self.bidirectional, self.norm, self.adapter,
+                dtype=self.dtype, name=f"layer_{i}",
             )  # fmt: skip
             y = layers.dropout(layer(x, mask, deterministic), self.dropout, seed, site=100 + i)
             x = partition.split_rows(x + y if self.residual else y)
@@ -206,6 +209,7 @@ class Recurrent(nn.Module):
     cell: str
     directions: int
     norm: str
+    adapter: int
     dtype: Any
 
     @nn.compact
@@ -226,7 +230,8 @@ class Recurrent(nn.Module):
         ).astype(self.dtype)
         inputs = inputs.transpose(1, 2, 0, 3)  # [T, N, B, G H]
         hidden = recurrent.recur(cell, inputs, weight, mask.T)  # [T, N, B, H]
-        return hidden.sum(axis=1).swapaxes(0, 1).astype(self.dtype)
+        x = hidden.sum(axis=1).swapaxes(0, 1).astype(self.dtype)
+        return layers.Adapter(self.adapter, self.dtype, name="adapter")(x) if self.adapter else x
 
 
 class Lookahead(nn.Module):

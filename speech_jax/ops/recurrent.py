@@ -85,7 +85,7 @@ def recur(cell: Cell, inputs: jax.Array, weight: jax.Array, valid: jax.Array) ->
 
 def _in_turn(x: jax.Array) -> jax.Array:
     """The second direction [T, 1, ...] from the end of time."""
-    return jnp.concatenate([x[:, :1], x[::-1, 1:]], axis=1)
+    return jnp.concatenate([x[:, :1], jnp.flip(x[:, 1:], axis=0)], axis=1)
 
 
 _in_time = _in_turn  # it is its own inverse

@@ -21,7 +21,7 @@ from speech_jax.evaluators.accuracy import Accuracy
 from speech_jax.evaluators.verification import Verification, read_trials
 from speech_jax.models import layers
 from speech_jax.models.frontend import FrontEnd
-from speech_jax.ops import masking
+from speech_jax.ops import augment, masking
 from speech_jax.rules import Rules
 from speech_jax.tasks import Batch, Pytree
 
@@ -148,6 +148,7 @@ class Classify:
       activation: behind the dense layer, 'relu' or 'none'.
       dropout: on what the classifier sees.
       smoothing: the share of the target that is spread over all classes (Szegedy et al. 2016).
+      mixup: the share of the training utterances that are mixed with another one (augment.mixup).
       balance: classes weigh as their number of examples to the power of minus this: 0 is alike, 1
         gives all classes the same weight in the loss.
       margin: added to the angle between an embedding and its class in training, in radians
@@ -169,6 +170,7 @@ class Classify:
     activation: str = "relu"
     dropout: float = 0.0
     smoothing: float = 0.0
+    mixup: float = 0.0
     balance: float = 0.0
     margin: float = 0.0
     scale: float = 30.0
@@ -265,16 +267,25 @@ class Classify:
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         """Cross-entropy over rows with a known class."""
-        _, scores, state = self._apply(params, state, batch, rng, step)
+        readings = [batch]  # of the same audio
+        if rng is not None and self.mixup:
+            rng, key = jax.random.split(rng)
+            readings = augment.mixup(key, batch, self.mixup)
+        _, scores, state = self._apply(params, state, readings[0], rng, step)
+        each = [self._reading(scores, reading, rng is not None) for reading in readings]
+        total, weight, correct, known = (sum(parts) for parts in zip(*each, strict=True))
+        return total, weight, {"state": state, "sums": {"correct": correct, "known": known}}
+
+    def _reading(self, scores: jax.Array, batch: Batch, train: bool) -> tuple[jax.Array, ...]:
+        """(nats, their weight, rows that are right, rows whose class is known): sums over rows."""
         known = jnp.where(batch["target"] >= 0, batch["weight"], 0.0)
         targets = jax.nn.one_hot(batch["target"], self.counts["target"])  # [B, K]
-        logits = self._logits(scores, targets if rng is not None else jnp.zeros_like(targets))
+        logits = self._logits(scores, targets if train else jnp.zeros_like(targets))
         spread = (1 - self.smoothing) * targets + self.smoothing / self.counts["target"]
         nats = -(spread * jax.nn.log_softmax(logits)).sum(-1)
         weight = known * (targets * self._class_weights()[None]).sum(-1)
         right = (scores.argmax(-1) == batch["target"]).astype(jnp.float32)
-        sums = {"correct": (right * known).sum(), "known": known.sum()}
-        return (nats * weight).sum(), weight.sum(), {"state": state, "sums": sums}
+        return (nats * weight).sum(), weight.sum(), (right * known).sum(), known.sum()
 
     def _logits(self, scores: jax.Array, targets: jax.Array) -> jax.Array:
         """Logits [B, K] of scores, with the margin where one-hot `targets` [B, K] say."""

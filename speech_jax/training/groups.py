@@ -7,7 +7,8 @@ no part in the norm that gradients are clipped by, and nothing is differentiated
     until = groups.thaw(params, config.optimizer.frozen)
     mask = groups.trainable(params, config.optimizer.frozen)
     make = lambda task: adversarial.gradients(task, adversary)
-    function = groups.gradients(make, task, until)  # of all parameters, returns those that learn
+    # Of all parameters; returns the gradient of those that learn.
+    function = groups.gradients(make, task, until, done=0)
     gradient, loss = function(params, state, batch, rng, step)
     learned, still = groups.split(params, mask)
     updates, opt_state = tx.update(gradient, opt_state, learned)
@@ -15,8 +16,9 @@ no part in the norm that gradients are clipped by, and nothing is differentiated
 
 Where nothing is frozen, `split` returns the tree as it is, and `still` without a leaf.
 
-What is frozen for some updates has moments that wait for it, and costs no more: the compiled step
-holds a branch for each time at which something thaws, and runs one of them.
+What is frozen for some updates has moments that wait for it, and costs no more: a step is compiled
+for each time at which something thaws (`starts`). Branches of one step would do as well, but on a
+CPU what is in a branch runs on one core.
 """
 
 import re
@@ -77,34 +79,33 @@ def join(learned: Any, still: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, learned, still, is_leaf=none)
 
 
-def gradients(make: Callable[[Any], Callable], task: Any, until: Any) -> Callable:
+def starts(until: Any) -> list[int]:
+    """The numbers of updates after which something begins to learn, of a tree of `thaw`."""
+    return sorted(set(jax.tree.leaves(until)) - {FOREVER})
+
+
+def gradients(make: Callable[[Any], Callable], task: Any, until: Any, done: int) -> Callable:
     """A gradient function of all parameters whose gradient is of those that learn.
 
     `make(task)` returns a gradient function (training/step.py), which differentiates with respect
     to whatever parameters it is given: nothing is computed backwards below the lowest of them.
-    `until` is that of `thaw`; the gradient of what has not thawed yet is 0.
+
+    Args:
+      until: the tree of `thaw`.
+      done: how many updates are done, at the least: the gradient of what thaws later is 0.
     """
     learns = jax.tree.map(lambda updates: updates != FOREVER, until)
-    starts = sorted(set(jax.tree.leaves(until)) - {FOREVER})
-
-    def after(start: int) -> Callable:
-        mask = jax.tree.map(lambda updates: FOREVER < updates <= start, until)
-
-        def function(params: Any, *rest: Any) -> tuple[Any, Any]:
-            learned, still = split(params, mask)
-            gradient, loss = make(_Held(task, still))(learned, *rest)
-            zeros = jax.tree.map(jnp.zeros_like, split(params, learns)[0])
-            return join(gradient, zeros), loss
-
-        return function
+    thawed = jax.tree.map(lambda updates: FOREVER < updates <= done, until)
 
     def function(
         params: Any, state: Any, batch: Any, rng: jax.Array, step: jax.Array | int
     ) -> tuple[Any, Any]:
-        phase = sum((jnp.asarray(step >= start, jnp.int32) for start in starts[1:]), jnp.int32(0))
-        return jax.lax.switch(phase, list(map(after, starts)), params, state, batch, rng, step)
+        learned, still = split(params, thawed)
+        gradient, loss = make(_Held(task, still))(learned, state, batch, rng, step)
+        zeros = jax.tree.map(jnp.zeros_like, split(params, learns)[0])
+        return join(gradient, zeros), loss
 
-    return after(starts[0]) if len(starts) == 1 else function
+    return function
 
 
 class _Held:

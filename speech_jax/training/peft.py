@@ -47,7 +47,7 @@ class LoRA:
 
     rank: int = 0
     alpha: float = 16.0
-    targets: str = r"(attention|feed_forward(_\d)?)/\w+/kernel"
+    targets: str = r"(attention|feed_forward(_\d)?)/\w+/kernel|layer_\d+/(inputs/kernel|recurrent)"
 
 
 class Adapted:
@@ -68,7 +68,7 @@ class Adapted:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._task, name)
-        if name not in ("loss", "logits", "predict"):
+        if name not in ("loss", "logits", "predict", "encode"):
             return found
         return lambda params, *rest: found(merged(params, self._lora), *rest)
 

@@ -4,9 +4,8 @@ import functools
 import importlib
 import inspect
 import os
-import pathlib
 
-from speech_jax import registry
+from speech_jax import files, registry
 from speech_jax.data.sources.base import (
     File,
     FileSource,
@@ -74,7 +73,13 @@ def open_source(
     """
     if on_error not in ("raise", "skip"):
         raise SourceError(f"on_error is {on_error!r}; it must be 'raise' or 'skip'")
-    cache = default_cache() if cache is None else pathlib.Path(cache).expanduser()
+    for name, path in (("root", root), ("cache", cache or "")):
+        if files.is_remote(path) and (name, kind) != ("root", "prepared"):
+            raise SourceError(
+                f"{name}={path} is in a bucket, from which only prepared data is read: copy it to "
+                "a disk, mount the bucket, or prepare the data (speech_jax.data.prepare)"
+            )
+    cache = default_cache() if cache is None else files.expand(cache)
     if not split:
         raise SourceError("no split is named; set it to one, for example train-clean-100")
     if kind not in SOURCES:
@@ -99,7 +104,7 @@ def open_source(
             wanted = "True or False" if isinstance(usual, bool) else "a text"
             raise SourceError(f"{key}={given!r} of a source of kind {kind!r} must be {wanted}")
     return registry.call(
-        functools.partial(opener, pathlib.Path(root).expanduser(), split, on_error, cache),
+        functools.partial(opener, files.expand(root), split, on_error, cache),
         kwargs,
         what=f"the settings of source {kind!r}",
     )

@@ -1,4 +1,7 @@
-"""Prepared data: what `speech_jax.data.prepare` wrote, read without TensorFlow."""
+"""Prepared data: what `speech_jax.data.prepare` wrote, read without TensorFlow.
+
+It may lie in a bucket (gs://): ArrayRecord reads its files there by itself.
+"""
 
 import contextlib
 import dataclasses
@@ -13,6 +16,7 @@ import rich.console
 import rich.progress
 import tensorflow_datasets as tfds
 from absl import logging
+from etils import epath
 from google.protobuf import json_format
 
 from speech_jax import files
@@ -67,7 +71,7 @@ def open_split(
 
 def folder_of(root: str | os.PathLike, split: str) -> pathlib.Path:
     """Returns the folder of a split: one that is there, else where it is to be written."""
-    folders = [pathlib.Path(root) / "utterances" / split / version for version in VERSIONS]
+    folders = [files.expand(root) / "utterances" / split / version for version in VERSIONS]
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
@@ -80,8 +84,8 @@ def records(folder: pathlib.Path) -> Any:
         raise base.SourceError(
             f"{folder} is damaged ({error}); copy or prepare the split again"
         ) from error
-    for path in paths:
-        if not (os.path.isfile(path) and os.path.getsize(path)):
+    for path in map(epath.Path, paths):
+        if not (path.exists() and path.stat().length):
             raise base.SourceError(f"{path} is missing or empty; copy or prepare the split again")
     return builder.as_data_source(SPLIT)
 
@@ -92,7 +96,7 @@ def load_index(folder: pathlib.Path, data: Any, cache: pathlib.Path) -> list[bas
     They are read once from the records and kept beside the data or, where that is read-only, in
     the cache.
     """
-    stamp = (folder / "dataset_info.json").stat().st_mtime_ns
+    stamp = epath.Path(folder / "dataset_info.json").stat().mtime
     places = (
         folder / "index.jsonl",
         cache / "prepared" / f"{base.digest(folder)}-{stamp}.jsonl",
@@ -131,7 +135,7 @@ def _indexed(id_: str, duration: float, text: str, *rest: Any) -> base.Utterance
 
 def _utterance(record: dict[str, Any]) -> base.Utterance:
     if "tags" in record:
-        tags = json.loads(record["tags"])
+        tags = files.parse_json(record["tags"])
     else:
         tags = _old_tags(record["speaker"].decode(), record["label"].decode())
     seconds = int(record["samples"]) / int(record["rate"])

@@ -1,0 +1,187 @@
+"""The weights of a decoder, found on half of a split and measured on the other half.
+
+    python -m speech_jax.main --mode=tune --config=... --workdir=... \\
+        --config.decoder.name=beam --config.decoder.lm=lm.arpa
+
+tries weights of the language model and bonuses for the word errors of the first of
+config.data.eval_splits, whatever the decoder fits the calibration of its confidences, and writes
+workdir/decoder.json: from then on the workdir is evaluated, transcribed with and saved so.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from speech_jax import bundle, experiment, files
+from speech_jax.config import split_names
+from speech_jax.decoding import confidence
+from speech_jax.decoding.decoder import Decoder
+from speech_jax.decoding.words import Decoded
+from speech_jax.errors import UserError
+from speech_jax.evaluators.errors import ErrorCounts, Errors, count_errors
+from speech_jax.tasks import Task
+from speech_jax.training import sharding
+from speech_jax.workdir import Workdir
+
+_ROWS = 16  # that are decoded together
+# Where the search begins, and how far its steps go, of (weight, bonus).
+_BEGIN, _STEPS = (0.5, 0.0), ((0.4, 0.8), (0.2, 0.4), (0.1, 0.2))
+
+
+class _Heard(NamedTuple):
+    # An utterance: what the model makes of it, float32 [T, K], and what was said.
+    logits: np.ndarray
+    reference: str
+
+
+def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print) -> dict:
+    """Tunes the decoder of a workdir, and returns the settings that decoder.json then holds.
+
+    Raises:
+      UserError: the workdir holds no recognizer, the split has less than two utterances, or the
+        decoder's settings cannot work.
+    """
+    if jax.process_count() > 1:
+        raise UserError("--mode=tune runs in one process: start it without the others")
+    model = bundle.open(workdir.folder)
+    config = bundle.for_use(model, config)
+    task = experiment.make_task(config, model.parts)
+    decoder = getattr(task, "decoder", None)
+    if not isinstance(decoder, Decoder) or not isinstance(task.evaluator(model.parts), Errors):
+        raise UserError(f"--mode=tune is for recognizers, and {config.task.name} gives no text")
+    decoder = decoder.calibrated_by(1.0, 0.0)
+    split = next(iter(split_names(config.data.eval_splits)), "")
+    if not split:
+        raise UserError("--mode=tune needs a split: name one in config.data.eval_splits")
+    with workdir.locked():
+        heard = _listen(config, model, task, split)
+        if len(heard) < 2:
+            raise UserError(f"{split} has {len(heard)} utterances, and half of it is tuned on")
+        halves = heard[::2], heard[1::2]
+        if decoder.settings.lm:
+            decoder = _search(decoder, halves[0], say)
+        scale, offset = _calibration(decoder, halves[0])
+        tuned = decoder.calibrated_by(scale, offset)
+        settings = {
+            name: value
+            for name, value in config.decoder.items()
+            if value is not None and name not in ("lm", "lexicon")
+        }
+        settings |= {"calibration": [scale, offset]}
+        for name in ("lm", "lexicon"):
+            if path := getattr(tuned.settings, name):
+                settings[name] = str(files.expand(path).absolute())
+        if tuned.settings.lm:
+            settings |= {"lm_weight": tuned.settings.lm_weight, "bonus": tuned.settings.bonus}
+        say(f"{split}, the half that was not tuned on, {len(halves[1])} utterances:")
+        plain = Decoder({}, model.parts["labels"], decoder.frame_seconds)
+        for name, one in (("greedy", plain), ("tuned", tuned)):
+            say(f"  {name}: {_figures(one, halves[1])}")
+        with files.writing(workdir.decoder):
+            files.write_atomically(workdir.decoder, files.dump_json(settings))
+    say(f"{workdir.decoder}: " + "  ".join(f"{k}={v}" for k, v in settings.items()))
+    return settings
+
+
+def _listen(config: ConfigDict, model: bundle.Bundle, task: Task, split: str) -> list[_Heard]:
+    """The utterances of a split, in its order."""
+    mesh = sharding.make_mesh(**config.mesh)
+    corpus = experiment.evaluation_corpus(config, split, model.parts)
+    plan = experiment.evaluation_plan(config, corpus, task, mesh)
+    params, state = bundle.on_mesh(model, mesh)
+    compute = jax.jit(
+        lambda *arguments: task.logits(*arguments)[:2], out_shardings=sharding.replicated(mesh)
+    )
+    found = {}
+    with contextlib.closing(experiment.evaluation_batches(config, corpus, plan)) as batches:
+        for batch in batches:
+            with jax.set_mesh(mesh):
+                logits, lengths = compute(params, state, sharding.put_batch(batch, mesh))
+            logits, lengths = jax.device_get((logits, lengths))
+            for row, index in enumerate(batch["index"]):
+                if index >= 0:
+                    reference = model.parts["labels"].text(corpus.source.utterances[index])
+                    found[int(index)] = _Heard(logits[row, : lengths[row]], reference)
+    return [found[index] for index in sorted(found)]
+
+
+def _decode(decoder: Decoder, heard: Sequence[_Heard]) -> list[Decoded]:
+    """What a decoder makes of utterances, by length in batches."""
+    order = sorted(range(len(heard)), key=lambda i: len(heard[i].logits))
+    found: dict[int, Decoded] = {}
+    for start in range(0, len(order), _ROWS):
+        some = order[start : start + _ROWS]
+        lengths = [len(heard[i].logits) for i in some]
+        logits = np.zeros((_ROWS, max(lengths), heard[0].logits.shape[1]), np.float32)
+        for row, i in enumerate(some):
+            logits[row, : lengths[row]] = heard[i].logits
+        padded = np.pad(lengths, (0, _ROWS - len(some)))
+        found |= dict(zip(some, decoder(logits, padded), strict=False))
+    return [found[i] for i in range(len(heard))]
+
+
+def _count(decoder: Decoder, heard: Sequence[_Heard]) -> ErrorCounts:
+    decoded = _decode(decoder, heard)
+    pairs = zip(heard, decoded, strict=True)
+    return sum((count_errors(one.reference, two.text) for one, two in pairs), ErrorCounts())
+
+
+def _search(decoder: Decoder, heard: Sequence[_Heard], say: Callable[[str], None]) -> Decoder:
+    """The decoder with the weight and the bonus of the fewest word errors, then character errors.
+
+    From where it is, the search goes where a step makes it better, until none does; then the steps
+    are halved.
+    """
+    seen: dict[tuple[float, float], tuple] = {}
+
+    def errors(at: tuple[float, float]) -> tuple:
+        if at not in seen:
+            counts = _count(decoder.weighed(*at), heard)
+            words = counts.insertions + counts.deletions + counts.substitutions
+            seen[at] = words, counts.character_errors
+            say(
+                f"weight {at[0]:.2f} bonus {at[1]:+.2f}: {words} errors in {counts.words} words, "
+                f"{counts.character_errors} in characters"
+            )
+        return seen[at]
+
+    best = _BEGIN
+    for weight, bonus in _STEPS:
+        while True:
+            moves = ((weight, 0), (-weight, 0), (0, bonus), (0, -bonus))
+            near = [(round(max(0, best[0] + w), 3), round(best[1] + b, 3)) for w, b in moves]
+            found = min(near, key=errors)
+            if errors(found) >= errors(best):
+                break
+            best = found
+    return decoder.weighed(*best)
+
+
+def _judged(decoder: Decoder, heard: Sequence[_Heard]) -> tuple[list[float], list[bool]]:
+    """The confidence of each word, and whether it is right."""
+    sure, right = [], []
+    for one, decoded in zip(heard, _decode(decoder, heard), strict=True):
+        sure += [word.confidence for word in decoded.words]
+        right += confidence.right_words(one.reference, [word.text for word in decoded.words])
+    return sure, right
+
+
+def _calibration(decoder: Decoder, heard: Sequence[_Heard]) -> tuple[float, float]:
+    """Of a decoder whose confidences are the evidence itself."""
+    return tuple(round(x, 4) for x in confidence.fit(*_judged(decoder, heard)))
+
+
+def _figures(decoder: Decoder, heard: Sequence[_Heard]) -> str:
+    counts = _count(decoder, heard)
+    if counts.wer is None:
+        return "no reference words, so no error rate"
+    sure, right = _judged(decoder, heard)
+    area, error = confidence.area_under_roc(sure, right), confidence.reliability(sure, right)[1]
+    said = f"WER {100 * counts.wer:.2f}%  CER {100 * counts.cer:.2f}%"
+    if area is not None:
+        said += f"  confidence: area under ROC {area:.3f}"
+    return said if error is None else f"{said}  calibration error {error:.3f}"

@@ -1,0 +1,131 @@
+"""WaveNet (van den Oord et al. 2016) as an encoder: dilated gated convolutions over log-mel."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from speech_jax.errors import UserError
+from speech_jax.models import layers
+from speech_jax.models.conformer import Subsampling
+from speech_jax.ops import convolution, masking, partition
+from speech_jax.rules import Rules
+
+
+class WaveNet(nn.Module):
+    """Log-mel [B, F, M] to hidden [B, F / subsampling, width], the sum of what all layers skip.
+
+    A norm before each layer, which the paper lacks, spares a slow warm-up.
+
+    Attributes:
+      width: of the residual stream, of the gates and of what is skipped (D).
+      stacks: how often the dilations start again.
+      num_layers: of a stack; the dilations are 1, 2, 4, ...
+      kernel: taps of a dilated convolution.
+      causal: frames hear no later ones, beyond what one frame is made of.
+      subsampling: 4 or 8, log-mel frames per hidden frame.
+      subsampling_channels: channels of the strided convolutions; None is D.
+      dropout: of what each layer adds.
+      dtype: what the arithmetic runs in; parameters are float32.
+    """
+
+    width: int = 256
+    stacks: int = 3
+    num_layers: int = 5
+    kernel: int = 7
+    causal: bool = False
+    subsampling: int = 4
+    subsampling_channels: int | None = None
+    dropout: float = 0.1
+    dtype: Any = "float32"
+
+    listens: ClassVar = "log_mel"
+    rules: ClassVar[Rules] = (
+        (r"subsampling/convolution_\d/kernel", (None, None, None, "fsdp")),
+        (r"subsampling/project/kernel", ("fsdp", None)),
+        (r"subsampling/(convolution_\d|project)/bias", ()),
+        (r"layer_\d+/gate", (None, "fsdp", None)),
+        (r"layer_\d+/gate_bias", ()),
+        (r"layer_\d+/(project|skip)/kernel", ("fsdp", None)),
+        (r"layer_\d+/(project|skip)/bias", ()),
+        (r"output/kernel", ("fsdp", None)),
+        (r"output/bias", ()),
+        (r"norm/layer/(scale|bias)", ()),
+    )
+    # Large: as many channels as the paper's model of speech has gates.
+    VARIANTS: ClassVar = {
+        "tiny": {
+            "width": 96, "stacks": 2, "num_layers": 4, "kernel": 5, "subsampling_channels": 32,
+        },
+        "base": {"width": 256},
+        "large": {"width": 512, "subsampling_channels": 256},
+    }  # fmt: skip
+
+    def output_lengths(self, lengths: int | jax.Array) -> int | jax.Array:
+        """Hidden frames for `lengths` log-mel frames: each stride-2 convolution rounds up."""
+        for _ in range(self._halvings()):
+            lengths = (lengths + 1) // 2
+        return lengths
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        x = Subsampling(
+            self.width,
+            self.subsampling_channels or self.width,
+            self._halvings(),
+            dtype=self.dtype,
+            name="subsampling",
+        )(inputs, lengths)
+        lengths = self.output_lengths(lengths)
+        mask = masking.length_mask(lengths, x.shape[1])
+        seed = None
+        if not deterministic:
+            seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
+        total = jnp.zeros_like(x)
+        for i in range(self.stacks * self.num_layers):
+            layer = Layer(
+                self.width, self.kernel, 2 ** (i % self.num_layers), self.causal, self.dtype,
+                name=f"layer_{i}",
+            )  # fmt: skip
+            change, skipped = layer(x, mask)
+            x = partition.split_rows(x + layers.dropout(change, self.dropout, seed, site=i))
+            total = total + skipped
+        # With the residual stream, to which the last layer would else add for nothing.
+        x = nn.Dense(self.width, dtype=self.dtype, name="output")(nn.relu(total + x))
+        x = layers.LayerNorm(self.dtype, name="norm")(x)
+        return jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype)), lengths
+
+    def _halvings(self) -> int:
+        if self.subsampling not in (4, 8):
+            raise UserError(f"subsampling must be 4 or 8, got {self.subsampling}")
+        return self.subsampling.bit_length() - 1
+
+
+class Layer(nn.Module):
+    """A gated dilated convolution: what it adds to [B, T, D], and what it skips to the end."""
+
+    width: int
+    kernel: int
+    dilation: int
+    causal: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = layers.LayerNorm(self.dtype, name="norm")(x)
+        x = jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype))
+        shape = (self.kernel, x.shape[-1], 2 * self.width)
+        weight = self.param("gate", nn.initializers.lecun_normal(in_axis=(0, 1)), shape)
+        bias = self.param("gate_bias", nn.initializers.zeros, (2 * self.width,))
+        past = (self.kernel - 1) * self.dilation
+        past = past if self.causal else past // 2
+        gates = convolution.dilated(x, weight.astype(self.dtype), self.dilation, past)
+        value, gate = jnp.split(gates + bias.astype(self.dtype)[None, None], 2, axis=-1)
+        hidden = jnp.tanh(value) * nn.sigmoid(gate)
+        project, skip = (
+            nn.Dense(self.width, dtype=self.dtype, name=name) for name in ("project", "skip")
+        )
+        return project(hidden), skip(hidden)
