@@ -46,6 +46,8 @@ _TASKS = {
     "classification": "classify",
     "none": "encoder",
 }
+# Settings of a classification head, as theirs has them.
+_KNOWN_HEAD = {"pooling": "mean", "standardize": False, "activation": "none", "margin": 0.0}
 _EXTRACTOR = {
     "do_normalize": FLAG,
     "sampling_rate": whole(4_000, 192_000),
