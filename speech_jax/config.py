@@ -328,20 +328,22 @@ def _merge(config: ConfigDict, recorded: Mapping[str, Any], prefix: str, where: 
 def make_room(config: ConfigDict, arguments: Sequence[str]) -> None:
     """Adds what flags set in the open sections, whose keys a recipe need not have, as None.
 
+    What is None and has no type gets that of any value.
+
     `check` says whether what is configured takes such a key.
     """
     for argument in arguments:
         key = argument.partition("=")[0].lstrip("-").removeprefix("config.")
-        names = key.split(".")
-        if not key.startswith(_OPEN) or not all(map(str.isidentifier, names)):
-            continue
-        section: Any = config
-        for name in names:
+        names, section = key.split("."), config
+        for name in names if all(map(str.isidentifier, names)) else ():
             if not isinstance(section, ConfigDict):
                 break  # a key below a value, which is refused
-            if name not in section:
-                added = config_dict.placeholder(object) if name is names[-1] else ConfigDict()
-                with section.unlocked():
+            last, there = name is names[-1], name in section
+            if not there and not key.startswith(_OPEN):
+                break
+            if not there or (last and section.get_type(name) is type(None)):
+                added = config_dict.placeholder(object) if last else ConfigDict()
+                with section.unlocked(), section.ignore_type():
                     section[name] = added
             section = section[name]
 
