@@ -32,7 +32,7 @@ from speech_jax.training import sharding
 FREE = (
     "data.root", "data.cache", "data.threads", "data.eval_splits", "data.test_splits",
     "data.eval_buckets", "data.eval_max_seconds", "robustness", "decoder", "train.log_every",
-    "checkpoint", "mesh",
+    "train.compare", "checkpoint", "mesh",
 )  # fmt: skip
 
 # What had another name when a record was written: keys, and the values of a key.
@@ -77,7 +77,12 @@ class Workdir:
         self.report = self.folder / "report.html"
         self.robustness = self.folder / "robustness.json"
         self.decoder = self.folder / "decoder.json"  # its settings, as --mode=tune found them
+        self.layer_weights = self.folder / "layer_weights.png"
         self.lock = self.folder / "lock"
+
+    def before(self, what: str) -> "Workdir":
+        """Where the start of the run is measured: 'untouched', or with the 'head' fitted alone."""
+        return Workdir(self.folder / "before" / what)
 
     def predictions(self, split: str) -> pathlib.Path:
         """The predictions for a split, which may be named by a path."""

@@ -44,6 +44,7 @@ OPEN = (
 # Sections of which a step is made: an accepted value must trace.
 TRACED = (
     "features", "spec_augment", "task", "model", "optimizer", "schedule", "adversarial", "train",
+    "lora",
 )  # fmt: skip
 
 

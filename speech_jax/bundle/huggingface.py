@@ -117,6 +117,9 @@ def _configuration(
         groups, codes, width = params["quantizer"]["codebook"].shape
         changes = {"groups": groups, "codes": codes, "code_features": groups * width}
         changes["final_features"] = len(params["project_target"]["bias"])
+    elif head == "classification":
+        changes = {"units": len(params["projector"]["bias"]), "activation": "none"}
+        changes["layer_sum"] = "layer_weights" in params
     known = task in tasks.TASKS
     ours = defaults.default()
     with ours.unlocked():
@@ -285,6 +288,13 @@ def _described(config: ConfigDict) -> tuple[dict[str, Any], str]:
             f"a model of task {task} with a {model['name']} is not known to transformers, only "
             f"{' or '.join(architectures.KNOWN)} with {' or '.join(_TASKS.values())}"
         )
+    if head == "classification":
+        for key, value in _KNOWN_HEAD.items():
+            if config.task.get(key, value) != value:
+                raise ModelFolderError(
+                    f"a head with task.{key}={config.task[key]!r} is not known to transformers, "
+                    f"only one with {value!r}"
+                )
     if config.features.normalize not in ("utterance", "none"):
         raise ModelFolderError(
             f"features.normalize={config.features.normalize!r} is not known to transformers, only "
