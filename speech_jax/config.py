@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,9 @@ CHOICES = {
     "robustness.space": SPACES,
     "robustness.norm": NORMS,
     "model.dtype": ("float32", "bfloat16"),
+    "checkpoint.mode": ("", "min", "max"),
+    "task.pooling": ("mean", "statistics", "attentive"),
+    "task.activation": ("relu", "none"),
     "optimizer.name": OPTIMIZERS,
     "optimizer.mu_dtype": ("float32", "bfloat16"),
     "schedule.name": SCHEDULES,
@@ -46,6 +50,7 @@ CHOICES = {
 # Arguments of parts, schedules and optimizers that a run gives them, and nobody sets.
 _GIVEN = (
     "source", "name", "moments", "known", "seed", "steps", "params", "schedule", "defaults",
+    "on_error",
 )  # fmt: skip
 # Rules: pairs of a regular expression and a number, see rules.py.
 _RULES = ("optimizer.decay", "optimizer.rates", "optimizer.frozen")
@@ -76,7 +81,7 @@ RANGES = {
             "model.num_layers", "model.kernel", "model.expansion", "model.feed_forward",
             "model.conv_channels", "model.conv_kernels", "model.conv_strides", "model.conv_bands",
             "model.subsampling_channels", "model.position_groups", "task.codes", "task.groups",
-            "task.negatives", "task.mask_length", "lora.alpha",
+            "task.negatives", "task.mask_length", "task.scale", "task.cohort", "lora.alpha",
         ),
         _ABOVE_ZERO,
     ),
@@ -87,8 +92,9 @@ RANGES = {
             "spec_augment.frequency_masks", "spec_augment.time_width", "spec_augment.time_warp",
             "spec_augment.frequency_width", "optimizer.clip_norm", "optimizer.weight_decay",
             "schedule.warmup", "schedule.hold", "train.max_skipped", "checkpoint.patience",
+            "checkpoint.patience_epochs", "checkpoint.min_delta", "train.eval_epochs",
             "checkpoint.watchdog_seconds", "model.position_kernel", "model.feature_gradient",
-            "model.adapter", "lora.rank",
+            "task.units", "task.balance", "task.margin", "model.adapter", "lora.rank",
         ),
         _FROM_ZERO,
     ),
@@ -104,7 +110,8 @@ RANGES = {
         (
             "train.ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum",
             "model.dropout", "model.attention_dropout", "model.input_dropout",
-            "model.layer_drop", "task.feature_dropout",
+            "model.layer_drop", "task.feature_dropout", "task.dropout",
+            "task.smoothing",
         ),
         _SHARE_BELOW_ONE,
     ),
@@ -125,6 +132,10 @@ def default() -> ConfigDict:
     data.train_minutes = 0.0  # of the training splits, drawn with the seed; 0: all of them
     data.eval_splits = ""  # evaluated while training; the first one picks the best checkpoint
     data.test_splits = ""  # evaluated once, at the end, with the best checkpoint
+    # Of portions of a split, such as train[:80%] and train[80%:]: a tag of which each value is in
+    # all portions, and one of which each value is in one.
+    data.portion_within = ""
+    data.portion_together = ""
     # Further arguments of the source, see its open_split; None: its own default.
     data.arguments = arguments = ConfigDict()
     arguments.text_key = config_dict.placeholder(str)  # manifest, parquet: where the transcript is
@@ -146,6 +157,7 @@ def default() -> ConfigDict:
     data.noise_root = ""  # a folder of noise to add; empty: none
     data.noise_probability = 0.5
     data.noise_snr_db = (0.0, 30.0)
+    data.cache_hidden = False  # of a frozen encoder: hidden states are computed once and kept
     data.threads = 4  # batches loaded at the same time
 
     config.text = text = ConfigDict()
@@ -166,7 +178,7 @@ def default() -> ConfigDict:
     config.spec_augment = ConfigDict(augment.POLICIES["conformer"])  # see ops/augment.py
     config.spec_augment.start_step = 0
 
-    config.task = ConfigDict(tasks.settings("recognize"))  # or contrastive, best_rq: see tasks/
+    config.task = ConfigDict(tasks.settings("recognize"))  # or another of tasks/
     config.parts = ConfigDict()  # settings of single parts of a batch: parts.target.tag = "speaker"
 
     config.model = models.settings("conformer", "s")
@@ -243,12 +255,18 @@ def default() -> ConfigDict:
     train.ema_decay = 0.0  # of the averaged parameters that are evaluated; 0: off
     train.log_every = 50
     train.eval_every = 2_000
+    train.eval_epochs = 0.0  # epochs from one evaluation to the next; 0: eval_every says when
+    train.compare = False  # the start, and its head fitted alone, are measured on the test too
     train.max_skipped = 100  # non-finite updates in all before the run stops
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 2_000
     checkpoint.keep = 3
+    checkpoint.metric = ""  # what picks the best checkpoint; empty: what the task says
+    checkpoint.mode = ""  # of that metric: 'min' or 'max'
     checkpoint.patience = 0  # evaluations without a better one before the run stops; 0: never
+    checkpoint.patience_epochs = 0.0  # epochs without a better one, likewise
+    checkpoint.min_delta = 0.0  # by which a better one is better at least
     checkpoint.watchdog_seconds = 0.0  # a step that takes longer ends the process; 0: off
 
     config.mesh = mesh = ConfigDict()
@@ -282,6 +300,7 @@ def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
                 config[name] = ConfigDict()
         _merge(config, recorded, "", where)
         _check_ranges(config)
+        Settings.of(config.decoder)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{where} holds no configuration of ours ({error}): bring it back"
@@ -353,9 +372,14 @@ def check(config: ConfigDict) -> None:
                     f"config.{key} holds {_shown(rule)}, which is no rule: a rule is the end of a "
                     "parameter's path and a number, such as ('encoder/.*', 0.5)"
                 )
-    for pattern in config.init.new:
-        if not isinstance(pattern, str):
-            raise UserError(f"config.init.new holds {_shown(pattern)}, which is no end of a path")
+    for key, patterns in (("init.new", config.init.new), ("lora.targets", [config.lora.targets])):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise UserError(
+                    f"config.{key}: {_shown(pattern)} is not a regular expression ({error})"
+                ) from error
     data = config.data
     if data.batch_seconds < data.max_seconds:
         raise UserError(
@@ -384,6 +408,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.data.noise_snr_db={data.noise_snr_db} must be two ratios in dB, the lower "
             "one first"
+        )
+    if bool(config.checkpoint.metric) != bool(config.checkpoint.mode):
+        raise UserError(
+            f"config.checkpoint.metric={config.checkpoint.metric!r} and "
+            f"config.checkpoint.mode={config.checkpoint.mode!r} must both be set, or neither"
         )
     Adversary(**config.adversarial)
     changed = _changed(config)
@@ -420,6 +449,22 @@ def _check_ranges(config: ConfigDict) -> None:
             raise UserError(f"config.{key}={_shown(value)} must hold numbers alone")
         if not all(map(fits, several)):
             raise UserError(f"config.{key}={_shown(value)} {demand}")
+    of_convolutions = {
+        f"config.model.{key}": value
+        for key, value in config.model.items()
+        if key.startswith("conv_") and isinstance(value, tuple | list)
+    }
+    if len(set(map(len, of_convolutions.values()))) > 1:
+        raise UserError(
+            f"{', '.join(of_convolutions)} must be of equal length: a number for each convolution"
+        )
+    rate = config.data.sample_rate
+    for key in ("window_ms", "hop_ms"):
+        if not round(config.features[key] * rate / 1000):
+            raise UserError(
+                f"config.features.{key}={config.features[key]:g} is less than a sample of "
+                f"config.data.sample_rate={rate}: 25 and 10 are usual"
+            )
 
 
 def _reference(config: ConfigDict) -> ConfigDict:

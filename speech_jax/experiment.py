@@ -25,7 +25,10 @@ from speech_jax.data import pipeline, sources
 from speech_jax.data.batch import Bucket, Fields, shapes, signature
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.audio import open_noise
+from speech_jax.data.parts.category import Category
+from speech_jax.data.parts.hidden import Hidden
 from speech_jax.data.plan import Plan
+from speech_jax.data.sources import portions
 from speech_jax.decoding.decoder import Decoder
 from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
@@ -42,20 +45,27 @@ _ROUND_SECONDS = 0.1
 
 
 def open_splits(config: ConfigDict, names: str) -> sources.Source:
-    """One source of the splits in `names`, which are joined by commas."""
+    """One source of the splits in `names`, or portions of them, which are joined by commas."""
     data = config.data
     arguments = {name: value for name, value in data.arguments.items() if value is not None}
-    opened = [
-        sources.open_source(
+    opened = []
+    for name in split_names(names):
+        split, low, high = portions.parse(name)
+        source = sources.open_source(
             data.source,
             root=data.root,
-            split=name,
+            split=split,
             on_error=data.on_error,
             cache=data.cache or None,
             **arguments,
         )
-        for name in split_names(names)
-    ]
+        kept = {"within": data.portion_within, "together": data.portion_together}
+        opened.append(portions.portion(source, low, high, **kept))
+        if source.utterances and not opened[-1].utterances:
+            raise sources.SourceError(
+                f"{name} holds none of the {len(source.utterances)} utterances of {split}: take a "
+                "larger portion, or set config.data.portion_together to less"
+            )
     source = opened[0] if len(opened) == 1 else sources.concatenate(opened)
     return sources.only(source, data.only) if data.only else source
 
@@ -120,6 +130,8 @@ def _part_settings(config: ConfigDict, name: str, kind: str, making: bool) -> di
     own = dict(config.parts.get(name, {}))
     if kind == "transcript":
         return {**config.text, **own}
+    if kind == "category" and making:
+        return {"on_error": config.data.on_error, **own}
     if kind not in ("audio", "crop"):
         return own
     settings: dict[str, Any] = {"sample_rate": config.data.sample_rate}
@@ -219,7 +231,7 @@ def training_plan(
         buckets = corpus.buckets(
             along=task.along,
             count=data.buckets,
-            budget=int(data.batch_seconds * data.sample_rate),
+            budget=int(data.batch_seconds * _rate(config, corpus)),
             rows_multiple=sharding.batch_shards(mesh) * config.train.accumulate,
             round_to=_round_to(config, task),
             speeds=data.speeds,
@@ -250,7 +262,7 @@ def training_batches(config: ConfigDict, corpus: pipeline.Corpus, plan: Plan, st
 def evaluation_plan(config: ConfigDict, corpus: pipeline.Corpus, task: Task, mesh: Mesh) -> Plan:
     """One pass over a corpus, by length."""
     data = config.data
-    budget = data.batch_seconds * data.sample_rate
+    budget = data.batch_seconds * _rate(config, corpus)
     if "samples" in corpus.lengths:
         budget = max(budget, corpus.lengths["samples"].max())
     buckets = corpus.buckets(
@@ -276,6 +288,12 @@ def evaluation_batches(
         on_error=config.data.on_error,
         threads=config.data.threads,
     )
+
+
+def _rate(config: ConfigDict, corpus: pipeline.Corpus) -> float:
+    """How much of what batches are measured in there is in a second of audio."""
+    hidden = corpus.parts.get("hidden")
+    return hidden.rate if isinstance(hidden, Hidden) else config.data.sample_rate
 
 
 def _round_to(config: ConfigDict, task: Task) -> int:
@@ -305,6 +323,10 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
         arguments["decoder"] = Decoder(config.decoder, parts["labels"], seconds)
     if "counts" in accepted:
         arguments["counts"] = {name: part.count for name, part in parts.items() if part.count}
+    if "examples" in accepted:
+        arguments["examples"] = {
+            name: part.examples for name, part in parts.items() if isinstance(part, Category)
+        }
     task = registry.call(constructor, arguments, what=f"task ({name})")
     lora = peft.LoRA(**config.lora)
     return peft.Adapted(task, lora) if lora.rank else task
@@ -315,6 +337,11 @@ def frame_seconds(config: ConfigDict, encoder: Any, frontend: FrontEnd) -> float
     seconds = 3600  # beside which the frames at the ends are nothing
     samples = seconds * config.data.sample_rate
     short, long = (encoder.output_lengths(frontend.lengths(n * samples)) for n in (1, 2))
+    if long == short:
+        raise UserError(
+            f"config.features.hop_ms={config.features.hop_ms:g} and the strides of config.model "
+            "make no frame of an hour of audio: lower them (10 ms are usual)"
+        )
     return seconds / (int(long) - int(short))
 
 

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from speech_jax import bundle, experiment, files, versions
+from speech_jax import bundle, experiment, files, hidden, tasks, versions
 from speech_jax.bundle import runs, start
 from speech_jax.config import split_names
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.pipeline import Corpus
-from speech_jax.data.plan import Plan
+from speech_jax.data.plan import Epochs, Plan
 from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
+from speech_jax.evaluators import compare, layer_weights
 from speech_jax.evaluators.loop import Evaluation, alone
 from speech_jax.evaluators.report import write_report
 from speech_jax.tasks import Task
@@ -48,6 +49,8 @@ def run(config: ConfigDict, workdir: Workdir) -> dict | None:
     """
     with Interruption() as interruption, workdir.locked():
         try:
+            if config.train.compare:
+                return _run_and_compare(config, workdir, interruption)
             return _run(config, workdir, interruption)
         except Interrupted:
             print("left before it was done; the same command goes on from there", file=sys.stderr)
@@ -79,6 +82,8 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     else:  # what a start that failed has left may be of other settings
         parts = experiment.make_parts(config, workdir.folder, source)
     task = experiment.make_task(config, parts)
+    if config.data.cache_hidden:
+        task, parts = hidden.replace_audio(config, task, parts, mesh)
     corpus = experiment.training_corpus(config, source, parts, task)
     plan, note = _plan(config, workdir, corpus, task, mesh)
 
@@ -101,8 +106,14 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     interruption.check()
 
     # ---- Restore -------------------------------------------------------------------------------
-    watched = Watched(eval_splits[0], *task.best) if eval_splits else None
-    stopper = EarlyStopping(config.checkpoint.patience, watched)
+    watched = _watched(config, eval_splits[0], task, parts) if eval_splits else None
+    stopper = EarlyStopping(
+        config.checkpoint.patience,
+        watched,
+        min_delta=config.checkpoint.min_delta,
+        patience_epochs=config.checkpoint.patience_epochs,
+    )
+    epochs = Epochs(plan.count)
     checkpoints = Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, watched=watched)
     restored = checkpoints.restore(setup.abstract)
     if restored is None:
@@ -119,7 +130,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         steps=steps,
         first=first,
         log_every=config.train.log_every,
-        sample_rate=config.data.sample_rate,
+        sample_rate=parts["hidden"].rate if config.data.cache_hidden else config.data.sample_rate,
         peak_flops=peak,
         learning_rate=setup.schedule,
         figures=task.figures,
@@ -131,6 +142,18 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     for line in (*_table(setup), *started_from, note, *_lost(parts, source)):
         if line:
             report.say(line)
+
+    if restored is None and config.train.compare:
+        untouched = workdir.before("untouched")
+        scores = measure(
+            evaluation,
+            state.params,
+            state.model_state,
+            _compared(config),
+            untouched,
+            lambda line: report.say(f"before, {line}"),
+        )
+        untouched.write_results(scores)
 
     # ---- Loop ----------------------------------------------------------------------------------
     def save(step: int, scores: dict[str, float | None], pending: bool = False) -> None:
@@ -155,9 +178,17 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
             for split, score in found.items()
         }
         report.scores(step, rates, {split: score.line for split, score in found.items()})
-        stopper.update(found[eval_splits[0]].results)
         first = found[eval_splits[0]]
-        return first.rates | {task.best[0]: first.results[task.best[0]]}
+        stopper.update(first.results, epochs.after(step))
+        return first.rates | {watched.metric: first.results[watched.metric]}
+
+    def is_due(step: int) -> bool:
+        """Whether an evaluation is to be made after an update."""
+        if not eval_splits:
+            return False
+        if config.train.eval_epochs:
+            return step == steps or epochs.passed(step, config.train.eval_epochs)
+        return step == steps or step % config.train.eval_every == 0
 
     batches = experiment.training_batches(config, corpus, plan, first)
     with checkpoints, report, watchdog, contextlib.closing(batches):
@@ -175,7 +206,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
             checkpoints.check()
             watchdog.beat()
 
-            due = bool(eval_splits) and (step % config.train.eval_every == 0 or step == steps)
+            due = is_due(step)
             leave = interruption.asked()
             if due or leave or step % config.checkpoint.every == 0 or step == steps:
                 with report.pause():
@@ -208,12 +239,86 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         "unreadable": len(corpus.skipped),
         **figures,
     }
+    if "layer_weights" in params:  # what is where in the encoder (tasks/classify.py)
+        training["layer_weights"] = layer_weights.shares(params["layer_weights"])
+        if jax.process_index() == 0:
+            with files.writing(workdir.layer_weights):
+                layer_weights.draw(training["layer_weights"], workdir.layer_weights)
     return workdir.write_results(
         scores,
         training=training,
         config=files.plain(config),
         versions=versions.versions() | {"device": _device()},
     )
+
+
+def _run_and_compare(
+    config: ConfigDict, workdir: Workdir, interruption: Interruption
+) -> dict | None:
+    """As `_run`, and what has been gained: over the head alone, or over the start as it was.
+
+    The head alone is fitted in a run of its own, on the hidden states of the encoder as it is.
+    """
+    before = {"untouched": workdir.before("untouched")}
+    alone = _head_alone(config)
+    if alone is not None:
+        before["head"] = workdir.before("head")
+        if not before["head"].results.exists():
+            print("the head alone:", flush=True)
+            with before["head"].locked():
+                if _run(alone, before["head"], interruption) is None:
+                    return None
+        print("all that learns:", flush=True)
+    results = _run(config, workdir, interruption)
+    if results is None:
+        return None
+    start = before.get("head", before["untouched"])
+    measured = {
+        name: files.read_json(one.results)["splits"]
+        for name, one in before.items()
+        if one.results.exists()
+    }
+    parts = experiment.restore_parts(config, workdir.folder)
+    tallies = getattr(experiment.make_task(config, parts).evaluator(parts), "tallies", None)
+    gains = {
+        split: compare.gain(tallies, start.predictions(split), workdir.predictions(split))
+        for split in _compared(config)
+        if tallies and start.predictions(split).exists()
+    }
+    for split, found in gains.items():
+        if found["interval"]:
+            low, high = (100 * value for value in found["interval"])
+            print(
+                f"{split}: {found['metric']} {100 * found['before']:.2f}% before, "
+                f"{100 * found['after']:.2f}% after, gain {100 * found['gain']:.2f} points "
+                f"(95%: {low:.2f} to {high:.2f})"
+            )
+    return workdir.write_results({}, before=measured, gain=gains)
+
+
+def _compared(config: ConfigDict) -> list[str]:
+    """The splits on which the start is measured: those of the test, or else of the evaluations."""
+    return split_names(config.data.test_splits) or split_names(config.data.eval_splits)
+
+
+def _head_alone(config: ConfigDict) -> ConfigDict | None:
+    """The run that fits the head alone on what this one starts from; None where this one does."""
+    frozen = ("encoder/.*", -1)
+    task = tasks.constructor(config.task.name)
+    held = [tuple(rule) for rule in config.optimizer.get("frozen", ())]
+    if not hasattr(task, "encode") or not config.init.folder or frozen in held:
+        return None
+    alone = config.copy_and_resolve_references()
+    with alone.unlocked():
+        alone.optimizer.frozen = (frozen,)
+        alone.data.update({"cache_hidden": True, "speeds": (1.0,), "noise_root": ""})
+        alone.spec_augment.update({"time_masks": 0, "frequency_masks": 0})
+        alone.adversarial.method = "none"
+        alone.lora.rank = 0
+        if "adapter" in alone.model:
+            alone.model.adapter = 0
+        alone.train.compare = False
+    return alone.lock()
 
 
 def _plan(
@@ -241,6 +346,24 @@ def _plan(
     if not plan.holds_all():
         raise TrainingError(f"{note}, and its batches do not hold it: use another --workdir")
     return plan, f"{note}: from here on the order of the data is another"
+
+
+def _watched(config: ConfigDict, split: str, task: Task, parts: Mapping[str, Part]) -> Watched:
+    """What picks the best checkpoint: what the configuration names, or the task.
+
+    Raises:
+      TrainingError: a metric that nothing measures.
+    """
+    settings = config.checkpoint
+    if not settings.metric:
+        return Watched(split, *task.best)
+    known = task.evaluator(parts).results()
+    if settings.metric not in known:
+        raise TrainingError(
+            f"config.checkpoint.metric={settings.metric!r} is not measured; there are "
+            f"{', '.join(known)}"
+        )
+    return Watched(split, settings.metric, settings.mode)
 
 
 def _first_state(setup: experiment.Setup) -> tuple[TrainState, Iterable[str]]:
@@ -333,7 +456,8 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
         for split in splits:
             evaluation.check_memory(split, params, state, longest)
         found = measure(evaluation, params, state, splits, workdir, say)
-        results = workdir.write_results(found)
+        decoder = {name: value for name, value in config.decoder.items() if value is not None}
+        results = workdir.write_results(found, decoder=decoder)
         corpora = {split: evaluation.corpus(split) for split in splits}
         if write_report(workdir, task.evaluator(model.parts), corpora, results):
             say(f"report: {workdir.report}")

@@ -78,7 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--words", action="store_true", help="every word with its times, and its confidence")
     add("--out", metavar="FOLDER", help="write a file for each recording there")
-    add("--beam", type=int, metavar="WIDTH", help="beam search with so many hypotheses")
+    add(
+        "--decoder",
+        metavar="NAME",
+        help="greedy, beam, or lexicon (known words only); default: that of the model, or beam "
+        "where one of the following is given",
+    )
+    add("--beam", type=int, metavar="WIDTH", help="hypotheses that beam search keeps")
     add("--nbest", type=int, metavar="N", help="that many readings of each segment (json)")
     add(
         "--lm", metavar="FILE", help="a language model, .arpa; see python -m speech_jax.decoding.lm"
@@ -102,7 +108,8 @@ def _decoder(chosen: argparse.Namespace) -> dict[str, object]:
         "lm_weight": chosen.lm_weight,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    return {"name": "beam", **given} if given else {}
+    name = chosen.decoder or ("beam" if given else None)
+    return {"name": name, **given} if name else {}
 
 
 # ---- What there is to transcribe ---------------------------------------------------------------
@@ -187,7 +194,7 @@ def _transcribe(
     model = load(chosen.model, chunk_seconds=chosen.chunk, decoder=_decoder(chosen))
     if not folder:
         _print(format.header)
-    with _progress(len(inputs)) as progress:
+    with _progress(len(inputs)) as (progress, write):
         found = model.transcribe_all((_opened(one.file) for one in inputs), progress)
         for one, transcription in zip(inputs, found, strict=True):
             name = "standard input" if one.file == "-" else one.file
@@ -205,9 +212,9 @@ def _transcribe(
                 except UserError as error:
                     _fail(failures, str(error))
             elif chosen.format == "text" and len(inputs) > 1:
-                _print("".join(f"{name}: {line}\n" for line in rendered.splitlines()))
+                write("".join(f"{name}: {line}\n" for line in rendered.splitlines()))
             else:
-                _print(rendered)
+                write(rendered)
 
 
 def _opened(file: str) -> str | io.BytesIO:
@@ -220,10 +227,15 @@ def _opened(file: str) -> str | io.BytesIO:
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[float, float], None]]:
-    """A bar on standard error, if that is a terminal; gives what tells it how far things are."""
+def _progress(
+    total: int,
+) -> Iterator[tuple[Callable[[float, float], None], Callable[[str], None]]]:
+    """A bar on standard error, if that is a terminal.
+
+    Gives what tells it how far things are, and what writes to standard output beside it.
+    """
     if not sys.stderr.isatty():
-        yield lambda files, seconds: None
+        yield lambda files, seconds: None, _print
         return
     import rich.console
     import rich.progress
@@ -237,14 +249,16 @@ def _progress(total: int) -> Iterator[Callable[[float, float], None]]:
         rich.progress.TimeRemainingColumn(),
     )
     console = rich.console.Console(stderr=True)
-    bar = rich.progress.Progress(
-        *columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()
-    )
+    bar = rich.progress.Progress(*columns, console=console, transient=True, redirect_stdout=False)
+    write = _print
+    if sys.stdout.isatty():  # above the bar, and long lines as they are
+        write = lambda text: console.out(text, end="", highlight=False)
     with bar:
         task = bar.add_task("", total=total, done=0, minutes="")
-        yield lambda files, seconds: bar.update(
+        tell = lambda files, seconds: bar.update(
             task, completed=files, done=int(files), minutes=f"{seconds / 60:.1f} minutes of audio"
         )
+        yield tell, write
 
 
 def _print(text: str) -> None:

@@ -22,7 +22,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from speech_jax import config as settings
-from speech_jax import files
+from speech_jax import files, tasks
 from speech_jax.data.batch import Bucket
 from speech_jax.errors import UserError
 from speech_jax.training import sharding
@@ -32,7 +32,7 @@ from speech_jax.training import sharding
 FREE = (
     "data.root", "data.cache", "data.threads", "data.eval_splits", "data.test_splits",
     "data.eval_buckets", "data.eval_max_seconds", "robustness", "decoder", "train.log_every",
-    "checkpoint", "mesh",
+    "train.compare", "checkpoint", "mesh",
 )  # fmt: skip
 
 # What had another name when a record was written: keys, and the values of a key.
@@ -77,7 +77,12 @@ class Workdir:
         self.report = self.folder / "report.html"
         self.robustness = self.folder / "robustness.json"
         self.decoder = self.folder / "decoder.json"  # its settings, as --mode=tune found them
+        self.layer_weights = self.folder / "layer_weights.png"
         self.lock = self.folder / "lock"
+
+    def before(self, what: str) -> "Workdir":
+        """Where the start of the run is measured: 'untouched', or with the 'head' fitted alone."""
+        return Workdir(self.folder / "before" / what)
 
     def predictions(self, split: str) -> pathlib.Path:
         """The predictions for a split, which may be named by a path."""
@@ -154,9 +159,15 @@ class Workdir:
           UserError: its record is damaged.
         """
         try:
-            return settings.completed(self._record(), str(self.config))
+            config = settings.completed(self._record(), str(self.config))
         except FileNotFoundError:
             raise WorkdirError(f"{self.folder} holds no config.json: train there first") from None
+        if config.task.name not in tasks.TASKS:
+            raise WorkdirError(
+                f"{self.config} is of a task that is unknown here, {config.task.name!r}: bring it "
+                "back, or install a newer speech_jax"
+            )
+        return config
 
     def check(self, config: ConfigDict) -> None:
         """Checks that what is recorded, if anything is, can go on with `config`.
@@ -219,7 +230,7 @@ class Workdir:
             if not buckets or min(one.rows for one in buckets) < 1:
                 raise ValueError("no rows")
             return RecordedPlan(buckets, str(plan["fingerprint"]), int(plan["utterances"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             return self._without_plan(f"{self.plan} holds no plan ({error!r})")
 
     def _without_plan(self, why: object) -> None:

@@ -20,6 +20,8 @@ RECIPES = {
     "librispeech_conformer_l": ("librispeech", ["conformer_l"]),
     "pretrain_wav2vec2_base": ("pretrain_wav2vec2_base", []),
     "pretrain_best_rq": ("pretrain_best_rq", []),
+    "speaker_id": ("speaker_id", []),
+    "verification": ("verification", []),
     "finetune_wav2vec2_10m": ("finetune_wav2vec2", ["10m"]),
 }
 

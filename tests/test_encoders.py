@@ -129,6 +129,18 @@ def test_output_lengths_are_what_comes_out(case):
         assert not length or np.abs(hidden[row, :length]).max() > 0
 
 
+def test_all_layers_come_where_they_are_asked_for(case):
+    """The last one is what comes without, each one another, and 0 past the end."""
+    apply = functools.partial(case.encoder.apply, {"params": case.params, **case.state})
+    every, lengths = jax.jit(lambda: apply(case.inputs, case.lengths, True, layers_too=True))()
+    hidden, _ = case.apply(case.params, case.inputs, case.lengths)
+    assert every.shape == (*hidden.shape[:2], case.encoder.num_layers + 1, hidden.shape[2])
+    np.testing.assert_allclose(every[:, :, -1], hidden, atol=1e-5)
+    assert not np.any(np.asarray(every[0, int(lengths[0]) :]))
+    changes = [np.abs(every[0, :, i + 1] - every[0, :, i]).max() for i in range(every.shape[2] - 1)]
+    assert min(changes) > 1e-3
+
+
 def test_padding_and_neighbours_change_nothing(case):
     hidden, lengths = case.apply(case.params, case.inputs, case.lengths)
     garbage = jnp.arange(case.size)[None, :] >= case.lengths[:, None]

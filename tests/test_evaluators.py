@@ -8,15 +8,28 @@ from typing import Any
 import jiwer
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import metrics
 
 from speech_jax.data import text
+from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.sources import Utterance
+from speech_jax.errors import UserError
 from speech_jax.evaluators import Evaluator
+from speech_jax.evaluators.accuracy import Accuracy
 from speech_jax.evaluators.errors import ErrorCounts, Errors, count_errors
 from speech_jax.evaluators.masked import Masked
+from speech_jax.evaluators.verification import (
+    Verification,
+    equal_error_rate,
+    least_cost,
+    normalize,
+    read_trials,
+)
 
 TEXT = st.text(alphabet="ab \t’é漢", max_size=20)
 _TRANSCRIPT = Transcript(text.CharacterTokenizer("AB "))
@@ -45,6 +58,7 @@ class Row:
       given: what it measures, with results that are known.
       empty: utterances that there is nothing to measure of.
       says: what its line says of `given`, and of `empty`.
+      pairs: whether rates are of pairs of utterances, and not of sums over them.
     """
 
     make: Callable[[], Evaluator]
@@ -52,6 +66,25 @@ class Row:
     results: dict[str, float]
     empty: Sequence[Given]
     says: tuple[str, str]
+    pairs: bool = False
+
+
+_TARGET = Category(("a", "b", "c"), unseen=True)
+
+
+def _classified(number: int, truth: int, found: int) -> Given:
+    probabilities = np.full(3, 0.1, np.float32)
+    probabilities[found] = 0.8
+    prediction = {"target": np.int32(found), "probabilities": probabilities}
+    return Utterance(str(number), 1.0), {"target": np.int32(truth)}, prediction
+
+
+def _heard(number: int, who: str, degrees: float) -> Given:
+    direction = np.exp(1j * np.radians(degrees))
+    embedding = 3 * np.asarray([direction.real, direction.imag], np.float32)
+    cohort = np.asarray([0.1, 0.5, 0.3], np.float32)
+    prediction = {"embedding": embedding, "cohort": cohort}
+    return Utterance(str(number), 1.0, tags={"speaker": who}), {}, prediction
 
 
 ROWS = {
@@ -87,6 +120,28 @@ ROWS = {
         [_masked(0, 0.0, 0.0, 0.0)],
         ("accuracy 0.5000  loss 0.667", "no masked frames"),
     ),
+    "accuracy": Row(
+        lambda: Accuracy(_TARGET),
+        [
+            _classified(number, *pair)
+            for number, pair in enumerate([(0, 0), (0, 0), (0, 0), (0, 1), (1, 1), (1, 0), (-1, 2)])
+        ],
+        {"accuracy": 4 / 6, "balanced_accuracy": 5 / 8, "macro_f1": 5 / 8, "error_rate": 2 / 6},
+        [_classified(0, -1, 1)],
+        ("accuracy 66.67%  balanced 62.50%  macro F1 62.50%", "no utterance of a known class"),
+    ),
+    "verification": Row(
+        lambda: Verification("speaker", nearest=2),
+        # Angles in degrees: two pairs of one speaker, 10 apart and 90, and four of two.
+        [_heard(0, "a", 0), _heard(1, "a", 10), _heard(2, "b", 60), _heard(3, "b", 150)],
+        {"eer": 0.5, "min_dcf_0.01": 0.5, "min_dcf_0.05": 0.5, "pairs": 6, "same": 2},
+        [_heard(0, "a", 0)],
+        (
+            "EER 50.00% (normalized 50.00%)  minDCF 0.500 (p 0.01) 0.500 (p 0.05)",
+            "no pairs of one speaker and of two",
+        ),
+        pairs=True,
+    ),
 }
 
 
@@ -100,9 +155,15 @@ def _measure(row: Row, given: Sequence[Given]) -> tuple[Evaluator, list[dict[str
     return evaluator, [evaluator.add(*one) for one in given]
 
 
+def _named(row: Row, evaluator: Evaluator) -> dict[str, Any]:
+    """The results that the row names."""
+    found = evaluator.results()
+    return {name: found[name] for name in row.results}
+
+
 def test_results_are_what_they_should_be(row):
     evaluator, _ = _measure(row, row.given)
-    assert evaluator.results() == pytest.approx(row.results)
+    assert _named(row, evaluator) == pytest.approx(row.results)
     assert evaluator.line() == row.says[0]
     assert set(evaluator.rates) <= evaluator.results().keys()
 
@@ -112,12 +173,14 @@ def test_the_order_does_not_matter(row):
     for seed in range(4):
         order = np.random.default_rng(seed).permutation(len(row.given))
         evaluator, shuffled = _measure(row, [row.given[place] for place in order])
-        assert evaluator.results() == pytest.approx(row.results)
+        assert _named(row, evaluator) == pytest.approx(row.results)
         assert shuffled == [lines[place] for place in order]  # a line is of its utterance alone
 
 
 def test_a_split_is_more_than_the_mean_of_its_halves(row):
     """Rates are of sums: an utterance counts as much as there is in it, empty ones nothing."""
+    if row.pairs:
+        return  # its rates are of pairs
     evaluator, _ = _measure(row, [*row.empty[:1], *row.given, *row.given, *row.empty[:1]])
     found = evaluator.results()
     for name in evaluator.rates:
@@ -125,6 +188,8 @@ def test_a_split_is_more_than_the_mean_of_its_halves(row):
 
 
 def test_tallies_of_lines_divide_to_the_results(row):
+    if row.pairs:
+        return
     evaluator, lines = _measure(row, [*row.given, *row.empty])
     if not hasattr(evaluator, "tallies"):
         return  # it is optional
@@ -186,3 +251,106 @@ def test_a_corpus_is_the_sum_of_its_parts(pairs):
     whole = count_errors(" ".join(r for r, _ in pairs), " ".join(h for _, h in pairs))
     errors = [c.insertions + c.deletions + c.substitutions for c in (whole, total)]
     assert errors[0] <= errors[1]  # an alignment may not reach into the next utterance
+
+
+# ---- Accuracy ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_accuracy_equals_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    truth, found = rng.integers(0, 2 + seed % 2, 30), rng.integers(0, 3, 30)
+    evaluator = Accuracy(_TARGET)
+    for number, pair in enumerate(zip(truth, found, strict=True)):
+        evaluator.add(*_classified(number, *pair))
+    results = evaluator.results()
+    assert results["accuracy"] == pytest.approx(metrics.accuracy_score(truth, found))
+    macro = metrics.f1_score(truth, found, average="macro", zero_division=0)
+    assert results["macro_f1"] == pytest.approx(macro)
+    recalls = metrics.recall_score(truth, found, average=None, labels=np.unique(truth))
+    assert results["balanced_accuracy"] == pytest.approx(recalls.mean())
+    confusion = metrics.confusion_matrix(truth, found, labels=range(3))
+    np.testing.assert_array_equal(evaluator.confusion, confusion)
+    taken = {"abc"[j]: int(n) for j, n in enumerate(confusion[0]) if n}
+    assert results["classes"]["a"]["taken_for"] == taken
+
+
+# ---- Verification ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distance", [0.5, 2.0, 4.0])
+def test_two_normal_distributions_have_the_rates_of_the_closed_form(distance):
+    """Scores N(0, 1) and N(d, 1): the equal error rate is the normal tail beyond d / 2."""
+    places = scipy.stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
+    scores = np.concatenate([places, places + distance])
+    same = np.arange(len(scores)) >= len(places)
+    assert equal_error_rate(scores, same) == pytest.approx(
+        scipy.stats.norm.sf(distance / 2), abs=1e-4
+    )
+    for p in (0.01, 0.05):
+        # The best threshold is where the likelihood ratio equals the odds.
+        best = distance / 2 + np.log((1 - p) / p) / distance
+        cost = p * scipy.stats.norm.cdf(best - distance) + (1 - p) * scipy.stats.norm.sf(best)
+        assert least_cost(scores, same, p) == pytest.approx(
+            min(cost / p, 1.0), abs=(1 - p) / p / 20_000
+        )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_verification_equals_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    same = rng.random(200) < 0.3
+    scores = np.round(rng.normal(same, 1.0), 1)  # with ties
+    accepted, found, _ = metrics.roc_curve(same, scores, drop_intermediate=False)
+    crossing = scipy.optimize.brentq(lambda x: x - 1 + np.interp(x, accepted, found), 0.0, 1.0)
+    assert equal_error_rate(scores, same) == pytest.approx(crossing, abs=1e-6)
+    costs = 0.05 * (1 - found) + 0.95 * accepted
+    assert least_cost(scores, same, 0.05) == pytest.approx(costs.min() / 0.05)
+    assert equal_error_rate(np.exp(3 * scores), same) == equal_error_rate(scores, same)
+
+
+def test_scores_without_information_and_perfect_ones():
+    same = np.arange(10) < 4
+    assert equal_error_rate(np.zeros(10), same) == 0.5
+    assert least_cost(np.zeros(10), same, 0.01) == 1.0
+    assert equal_error_rate(same * 1.0, same) == least_cost(same * 1.0, same, 0.01) == 0.0
+
+
+def test_the_norm_is_that_of_both_sides():
+    cohort = np.array([[0.0, 0.2, 0.4, -1.0], [0.5, 0.5, 0.7, 0.1], [0.0, 0.1, 0.2, 0.3]])
+    one, other = np.array([0, 1]), np.array([1, 2])
+    found = normalize(np.array([0.9, 0.3]), one, other, cohort, nearest=2)
+    by_hand = (
+        ((0.9 - 0.3) / 0.1 + (0.9 - 0.6) / 0.1) / 2,
+        ((0.3 - 0.6) / 0.1 + (0.3 - 0.25) / 0.05) / 2,
+    )
+    np.testing.assert_allclose(found, by_hand)
+    # What an utterance adds to all of its scores is taken away.
+    shifted = cohort + np.array([[0.3], [0.0], [0.0]])
+    again = normalize(np.array([0.9, 0.3]), one, other, shifted, nearest=2)
+    assert again[0] == pytest.approx(found[0] - 0.3 / 0.1 / 2)
+
+
+def test_trials_come_from_a_file(tmp_path):
+    kinds = {
+        "voxceleb": "1 0 1\n0 0 2\n\n0 0 gone\n",
+        "kaldi": "0 1 target\n0 2 nontarget\n0 gone nontarget\n",
+    }
+    for name, text_of in kinds.items():
+        path = tmp_path / name
+        path.write_text(text_of)
+        evaluator = Verification("speaker", read_trials(str(path)))
+        for number, degrees in enumerate((0, 10, 60)):
+            evaluator.add(*_heard(number, "", degrees))
+        results = evaluator.results()
+        assert (results["eer"], results["pairs"], results["pairs_left_out"]) == (0.0, 2, 1)
+    (tmp_path / "bad").write_text("1 0 1\n2 0 1\n")
+    with pytest.raises(UserError, match="bad:2: '2 0 1' is no trial"):
+        read_trials(str(tmp_path / "bad"))
+    with pytest.raises(UserError, match="absent cannot be read"):
+        read_trials(str(tmp_path / "absent"))
+
+
+def test_an_utterance_of_nobody_is_named():
+    with pytest.raises(UserError, match="utterance 7 has no tag 'speaker'"):
+        Verification("speaker").add(*_heard(7, "", 0))

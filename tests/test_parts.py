@@ -119,7 +119,7 @@ ROWS = {
     "category": Row(
         "category",
         "target",
-        {"tag": "speaker"},
+        {"tag": "speaker", "unseen": True},
         lambda utterance: utterance.tags["speaker"],
         {
             "no tag": ({"tags": {}}, "no speaker"),
@@ -401,6 +401,31 @@ def test_the_vocabulary_is_the_file_of_earlier_versions(source, tmp_path: pathli
         "tokenizer.json",
         "context.tokenizer.json",
     }
+
+
+# ---- Classes -----------------------------------------------------------------------------------
+
+
+def test_a_class_of_one_example_is_named_or_left_out(source, caplog):
+    lonely = _changed(source, {"tags": {"speaker": "s9"}}, 4)
+    with pytest.raises(PartError, match=r"utterance 4 is the only one .* 's9'"):
+        Category.make(lonely, "target", tag="speaker")
+    kept = Category.make(lonely, "target", tag="speaker", on_error="skip")
+    assert (kept.classes, kept.examples) == (("s0", "s1"), (2, 3))
+    assert "'s9', whose only utterance is 4" in caplog.text
+    with pytest.raises(PartError, match="unknown speaker: 's9'"):
+        kept.sizes(lonely.utterances[4])
+
+
+def test_evaluation_refuses_a_class_that_training_had_not_unless_told_otherwise(source):
+    strange = _changed(source, {"tags": {"speaker": "s9"}}, 4).utterances[4]
+    for unseen in (False, True):
+        part = Category.make(source, "target", tag="speaker", unseen=unseen).for_evaluation()
+        if unseen:
+            assert part.index(strange) == -1
+        else:
+            with pytest.raises(PartError, match="'s9' is not one of s0, s1"):
+                part.sizes(strange)
 
 
 # ---- What parts have learned, damaged ----------------------------------------------------------

@@ -314,7 +314,7 @@ def test_alignable_at_every_speed(folder, tmp_path):
 
 def test_an_utterance_that_lacks_a_part(folder, tmp_path):
     source = _source(_faulty(folder, tmp_path, speaker="eve"))
-    parts = {"audio": _AUDIO, "who": Category(("eve",), name="who", tag="speaker")}
+    parts = {"audio": _AUDIO, "who": Category(("eve",), name="who", tag="speaker", unseen=True)}
     with pytest.raises(pipeline.CorpusError, match="utterance 00: no speaker: "):
         pipeline.make_corpus(source, parts)
     corpus = pipeline.make_corpus(source, parts, on_error="skip")

@@ -258,3 +258,21 @@ def test_errors(corpus):
     for speeds in ((), (1.0, 0.0)):
         with pytest.raises(ValueError, match="speeds must be"):
             _plan(corpus, buckets, speeds=speeds)
+
+
+# ---- How far a run is --------------------------------------------------------------------------
+
+
+def test_epochs_are_whole_where_they_end():
+    epochs = plan.Epochs([4, 3, 5, 4].__getitem__)
+    assert [epochs.after(n) for n in range(9)] == pytest.approx(
+        [0, 0.25, 0.5, 0.75, 1, 4 / 3, 5 / 3, 2, 2.2]
+    )
+    assert [n for n in range(1, 13) if epochs.passed(n, 1.0)] == [4, 7, 12]
+    assert [n for n in range(1, 13) if epochs.passed(n, 2.0)] == [7]
+    assert [n for n in range(1, 9) if epochs.passed(n, 0.5)] == [2, 4, 6, 7]
+
+
+def test_a_shorter_wait_than_a_batch_is_every_batch():
+    epochs = plan.Epochs(lambda number: 2)
+    assert all(epochs.passed(n, 0.1) for n in range(1, 7))

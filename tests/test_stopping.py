@@ -3,6 +3,7 @@
 Run as a program, this file is a run that is interrupted.
 """
 
+import json
 import os
 import pathlib
 import signal
@@ -59,6 +60,26 @@ def test_by_the_highest():
 def test_an_improvement_is_of_more_than_min_delta():
     assert updates(EarlyStopping(2, WER, min_delta=0.1), 1.0, 0.95, 0.85) == [True, False, True]
     assert updates(EarlyStopping(2, ACCURACY, min_delta=0.1), 0.5, 0.55, 0.65) == [1, 0, 1]
+
+
+def test_patience_may_be_of_epochs_and_goes_on_after_a_kill():
+    stopper = EarlyStopping(patience=0, watched=WER, patience_epochs=4.0)
+    found = []
+    for epoch, value in ((2.5, NAN), (5.0, 0.3), (7.5, 0.4), (8.9, 0.3), (9.0, 0.5)):
+        stopper.update({"wer": value}, epoch)
+        found.append(stopper.should_stop)
+        resumed = EarlyStopping(patience=0, watched=WER, patience_epochs=4.0)
+        resumed.from_dict(json.loads(json.dumps(stopper.to_dict())))
+        assert resumed == stopper
+        stopper = resumed
+    assert found == [False, False, False, False, True]
+    # Without a score it waits from the first evaluation on.
+    never = EarlyStopping(patience=0, watched=WER, patience_epochs=1.0)
+    assert [never.update({}, epoch) or never.should_stop for epoch in (9.0, 9.9, 10.0)] == [0, 0, 1]
+    # A record of before knows of no epochs: they count from the next evaluation on.
+    old = EarlyStopping(patience=0, watched=WER, patience_epochs=1.0)
+    old.from_dict({"best": 0.1, "count": 1})
+    assert [old.update({}, epoch) or old.should_stop for epoch in (9.0, 9.9, 10.0)] == [0, 0, 1]
 
 
 def test_never():

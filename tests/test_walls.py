@@ -31,7 +31,7 @@ from speech_jax.workdir import Workdir
 
 pytestmark = pytest.mark.optax
 
-_OF_TAGS = {"target": {"tag": "speaker"}}
+_OF_TAGS = {"target": {"tag": "speaker", "unseen": True}}
 # Of each task: its settings that are not the defaults.
 CASES: dict[str, dict[str, Any]] = {
     "spell": {"buckets": 2},

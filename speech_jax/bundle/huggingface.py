@@ -46,6 +46,8 @@ _TASKS = {
     "classification": "classify",
     "none": "encoder",
 }
+# Settings of a classification head, as theirs has them.
+_KNOWN_HEAD = {"pooling": "mean", "standardize": False, "activation": "none", "margin": 0.0}
 _EXTRACTOR = {
     "do_normalize": FLAG,
     "sampling_rate": whole(4_000, 192_000),
@@ -117,6 +119,9 @@ def _configuration(
         groups, codes, width = params["quantizer"]["codebook"].shape
         changes = {"groups": groups, "codes": codes, "code_features": groups * width}
         changes["final_features"] = len(params["project_target"]["bias"])
+    elif head == "classification":
+        changes = {"units": len(params["projector"]["bias"]), "activation": "none"}
+        changes["layer_sum"] = "layer_weights" in params
     known = task in tasks.TASKS
     ours = defaults.default()
     with ours.unlocked():
@@ -236,7 +241,7 @@ def read_model_folder(folder: str | os.PathLike) -> Bundle:
             flat |= {f"head/{key}": v for key, v in _reordered(params["head"], back).items()}
         tensors = _tensors(flat, encoder, head)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and str(folder) in str(error):
             raise
         raise ModelFolderError(f"{folder}: model.json is not of these weights: {error}") from error
     return _assembled(files, tensors, folder)
@@ -285,6 +290,13 @@ def _described(config: ConfigDict) -> tuple[dict[str, Any], str]:
             f"a model of task {task} with a {model['name']} is not known to transformers, only "
             f"{' or '.join(architectures.KNOWN)} with {' or '.join(_TASKS.values())}"
         )
+    if head == "classification":
+        for key, value in _KNOWN_HEAD.items():
+            if config.task.get(key, value) != value:
+                raise ModelFolderError(
+                    f"a head with task.{key}={config.task[key]!r} is not known to transformers, "
+                    f"only one with {value!r}"
+                )
     if config.features.normalize not in ("utterance", "none"):
         raise ModelFolderError(
             f"features.normalize={config.features.normalize!r} is not known to transformers, only "

@@ -7,8 +7,10 @@ their own rows of each batch, and the order of the data depends neither on how m
 nor on whether the run was interrupted.
 """
 
+import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -237,3 +239,26 @@ class Plan:
                 f"largest is {self.buckets[-1]}: choose buckets from these utterances and speeds"
             )
         return speed, lengths[self.along], home
+
+
+class Epochs:
+    """How far in the data a run is, from the number of its batches."""
+
+    def __init__(self, count: Callable[[int], int]):
+        """`count` is Plan.count: the batches of an epoch."""
+        self._count, self._ends = count, [0]
+
+    def after(self, batches: int) -> float:
+        """The epochs that are done after so many batches; whole at the end of each."""
+        while self._ends[-1] < batches:
+            self._ends.append(self._ends[-1] + self._count(len(self._ends) - 1))
+        epoch = bisect.bisect_left(self._ends, batches)
+        if self._ends[epoch] == batches:
+            return float(epoch)
+        begin, end = self._ends[epoch - 1 : epoch + 1]
+        return epoch - 1 + (batches - begin) / (end - begin)
+
+    def passed(self, batches: int, every: float) -> bool:
+        """Whether with the last of so many batches another `every` epochs are done."""
+        before, now = (math.floor(self.after(n) / every + 1e-9) for n in (batches - 1, batches))
+        return now > before

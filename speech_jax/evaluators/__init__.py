@@ -13,6 +13,8 @@ Two methods are optional, for report.html (report.py); both are given what `add`
         that result as their quotient. The first one says which utterances are worst.
     sections(lines) -> [page.Section] of its own: a confusion matrix, a table of classes
 
+and one more for a picture beside the predictions of a split: draw(path), a PNG.
+
 `example` holds the utterance's row of the batch, `prediction` its row of what `task.predict`
 returned, both as numpy arrays by name. Padding and filler rows never reach an evaluator.
 """

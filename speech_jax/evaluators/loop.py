@@ -121,6 +121,8 @@ class Evaluation:
     ) -> Score:
         """Measures a split; the lines of its utterances go to the file `predictions`.
 
+        An evaluator that draws does so beside it.
+
         Raises:
           UserError: no utterance could be read, or the predictions cannot be written.
         """
@@ -145,6 +147,8 @@ class Evaluation:
         if jax.process_index() == 0 and predictions is not None and reader.heard:
             with files.writing(predictions):
                 files.write_atomically(predictions, "".join(reader.lines))
+                if draw := getattr(reader.evaluator, "draw", None):
+                    draw(predictions.with_suffix(".png"))
         return _agree(split, reader)
 
 

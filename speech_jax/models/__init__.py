@@ -5,6 +5,8 @@ An encoder is a linen module called as `encoder(inputs, lengths, deterministic)`
 neighbours (tests/test_encoders.py has the contract, a row for each encoder). It has
 
     width            of the residual stream, D
+    num_layers       L; with the argument `layers_too` hidden is [B, T', L + 1, D], the input of
+                     the first layer and the output of each, the last one as it is without
     listens          'waveform' (inputs [B, T]) or 'log_mel' (inputs [B, F, M])
     output_lengths   how many frames come out for so many inputs
     rules            of sharding, one for each of its parameters (training/sharding.py)

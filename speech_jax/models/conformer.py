@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from speech_jax.errors import UserError
 from speech_jax.models import layers
-from speech_jax.ops import masking, partition
+from speech_jax.ops import convolution, masking, partition
 from speech_jax.rules import Rules
 
 
@@ -73,7 +73,7 @@ class Conformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool, layers_too: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         x = Subsampling(
             self.width,
@@ -91,20 +91,20 @@ class Conformer(nn.Module):
         x = layers.dropout(x, self.dropout, seeds[-1])
         block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
         if self.scan:
-            stack = nn.scan(
-                block,
-                variable_axes={"params": 0, "batch_stats": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0),
-                length=self.num_layers,
-            )
+            one = block(**self._block_settings(), name="layers")
             by_layer = None if deterministic else seeds[:-1]
-            x, _ = stack(**self._block_settings(), name="layers")(x, mask, by_layer)
+            first = x
+            x, each = layers.scan_layers(one, self.num_layers, layers_too, x, mask, by_layer)
+            each = [first, *each] if layers_too else []
         else:
+            each = [x]
             for layer in range(self.num_layers):
                 one = block(**self._block_settings(), name=f"layer_{layer}")
                 x, _ = one(x, mask, seeds[layer])
-        return jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype)), lengths
+                each.append(x)
+        if layers_too:
+            x, mask = jnp.stack(each, axis=2), mask[:, :, None]  # [B, T', L + 1, D]
+        return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), lengths
 
     def _block_settings(self) -> dict[str, Any]:
         names = (
@@ -194,6 +194,7 @@ class Subsampling(nn.Module):
                 strides=(2, 2),
                 padding=((1, 1), (1, 1)),
                 dtype=self.dtype,
+                conv_general_dilated=convolution.over_plane,
                 name=f"convolution_{index}",
             )(x)
             x = partition.split_rows(nn.relu(x))

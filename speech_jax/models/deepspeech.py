@@ -100,7 +100,7 @@ class DeepSpeech(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool, layers_too: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         if self.conv_channels:
             x = self._convolve(inputs.astype(self.dtype), lengths, deterministic)
@@ -113,6 +113,7 @@ class DeepSpeech(nn.Module):
             seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
         for i in range(self.dense_before):
             x = self._dense(x, f"dense_before_{i}", seed, site=i)
+        each = [x]
         for i in range(self.num_layers):
             layer = Recurrent(
                 self.width, self.cell, 1 + self.bidirectional, self.norm, self.adapter,
@@ -120,13 +121,16 @@ class DeepSpeech(nn.Module):
             )  # fmt: skip
             y = layers.dropout(layer(x, mask, deterministic), self.dropout, seed, site=100 + i)
             x = partition.split_rows(x + y if self.residual else y)
+            each.append(x)
         if self.lookahead:
             x = jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype))
             x = Lookahead(self.lookahead, self.dtype, name="lookahead")(x)
         for i in range(self.dense_after):
             x = self._dense(x, f"dense_after_{i}", seed, site=200 + i)
         x = layers.LayerNorm(self.dtype, name="norm")(x)
-        return jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype)), lengths
+        if layers_too:
+            x, mask = jnp.stack([*each[:-1], x], axis=2), mask[:, :, None]
+        return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), lengths
 
     def _halvings(self) -> int:
         known = {1: 0, 2: 1, 4: 2, 8: 3}

@@ -320,3 +320,26 @@ class MaskedBatchNorm(nn.Module):
         factor = scale * jax.lax.rsqrt(variance + 1e-5)
         offset = bias - mean * factor
         return (x.astype(jnp.float32) * factor[None, None] + offset[None, None]).astype(self.dtype)
+
+
+def scan_layers(
+    layer: nn.Module, count: int, keep: bool, x: jax.Array, mask: jax.Array, *own: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Runs `count` layers [B, T, D] whose parameters are stacked in those of one module.
+
+    It is compiled once. `own` is stacked too: what each layer gets beside the mask. Returns the
+    output, and where they are to be kept, those of all layers [count, B, T, D].
+    """
+
+    def one(layer: nn.Module, x: jax.Array, mask: jax.Array, *own: jax.Array | None) -> tuple:
+        x, _ = layer(x, mask, *own)
+        return x, (x if keep else None)
+
+    run = nn.scan(
+        one,
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, *[0] * len(own)),
+        length=count,
+    )
+    return run(layer, x, mask, *own)

@@ -126,13 +126,7 @@ class Wav2Vec2(nn.Module):
         if self.remat:
             block = nn.remat(block, prevent_cse=not self.scan)
         if self.scan:
-            self.layers = nn.scan(
-                block,
-                variable_axes={"params": 0, "batch_stats": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0, 0),
-                length=self.num_layers,
-            )(**settings)
+            self.layers = block(**settings)
         else:
             self.layer = [block(**settings) for _ in range(self.num_layers)]
 
@@ -159,10 +153,13 @@ class Wav2Vec2(nn.Module):
         lengths: jax.Array,
         deterministic: bool,
         mask: jax.Array | None = None,
+        layers_too: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
-        """Hidden [B, T', D] (0 past the end) and its lengths; `mask` as in `contextualize`."""
+        """Hidden (0 past the end) and its lengths; `mask`, `layers_too` as in `contextualize`."""
         features, lengths = self.extract(inputs, lengths)
-        return self.contextualize(self.normalize(features), lengths, deterministic, mask), lengths
+        features = self.normalize(features)
+        hidden = self.contextualize(features, lengths, deterministic, mask, layers_too)
+        return hidden, lengths
 
     def extract(self, inputs: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The extractor's output [B, T', C], 0 past the end, and its lengths [B]."""
@@ -184,11 +181,12 @@ class Wav2Vec2(nn.Module):
         lengths: jax.Array,
         deterministic: bool,
         mask: jax.Array | None = None,
+        layers_too: bool = False,
     ) -> jax.Array:
         """The layers over normalized features [B, T', C]: hidden [B, T', D].
 
         mask: bool [B, T'], frames to replace by the mask embedding; None draws `mask_time` spans
-        in training and masks nothing otherwise.
+        in training and masks nothing otherwise. layers_too: see models/__init__.py.
         """
         # One draw for all layers: drawing in every dropout would take most of the compile time.
         seeds, skips = [None] * (self.num_layers + 1), [None] * self.num_layers
@@ -208,13 +206,21 @@ class Wav2Vec2(nn.Module):
         x = layers.dropout(x, self.dropout, seeds[-1], site=1)
         if self.scan:
             by_layer = [None if each[0] is None else each for each in (seeds[:-1], skips)]
-            x, _ = self.layers(x, valid, *by_layer)
+            first = x
+            x, each = layers.scan_layers(
+                self.layers, self.num_layers, layers_too, x, valid, *by_layer
+            )
+            each = [first, *each] if layers_too else []
         else:
+            each = [x]
             for layer, seed, skip in zip(self.layer, seeds[:-1], skips, strict=True):
                 x, _ = layer(x, valid, seed, skip)
+                each.append(x)
         if self.pre_norm:
             x = self.norm(x)
-        return jnp.where(valid[:, :, None], x, jnp.zeros((), x.dtype))
+        if layers_too:
+            x, valid = jnp.stack([*each[:-1], x], axis=2), valid[:, :, None]
+        return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
 
     def _mask(
         self, x: jax.Array, lengths: jax.Array, deterministic: bool, mask: jax.Array | None

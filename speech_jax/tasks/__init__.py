@@ -29,6 +29,7 @@ from speech_jax import registry
 
 TASKS = {
     "best_rq": "speech_jax.tasks.best_rq:BestRQ",
+    "classify": "speech_jax.tasks.classify:Classify",
     "contrastive": "speech_jax.tasks.contrastive:Contrastive",
     "recognize": "speech_jax.tasks.recognize:Recognize",
 }
@@ -41,12 +42,15 @@ class Task(Protocol):
     """The contract above; see it for what each function takes and returns.
 
     A constructor's arguments are the settings of the section `task`, and by name, if it wants them:
-    `encoder`, `frontend`, and `counts`, how many symbols each part has that has symbols.
+    `encoder`, `frontend`, `counts`, how many symbols each part has that has symbols, and
+    `examples`, how often each of them was there when a part was made, where it knows.
     """
 
     parts: ClassVar[Mapping[str, str]]  # name in a batch -> kind (data/parts/)
     along: ClassVar[str]  # the dimension that batch shapes are made by
-    best: ClassVar[tuple[str, str]]  # the figure of a split that picks a model, and 'min' or 'max'
+
+    @property
+    def best(self) -> tuple[str, str]: ...  # what of a split picks a model, and 'min' or 'max'
 
     @property
     def rules(self) -> tuple: ...  # the sharding of all parameters (training/sharding.py)

@@ -40,8 +40,10 @@ class Watched:
 
 @dataclasses.dataclass
 class EarlyStopping:
-    """Says when the metric has not improved for `patience` evaluations in a row (0: never).
+    """Says when the metric has not improved for so many evaluations in a row, or so many epochs.
 
+    `patience` counts evaluations and `patience_epochs` epochs, from the best evaluation on, or from
+    the first where none is; 0 is never.
     An improvement is of more than `min_delta`. Plain state: `to_dict` goes into the checkpoint and
     `from_dict` brings it back.
     """
@@ -49,11 +51,14 @@ class EarlyStopping:
     patience: int
     watched: Watched | None = None
     min_delta: float = 0.0
+    patience_epochs: float = 0.0
     best: float | None = None
     count: int = 0
+    epoch: float = 0.0
+    best_epoch: float | None = None
 
-    def update(self, metrics: Mapping[str, float | None]) -> bool:
-        """Takes an evaluation's metrics; returns whether they are the best.
+    def update(self, metrics: Mapping[str, float | None], epoch: float = 0.0) -> bool:
+        """Takes an evaluation's metrics, after so many epochs; returns whether they are the best.
 
         A metric that is absent or not finite is no improvement.
         """
@@ -64,17 +69,22 @@ class EarlyStopping:
         )
         self.best = value if improved else self.best
         self.count = 0 if improved else self.count + 1
+        self.epoch = epoch
+        if improved or self.best_epoch is None:
+            self.best_epoch = epoch
         return improved
 
     @property
     def should_stop(self) -> bool:
         """Whether the patience is at its end."""
-        return 0 < self.patience <= self.count
+        epochs = self.epoch - (self.best_epoch or 0.0)
+        return 0 < self.patience <= self.count or 0 < self.patience_epochs <= epochs
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what the checkpoint must hold."""
         watched = dataclasses.asdict(self.watched) if self.watched else None
-        return {"best": self.best, "count": self.count, "watched": watched}
+        state = {name: getattr(self, name) for name in ("best", "count", "epoch", "best_epoch")}
+        return state | {"watched": watched}
 
     def from_dict(self, saved: Mapping[str, Any]) -> str | None:
         """Takes what `to_dict` returned; starts anew, and says so, where that watched other scores.
@@ -89,6 +99,7 @@ class EarlyStopping:
                 f"({self.watched.metric})"
             )
         self.best, self.count = saved["best"], saved["count"]
+        self.epoch, self.best_epoch = saved.get("epoch", 0.0), saved.get("best_epoch")
         return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
+from absl import logging
 
 from speech_jax import files
 from speech_jax.data.batch import Field, Fields
@@ -21,13 +22,17 @@ class Category:
     Attributes:
       classes: names, by their index.
       tag: the tag of an utterance that holds the name.
+      unseen: whether splits that are evaluated may hold classes that training did not have.
       strict: whether an utterance without a known class is refused; else its index is -1.
+      examples: how many training utterances there were of each class; empty where nobody knows.
     """
 
     classes: tuple[str, ...]
     name: str = "target"
     tag: str = "label"
+    unseen: bool = False
     strict: bool = True
+    examples: tuple[int, ...] = ()
 
     stretched = ()
     longest = float("inf")
@@ -41,33 +46,70 @@ class Category:
         return len(self.classes)
 
     @classmethod
-    def make(cls, source: Source, name: str, *, tag: str = "label") -> Self:
-        found = {str(one.tags[tag]) for one in source.utterances if one.tags.get(tag, "") != ""}
+    def make(
+        cls,
+        source: Source,
+        name: str,
+        *,
+        tag: str = "label",
+        unseen: bool = False,
+        on_error: str = "raise",
+    ) -> Self:
+        """The part with the classes of `source`, in alphabetical order.
+
+        Raises:
+          PartError: no utterance has the tag, or a class has one example alone and `on_error` is
+            'raise'; with 'skip' that class is left out.
+        """
+        found: dict[str, list[str]] = {}
+        for one in source.utterances:
+            if one.tags.get(tag, "") != "":
+                found.setdefault(str(one.tags[tag]), []).append(one.id)
         if not found:
             there = sorted({key for one in source.utterances for key in one.tags})
             raise PartError(
                 f"no utterance of the training splits has the tag {tag!r}, which "
                 f"config.parts.{name}.tag names; there are {', '.join(there) or 'no tags'}"
             )
-        return cls(tuple(sorted(found)), name, tag)
+        for value, ids in sorted(found.items()):
+            if len(ids) == 1 and on_error == "raise":
+                raise PartError(
+                    f"utterance {ids[0]} is the only one of the training splits with the {tag} "
+                    f"{value!r}: add others, or leave such classes out with on_error='skip'"
+                )
+            if len(ids) == 1:
+                logging.warning(
+                    "left out: the %s %r, whose only utterance is %s", tag, value, ids[0]
+                )
+                del found[value]
+        classes = tuple(sorted(found))
+        examples = tuple(len(found[value]) for value in classes)
+        return cls(classes, name, tag, unseen, examples=examples)
 
     @classmethod
-    def restore(cls, folder: pathlib.Path, name: str, *, tag: str = "label") -> Self:
+    def restore(
+        cls, folder: pathlib.Path, name: str, *, tag: str = "label", unseen: bool = False
+    ) -> Self:
         path = folder / _file(name)
-        classes = files.read_sealed(path).get("classes")
+        saved = files.read_sealed(path)
+        classes, examples = saved.get("classes"), saved.get("examples", [])
         if (
             not classes
             or not isinstance(classes, list)
             or not all(isinstance(one, str) for one in classes)
+            or not isinstance(examples, list)
+            or len(examples) not in (0, len(classes))
+            or not all(isinstance(one, int) for one in examples)
         ):
             raise PartError(f"{path} holds no class names: bring it back or train anew")
-        return cls(tuple(classes), name, tag)
+        return cls(tuple(classes), name, tag, unseen, examples=tuple(examples))
 
     def save(self, folder: pathlib.Path) -> None:
-        files.write_sealed(folder / _file(self.name), {"classes": list(self.classes)})
+        counted = {"examples": list(self.examples)} if self.examples else {}
+        files.write_sealed(folder / _file(self.name), {"classes": list(self.classes), **counted})
 
     def for_evaluation(self) -> Self:
-        return dataclasses.replace(self, strict=False)
+        return dataclasses.replace(self, strict=not self.unseen)
 
     def sizes(self, utterance: Utterance) -> dict[str, int]:
         self.index(utterance)

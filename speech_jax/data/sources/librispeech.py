@@ -29,11 +29,12 @@ def open_split(
     for name in sorted(files.keys() & transcripts.keys()):
         if not transcripts[name]:
             problems[files[name]] = "empty transcript; complete its line in the .trans.txt"
-    speakers: dict[str, dict[str, str]] = {}
+    chapters: dict[tuple[str, str], dict[str, str]] = {}
     rows = []
     for path, name in usable.items():
-        speaker = os.path.basename(os.path.dirname(os.path.dirname(path)))
-        tags = speakers.setdefault(speaker, {"speaker": speaker})  # one dict for all of a speaker
+        speaker, chapter = path.split(os.sep)[-3:-1]
+        tags = {"speaker": speaker, "chapter": chapter}
+        tags = chapters.setdefault((speaker, chapter), tags)  # one dict for all of a chapter
         rows.append(base.Row(path, name, path, transcripts[name], tags))
     kept = base.durations_file(cache, folder)
     return base.from_rows(f"split {split!r} of {root}", rows, folder, kept, problems, on_error)

@@ -1,0 +1,23 @@
+"""Which layers of an encoder a head listens to, where it learns a sum of them."""
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def shares(weights: jax.Array) -> list[float]:
+    """The share of each layer in the sum, the input of the first one first."""
+    return np.asarray(jax.nn.softmax(weights)).tolist()
+
+
+def draw(shares: Sequence[float], path: pathlib.Path) -> None:
+    """Draws them as bars."""
+    figure = Figure(figsize=(3 + 0.3 * len(shares), 3), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(["input", *map(str, range(1, len(shares)))], shares)
+    axes.axhline(1 / len(shares), color="gray", linewidth=1, linestyle=":")
+    axes.set(xlabel="layer", ylabel="share")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,326 @@
+"""Classes of utterances: the head is what is written of it, and a run finds what it can hear."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+import runs
+from speech_jax import bundle, experiment, files, models, tasks, train
+from speech_jax.bundle import start
+from speech_jax.config import default
+from speech_jax.data.parts.audio import Audio
+from speech_jax.errors import UserError
+from speech_jax.experiment import make_frontend
+from speech_jax.ops import augment
+from speech_jax.tasks.classify import Classify
+from speech_jax.workdir import Workdir
+
+pytestmark = pytest.mark.optax
+CLASSES = 4
+
+
+def make(**settings):
+    """A small task of four classes, its random parameters, and a batch of three rows."""
+    config = default()
+    config.features.mels = 8
+    config.spec_augment.update({"time_masks": 0, "frequency_masks": 0})
+    config.model = models.settings(
+        "conformer", "tiny", width=8, num_layers=2, heads=2, kernel=3, subsampling_channels=2
+    )
+    encoder = models.make_encoder(**config.model)
+    frontend = make_frontend(config, encoder, {"audio": Audio()})
+    known = {"counts": {"target": CLASSES}, "examples": {"target": (1, 2, 3, 6)}}
+    task = Classify(encoder=encoder, frontend=frontend, **known, **settings)
+    rng = np.random.default_rng(0)
+    batch = {
+        "audio": jnp.asarray(rng.normal(0, 3000, (3, 8_000)), jnp.int16),
+        "audio_length": jnp.array([8_000, 5_000, 6_500]),
+        "target": jnp.array([2, 0, 3]),
+        "weight": jnp.array([1.0, 1.0, 1.0]),
+        "index": jnp.array([0, 1, 2]),
+    }
+    params, state = jax.jit(task.init)(jax.random.key(0), batch)
+    params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape).astype(p.dtype), params)
+    return task, params, state, batch
+
+
+def hidden_of(task, params, batch):
+    inputs, lengths = task.frontend(batch)
+    hidden, lengths = task.encoder.apply({"params": params["encoder"]}, inputs, lengths, True)
+    return np.asarray(hidden, np.float64), np.asarray(lengths)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "statistics", "attentive"])
+def test_the_head_is_what_it_says(pooling):
+    task, params, state, batch = make(pooling=pooling, units=6, dropout=0.5)
+    hidden, lengths = hidden_of(task, params, batch)
+    rows = []
+    dense = lambda name, x: x @ params[name]["kernel"] + params[name]["bias"]
+    for row, length in zip(hidden, lengths, strict=True):
+        frames = row[:length]
+        weights = np.full((length, 1), 1 / length)
+        if pooling == "attentive":
+            scores = dense("attention_score", np.tanh(dense("attention_units", frames)))
+            weights = scipy.special.softmax(scores, axis=0)
+        mean = (weights * frames).sum(0)
+        spread = np.sqrt((weights * (frames - mean) ** 2).sum(0) + 1e-5)
+        pooled = mean if pooling == "mean" else np.concatenate([mean, spread])
+        rows.append(dense("classifier", np.maximum(dense("projector", pooled), 0)))
+    expected = scipy.special.softmax(np.stack(rows), axis=-1)
+    found = jax.jit(task.predict)(params, state, batch)
+    np.testing.assert_allclose(found["probabilities"], expected, atol=2e-5)
+    assert found["target"].tolist() == expected.argmax(-1).tolist()
+
+
+def test_the_loss_of_mixed_speech_is_that_of_both_classes():
+    plain, params, state, batch = make(smoothing=0.1, balance=1.0)
+    mixing = dataclasses.replace(plain, mixup=1.0)
+    found = jax.jit(mixing.loss)(params, state, batch, jax.random.key(3))
+    rng, key = jax.random.split(jax.random.key(3))
+    loss = jax.jit(plain.loss)
+    each = [loss(params, state, one, rng) for one in augment.mixup(key, batch, 1.0)]
+    for place in (0, 1):
+        assert found[place] == pytest.approx(float(each[0][place] + each[1][place]), rel=1e-4)
+        assert min(float(one[place]) for one in each) > 0.01
+
+
+def test_padding_and_filler_rows_change_nothing():
+    task, params, state, batch = make(pooling="attentive")
+    loss = jax.jit(task.loss)
+    whole = loss(params, state, batch)[:2]
+    longer = batch | {"audio": jnp.pad(batch["audio"], ((0, 0), (0, 4_000)), constant_values=99)}
+    np.testing.assert_allclose(loss(params, state, longer)[:2], whole, rtol=1e-4)
+    filled = batch | {
+        "weight": jnp.array([1.0, 0.0, 1.0]),
+        "target": jnp.array([2, -1, 3]),
+        "audio_length": jnp.array([8_000, 0, 6_500]),
+    }
+    without = {name: array[jnp.array([0, 2])] for name, array in batch.items()}
+    found, expected = loss(params, state, filled), loss(params, state, without)
+    np.testing.assert_allclose(found[:2], expected[:2], rtol=1e-4)
+    assert found[1] == 2
+
+
+def test_a_row_of_an_unknown_class_is_no_loss():
+    task, params, state, batch = make(balance=1.0, smoothing=0.1)
+    loss, weight, _ = task.loss(params, state, batch | {"target": jnp.full(3, -1)})
+    assert (loss, weight) == (0.0, 0.0)
+
+
+def test_the_loss_is_smoothed_and_balanced_cross_entropy():
+    settings = {"smoothing": 0.2, "balance": 0.5}
+    task, params, state, batch = make(**settings)
+    logits = np.log(np.asarray(task.predict(params, state, batch)["probabilities"], np.float64))
+    targets = np.asarray(batch["target"])
+    spread = 0.8 * np.eye(CLASSES)[targets] + 0.2 / CLASSES
+    examples = np.array([1, 2, 3, 6])
+    weights = examples**-0.5 * 12 / (examples**0.5).sum()
+    assert (weights * examples).sum() == pytest.approx(12)  # the mean over examples is 1
+    loss, weight, _ = task.loss(params, state, batch)
+    assert loss == pytest.approx(-((spread * logits).sum(1) * weights[targets]).sum(), rel=1e-4)
+    assert weight == pytest.approx(weights[targets].sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("margin", [0.2, 0.5])
+def test_the_margin_is_an_angle(margin):
+    task, _, _, _ = make(margin=margin, scale=10.0)
+    angles = np.linspace(0.01, np.pi - 0.01, 50)
+    targets = np.eye(2)[[0] * 50]
+    logits = task._logits(jnp.cos(jnp.stack([angles, angles], 1)), jnp.asarray(targets))
+    inside = angles < np.pi - margin
+    np.testing.assert_allclose(logits[:, 1], 10 * np.cos(angles), atol=1e-4)
+    np.testing.assert_allclose(logits[inside, 0], 10 * np.cos(angles + margin)[inside], atol=1e-3)
+    assert (np.diff(logits[:, 0]) < 0).all()  # beyond pi it goes on falling
+
+
+def test_scores_with_a_margin_are_cosines_and_there_is_none_without_training():
+    task, params, state, batch = make(margin=0.3, scale=10.0, units=6, activation="none")
+    embedding, scores, _ = task._apply(params, state, batch)
+    vectors = np.asarray(params["classifier"]["kernel"])
+    unit = lambda x, axis: x / np.linalg.norm(x, axis=axis, keepdims=True)
+    expected = unit(np.asarray(embedding), 1) @ unit(vectors, 0)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    clean = task.loss(params, state, batch)[0]
+    assert clean == pytest.approx(
+        dataclasses.replace(task, margin=0.6).loss(params, state, batch)[0]
+    )
+    assert task.loss(params, state, batch, jax.random.key(0))[0] > clean
+
+
+def test_standardized_is_each_number_over_the_rows_with_frames():
+    task, params, state, batch = make(standardize=True)
+    plain = dataclasses.replace(task, standardize=False)
+    pooled = np.asarray(plain._apply(params, {}, batch)[0])
+    norm = {name: np.asarray(value) for name, value in params["pooled_norm"].items()}
+    batch["audio_length"] = batch["audio_length"].at[2].set(0)  # a filler row
+    found, _, moved = task._apply(params, state, batch, jax.random.key(0))
+    known = np.asarray(plain._apply(params, {}, batch, jax.random.key(0))[0])[:2]
+    expected = (known - known.mean(0)) / np.sqrt(known.var(0) + 1e-5) * norm["scale"] + norm["bias"]
+    np.testing.assert_allclose(found[:2], expected, atol=1e-3)
+    kept = moved["batch_stats"]["pooled_norm"]["mean"]
+    np.testing.assert_allclose(kept, 0.05 * known.mean(0), atol=1e-5)
+    # What is kept is used where nothing is trained: neighbours do not matter.
+    evaluated = np.asarray(task._apply(params, state, batch)[0])
+    np.testing.assert_allclose(
+        evaluated[0], pooled[0] / np.sqrt(1 + 1e-5) * norm["scale"] + norm["bias"], atol=1e-4
+    )
+
+
+def test_one_class_and_unknown_numbers_of_examples_are_refused():
+    task = make()[0]
+    with pytest.raises(UserError, match="have 1 class with two examples"):
+        dataclasses.replace(task, counts={"target": 1})
+    with pytest.raises(UserError, match=r"config\.task\.balance needs"):
+        dataclasses.replace(task, examples={"target": ()}, balance=1.0)
+
+
+# ---- A run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calls(tones, tmp_path_factory):
+    """The tones as a manifest; an utterance's label is its first word, and others have none."""
+    root = tmp_path_factory.mktemp("calls")
+    for split in ("train", "dev"):
+        lines = []
+        chapter = tones / split / "1" / "1"
+        for line in (chapter / "1-1.trans.txt").read_text().splitlines():
+            name, *words = line.split()
+            row = {"audio_filepath": str(chapter / f"{name}.flac"), "id": name, "label": words[0]}
+            lines.append(json.dumps(row | {"speaker": f"s{int(name[-1]) % 2}"}) + "\n")
+        (root / f"{split}.jsonl").write_text("".join(lines))
+    return root
+
+
+def configure(calls, folder):
+    """Fine-tuning from the finished recognizer of the tones."""
+    config = runs.tiny_config(calls, steps=30, log_every=10)
+    config.data.source, config.data.test_splits = "manifest", "dev"
+    config.data.eval_splits = "train[50%:]"
+    config.data.train_splits = "train[:50%]"
+    config.data.on_error = "raise"
+    config.task = tasks.settings("classify", units=8, layer_sum=True, pooling="statistics")
+    start.start_from(config, str(folder))
+    config.schedule.peak = 3e-2
+    config.train.eval_epochs = 4.0
+    config.train.compare = True
+    config.checkpoint.update({"metric": "macro_f1", "mode": "max", "every": 100})
+    return config
+
+
+@pytest.fixture(scope="module")
+def tuned(calls, finished, tmp_path_factory):
+    workdir = Workdir(tmp_path_factory.mktemp("tuned") / "work")
+    config = configure(calls, finished.workdir.folder)
+    return runs.Finished(config, workdir, train.run(config, workdir))
+
+
+def test_a_run_says_what_it_has_gained(tuned):
+    _, workdir, results = tuned
+    assert results["splits"]["dev"]["utterances"] == 6
+    assert set(results["before"]) == {"untouched", "head"}
+    gain = results["gain"]["dev"]
+    head = results["before"]["head"]["dev"]
+    assert gain["before"] == pytest.approx(head["error_rate"])
+    assert gain["after"] == pytest.approx(results["splits"]["dev"]["error_rate"])
+    assert gain["interval"][0] <= gain["gain"] <= gain["interval"][1]
+    # The first word is heard, and a head that was never fitted hears nothing.
+    assert results["splits"]["train[50%:]"]["accuracy"] > 0.6
+    assert sum(results["training"]["layer_weights"]) == pytest.approx(1, abs=1e-5)
+    pictures = (workdir.layer_weights, workdir.predictions("dev").with_suffix(".png"))
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_the_head_alone_leaves_the_encoder_as_it_is(tuned, finished):
+    alone = bundle.open(tuned.workdir.before("head").folder)
+    base = bundle.open(finished.workdir.folder)
+    jax.tree.map(
+        np.testing.assert_array_equal, alone.params["encoder"], dict(base.params["encoder"])
+    )
+
+
+def test_hidden_states_give_what_audio_gives(tuned):
+    """The head that was fitted on kept states is as good on audio."""
+    before = tuned.workdir.before("head")
+    kept = files.read_json(before.results)["splits"]["dev"]
+    heard = train.evaluate(tuned.config, before, say=lambda line: None)["splits"]["dev"]
+    assert heard["classes"] == kept["classes"]
+
+
+def test_evaluations_follow_epochs(tuned):
+    lines = [line for line in runs.metrics(tuned.workdir.folder) if "dev" not in str(line.keys())]
+    steps = [line["step"] for line in lines if any("macro_f1" in key for key in line)]
+    batches = files.read_json(tuned.workdir.plan)
+    assert batches["utterances"] == 24
+    assert steps[-1] == 30
+    assert len(steps) > 1
+
+
+def test_what_moves_or_is_random_has_no_kept_states(calls, finished, tmp_path):
+    config = configure(calls, finished.workdir.folder)
+    config.train.compare = False
+    config.data.cache_hidden = True
+    with pytest.raises(UserError, match=r"encoder/\S+ learns: set config"):
+        train.run(config, Workdir(tmp_path / "one"))
+    config.spec_augment.time_masks = 2
+    with pytest.raises(UserError, match="spec_augment changes it at random"):
+        train.run(config, Workdir(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"label": None}, "utterance odd: no label: the utterance has no tag 'label'"),
+        ({"label": "Z"}, "utterance odd is the only one of the training splits with the label 'Z'"),
+    ],
+)
+def test_a_row_that_cannot_be_classified_is_named_or_counted(calls, finished, tmp_path, row, says):
+    shutil.copytree(calls, tmp_path / "calls")
+    path = tmp_path / "calls" / "train.jsonl"
+    lines = path.read_text().splitlines()
+    odd = {k: v for k, v in (json.loads(lines[0]) | {"id": "odd"} | row).items() if v}
+    path.write_text("\n".join([json.dumps(odd), *lines]) + "\n")
+    config = configure(tmp_path / "calls", finished.workdir.folder)
+    config.data.train_splits = "train"
+    source = experiment.open_training(config)
+
+    def make():
+        parts = experiment.make_parts(config, tmp_path / "work", source)
+        task = experiment.make_task(config, parts)
+        return experiment.training_corpus(config, source, parts, task)
+
+    with pytest.raises(UserError, match=says):
+        make()
+    config.data.on_error = "skip"
+    corpus = make()
+    assert list(corpus.left_out) == ["odd"]
+    assert len(corpus) == 48
+
+
+def test_a_class_that_training_had_not_is_named_or_counted(calls, finished, tmp_path):
+    config = configure(calls, finished.workdir.folder)
+    config.data.train_splits, config.data.only = "train", "label!=A"
+    parts = experiment.make_parts(config, tmp_path, experiment.open_training(config))
+    config.data.only = ""
+    with pytest.raises(
+        UserError, match=r"utterance 1-1-\d+: unknown label: 'A' is not one of B, C"
+    ):
+        experiment.evaluation_corpus(config, "train", parts)
+    config.data.on_error = "skip"
+    corpus = experiment.evaluation_corpus(config, "train", parts)
+    assert len(corpus) + len(corpus.left_out) == 48
+    assert "unknown label: 'A'" in next(iter(corpus.left_out.values()))
+
+
+def test_a_metric_that_nothing_measures_is_refused(calls, finished, tmp_path):
+    config = configure(calls, finished.workdir.folder)
+    config.train.compare = False
+    config.checkpoint.update({"metric": "wer", "mode": "min"})
+    with pytest.raises(UserError, match="'wer' is not measured; there are accuracy,"):
+        train.run(config, Workdir(tmp_path))
