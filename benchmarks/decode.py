@@ -58,11 +58,10 @@ def ours(logits, model, **settings):
         for number, row in enumerate(rows):
             padded[number, : len(row)], lengths[number] = row, len(row)
         batches.append((padded[:, : -(-lengths.max() // 64) * 64], lengths))
-    tables = decoder.fusion
-    compiled = jax.jit(decoder._search)
+    compiled = jax.jit(decoder.search)
 
     def call():
-        found = [jax.device_get(compiled(*batch, tables)) for batch in batches]
+        found = [jax.device_get(compiled(*batch)) for batch in batches]
         return np.concatenate([one["score"] for one in found])[: len(logits)]
 
     return call

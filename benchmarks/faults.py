@@ -254,13 +254,18 @@ def _heed_rights() -> None:
 
 def _train(room: Room) -> int:
     def action() -> None:
+        from speech_jax.training import saved
+
         sys.argv = ["main", f"--config={room.folder / 'recipe.py'}", f"--workdir={room.workdir}"]
         try:
             runpy.run_module("speech_jax.main", run_name="__main__", alter_sys=True)
         except SystemExit as error:
             if error.code or not (room.workdir / "results.json").exists():
                 raise
-        _print_digest(room)
+        try:
+            _print_digest(room)
+        except saved.Damaged as error:  # the file was taken after the run had ended
+            sys.exit(f"error: the newest checkpoint: {error}")
 
     return _start(room, action)
 

@@ -125,7 +125,7 @@ def mutate_file(path: pathlib.Path, rng: random.Random) -> None:
         return
     content = path.read_bytes()
     if path.suffix == ".json" and rng.random() < 0.7:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):  # what was mutated before
             content = json.dumps(mutated_json(json.loads(content), rng)).encode()
             if rng.random() < 0.02:
                 content = b"[" * 100_000

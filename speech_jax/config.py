@@ -300,6 +300,7 @@ def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
                 config[name] = ConfigDict()
         _merge(config, recorded, "", where)
         _check_ranges(config)
+        Settings.of(config.decoder)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{where} holds no configuration of ours ({error}): bring it back"
@@ -448,6 +449,22 @@ def _check_ranges(config: ConfigDict) -> None:
             raise UserError(f"config.{key}={_shown(value)} must hold numbers alone")
         if not all(map(fits, several)):
             raise UserError(f"config.{key}={_shown(value)} {demand}")
+    of_convolutions = {
+        f"config.model.{key}": value
+        for key, value in config.model.items()
+        if key.startswith("conv_") and isinstance(value, tuple | list)
+    }
+    if len(set(map(len, of_convolutions.values()))) > 1:
+        raise UserError(
+            f"{', '.join(of_convolutions)} must be of equal length: a number for each convolution"
+        )
+    rate = config.data.sample_rate
+    for key in ("window_ms", "hop_ms"):
+        if not round(config.features[key] * rate / 1000):
+            raise UserError(
+                f"config.features.{key}={config.features[key]:g} is less than a sample of "
+                f"config.data.sample_rate={rate}: 25 and 10 are usual"
+            )
 
 
 def _reference(config: ConfigDict) -> ConfigDict:

@@ -337,6 +337,11 @@ def frame_seconds(config: ConfigDict, encoder: Any, frontend: FrontEnd) -> float
     seconds = 3600  # beside which the frames at the ends are nothing
     samples = seconds * config.data.sample_rate
     short, long = (encoder.output_lengths(frontend.lengths(n * samples)) for n in (1, 2))
+    if long == short:
+        raise UserError(
+            f"config.features.hop_ms={config.features.hop_ms:g} and the strides of config.model "
+            "make no frame of an hour of audio: lower them (10 ms are usual)"
+        )
     return seconds / (int(long) - int(short))
 
 

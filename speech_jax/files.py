@@ -83,15 +83,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       UserError: it cannot be read, is no JSON, or is JSON of another type than an object.
     """
     try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # also text that is no UTF-8
-        why = " ".join(str(error).split())[:200]
+    except ValueError as error:
         raise UserError(
-            f"{path} is damaged or is no JSON ({why}): bring it back or remove it"
+            f"{path} is damaged or is no JSON ({error}): bring it back or remove it"
         ) from error
     if not isinstance(value, dict):
         raise UserError(
@@ -99,6 +98,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
             "remove it"
         )
     return value
+
+
+def parse_json(data: bytes) -> Any:
+    """The value in the bytes of a JSON file; ValueError, of one line, for anything else."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # also what is no UTF-8, or thousands deep
+        raise ValueError(" ".join(str(error).split())[:200]) from error
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:

@@ -5,6 +5,8 @@
       --config.data.root=/data/LibriSpeech --config.train.steps=200000
   python -m speech_jax.main --config=configs/librispeech.py:conformer_m --workdir=runs/m \\
       --mode=evaluate --config.data.eval_splits=test-other
+  python -m speech_jax.main --config=configs/librispeech.py:conformer_m --workdir=runs/m \\
+      --mode=tune --config.decoder.name=beam --config.decoder.lm=lm.arpa
 
 Train and run the same command again after an interruption: it goes on where it was. A workdir
 holds config.json, plan.json, what the vocabulary and features have learned, checkpoints/,
@@ -61,6 +63,8 @@ def main(argv: list[str]) -> None:
     try:
         config.check(_CONFIG.value)
         if _MODE.value == "compile":
+            if not _TOPOLOGY.value:
+                _backend(jax)
             from speech_jax.preflight import compile
 
             compile.run(_CONFIG.value, _TOPOLOGY.value)

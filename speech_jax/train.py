@@ -456,7 +456,8 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
         for split in splits:
             evaluation.check_memory(split, params, state, longest)
         found = measure(evaluation, params, state, splits, workdir, say)
-        results = workdir.write_results(found)
+        decoder = {name: value for name, value in config.decoder.items() if value is not None}
+        results = workdir.write_results(found, decoder=decoder)
         corpora = {split: evaluation.corpus(split) for split in splits}
         if write_report(workdir, task.evaluator(model.parts), corpora, results):
             say(f"report: {workdir.report}")

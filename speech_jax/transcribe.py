@@ -78,7 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--words", action="store_true", help="every word with its times, and its confidence")
     add("--out", metavar="FOLDER", help="write a file for each recording there")
-    add("--beam", type=int, metavar="WIDTH", help="beam search with so many hypotheses")
+    add(
+        "--decoder",
+        metavar="NAME",
+        help="greedy, beam, or lexicon (known words only); default: that of the model, or beam "
+        "where one of the following is given",
+    )
+    add("--beam", type=int, metavar="WIDTH", help="hypotheses that beam search keeps")
     add("--nbest", type=int, metavar="N", help="that many readings of each segment (json)")
     add(
         "--lm", metavar="FILE", help="a language model, .arpa; see python -m speech_jax.decoding.lm"
@@ -102,7 +108,8 @@ def _decoder(chosen: argparse.Namespace) -> dict[str, object]:
         "lm_weight": chosen.lm_weight,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    return {"name": "beam", **given} if given else {}
+    name = chosen.decoder or ("beam" if given else None)
+    return {"name": name, **given} if name else {}
 
 
 # ---- What there is to transcribe ---------------------------------------------------------------

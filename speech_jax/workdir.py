@@ -22,7 +22,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from speech_jax import config as settings
-from speech_jax import files
+from speech_jax import files, tasks
 from speech_jax.data.batch import Bucket
 from speech_jax.errors import UserError
 from speech_jax.training import sharding
@@ -159,9 +159,15 @@ class Workdir:
           UserError: its record is damaged.
         """
         try:
-            return settings.completed(self._record(), str(self.config))
+            config = settings.completed(self._record(), str(self.config))
         except FileNotFoundError:
             raise WorkdirError(f"{self.folder} holds no config.json: train there first") from None
+        if config.task.name not in tasks.TASKS:
+            raise WorkdirError(
+                f"{self.config} is of a task that is unknown here, {config.task.name!r}: bring it "
+                "back, or install a newer speech_jax"
+            )
+        return config
 
     def check(self, config: ConfigDict) -> None:
         """Checks that what is recorded, if anything is, can go on with `config`.
@@ -224,7 +230,7 @@ class Workdir:
             if not buckets or min(one.rows for one in buckets) < 1:
                 raise ValueError("no rows")
             return RecordedPlan(buckets, str(plan["fingerprint"]), int(plan["utterances"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             return self._without_plan(f"{self.plan} holds no plan ({error!r})")
 
     def _without_plan(self, why: object) -> None:

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from speech_jax.data.parts.transcript import Transcript
+from speech_jax.data.text import CharacterTokenizer
 from speech_jax.decoding import beam, fusion, ngram
 from speech_jax.decoding.ctc import aligned, best_path, greedy
+from speech_jax.decoding.decoder import Decoder
 from speech_jax.ops.ctc import ctc_loss
 
 FRAMES, CLASSES = 5, 4
@@ -65,7 +68,7 @@ def test_a_wide_beam_finds_the_best_of_all():
         assert len(set(said)) == 20
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("order", [1, 4])
 def test_the_language_model_is_added(order, tmp_path):
     path = tmp_path / "lm.arpa"
     path.write_text(arpa(order))
@@ -126,7 +129,7 @@ def test_frames_that_are_blank_are_passed_over():
     every = jax.jit(functools.partial(beam.search, width=8, labels=5))(logits, lengths)
     fewer = jax.jit(functools.partial(beam.search, width=8, labels=5, skip=0.999))(logits, lengths)
     np.testing.assert_array_equal(every.labels, fewer.labels)
-    np.testing.assert_allclose(every.score, fewer.score, atol=0.02)
+    np.testing.assert_allclose(every.score, fewer.score, rtol=1e-6)
 
 
 def test_labels_of_a_path_are_found_in_its_frames():
@@ -154,6 +157,21 @@ def test_flashlight_finds_nothing_better():
     for row, log_probs in enumerate(np.asarray(jax.nn.log_softmax(logits))):
         best = theirs.decode(np.ascontiguousarray(log_probs).ctypes.data, 50, 8)[0]
         assert found.score[row, 0] > best.score - 1e-3
+
+
+def test_a_decoder_can_be_traced_again(tmp_path):
+    path = tmp_path / "lm.arpa"
+    path.write_text(arpa(3))
+    settings = {"name": "beam", "lm": str(path), "width": 4, "nbest": 3}
+    decoder = Decoder(settings, Transcript(CharacterTokenizer(" AB")), 0.04)
+    logits, lengths = speech(4, 24, 4), jnp.full(4, 24, jnp.int32)
+    rows = jax.jit(decoder.search)(logits, lengths)
+    first = decoder.read({name: value[0] for name, value in jax.device_get(rows).items()})
+    assert decoder(logits[:1], lengths[:1]) == [first]
+    assert first.alternatives[0] == (first.text, first.score)
+    scores = [score for _, score in first.alternatives]
+    assert scores == sorted(scores, reverse=True)
+    assert decoder.weighed(0.0, 0.0)(logits[:1], lengths[:1])[0].score > first.score
 
 
 def test_a_large_table_holds_every_arc():

@@ -33,6 +33,21 @@ def assert_same_numbers_by_other_means(monkeypatch, function, *arrays):
     assert any((a != b).any() for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: convolution.strided(x, jnp.ones((3, 4, 2)), 2),
+        lambda x: convolution.depthwise(x, jnp.ones((3, 4)), None),
+    ],
+)
+def test_a_program_for_several_platforms_chooses_where_it_runs(run):
+    with partition.several_platforms():
+        traced = jax.jit(run).trace(normal(1, 20, 4))
+    texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda", "tpu")}
+    found = {platform: "stablehlo.convolution" in text for platform, text in texts.items()}
+    assert found == {"cpu": False, "cuda": True, "tpu": True}
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(10, 5), (3, 2), (2, 2), (5, 3), (1, 1)])
 @pytest.mark.parametrize("length", [40, 43])
 def test_strided(kernel, stride, length, monkeypatch):

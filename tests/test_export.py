@@ -156,12 +156,13 @@ def random_acoustic(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"conformer", "wav2vec2-conformer"}))
-def test_every_encoder_is_exported_both_ways(name):
+def test_every_encoder_is_exported_both_ways(name, files):
     """onnxruntime shares no code with XLA: what both give is what the model says."""
     heard = random_acoustic(name)
     arrays, restore = export.stored(heard.bundle.params, heard.bundle.state, "float32")
     program = export.program(heard, restore, list(arrays.values()))
-    card = {"labels": [""] * 5, "shortest": export.shortest(heard), "version": 1}
+    card = sjx.load(files["m.sjx"]).card
+    card |= {"labels": [""] * 5, "shortest": export.shortest(heard)}
     session = onnx.Session(onnx.make(heard, card, *export.batch(heard), {}), "a file")
     assert program.platforms == export.PLATFORMS
     samples, lengths = ragged(3, 9_000, [9_000, 4_321, 0])
@@ -332,6 +333,7 @@ DAMAGED = {
         "no version": (lambda data: other_card(data, version=None), "of version None"),
         "other shapes": (lambda data: other_card(data, arguments=[]), "cannot be used"),
         "no program": (lambda data: other_card(data, program={}), "cannot be used"),
+        "no rate": (lambda data: other_card(data, sample_rate="fast"), "has no sample_rate"),
         "no sums": (lambda data: other_card(data, members={}), "cannot be used"),
         "packed": (packed, "is packed"),
     },

@@ -393,11 +393,13 @@ def test_a_damaged_model_folder_is_refused(before):
     read = 0
     for content in changed:
         path.write_text(json.dumps(content))
+        why = str(before)
         try:
             hf.read_model_folder(before)
             read += 1
-        except hf.ModelFolderError:
-            pass
+        except hf.ModelFolderError as error:
+            why = str(error)
+        assert str(before) in why
     assert 0 < read < 30  # a label of a CTC model does not matter, nor that there is no source
     path.unlink()
     with pytest.raises(hf.ModelFolderError, match=r"model\.json is missing"):

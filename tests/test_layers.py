@@ -104,3 +104,13 @@ def test_impossible_settings_are_named():
         layers.SelfAttention(3, "absolute").init(jax.random.key(0), x, mask, None)
     with pytest.raises(ValueError, match="group"):
         layers.ConvolutionModule(3, "group").init(jax.random.key(0), x, mask, None)
+
+
+@pytest.mark.parametrize(("first", "step"), [(0, 1), (5_999, -1)])
+def test_sinusoids_of_a_symbolic_length_are_the_same(first, step):
+    (size,) = jax.export.symbolic_shape("t")
+    like = jax.ShapeDtypeStruct((size,), jnp.float32)
+    compute = jax.jit(lambda x: layers.sinusoids(first, x.shape[0], step, 16))
+    program = jax.export.export(compute)(like)
+    found = program.call(jnp.zeros(12_000))
+    np.testing.assert_allclose(found, layers.sinusoids(first, 12_000, step, 16), atol=1e-6)

@@ -17,6 +17,7 @@ import runs
 import speech_jax
 from speech_jax import bundle, train
 from speech_jax.bundle import huggingface, start
+from speech_jax.deploy import acoustic
 from speech_jax.workdir import Workdir
 
 pytestmark = pytest.mark.optax
@@ -37,7 +38,14 @@ def test_a_workdir_opens():
     recorded = json.loads((DATA / "old_workdir" / "features.json").read_text())
     np.testing.assert_allclose(audio.statistics["mean"], recorded["mean"], rtol=1e-6)
     assert model.params["head"]["kernel"].shape == (16, 5)
-    assert str(speech_jax.Model(model).transcribe(np.zeros(16_000, np.float32))) == ""
+    assert (
+        str(
+            speech_jax.Model(acoustic.BundleAcoustic(model)).transcribe(
+                np.zeros(16_000, np.float32)
+            )
+        )
+        == ""
+    )
 
 
 def test_a_workdir_evaluates(old, tones):

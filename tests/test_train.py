@@ -130,9 +130,9 @@ def test_a_compiler_that_runs_out_of_memory_is_one_line():
 
 def test_too_many_updates_that_are_not_finite_end_the_run(tones, tmp_path, monkeypatch):
     def broken(setup):
-        state, lines = first(setup)
-        params = jax.tree.map(lambda x: x * np.float32("nan"), state.params)
-        return state.replace(params=params), lines
+        state, said = first(setup)
+        broken = jax.tree.map(lambda x: x * np.float32("nan"), state.params)
+        return state.replace(params=broken), said
 
     first = train._first_state
     monkeypatch.setattr(train, "_first_state", broken)

@@ -109,6 +109,7 @@ def test_settings_of_the_decoder_and_of_chunks(command):
         ("--beam=0", "width"),
         ("--chunk=1", "chunk of 1 s"),
         ("--lm=no.arpa", "no.arpa"),
+        ("--decoder=best", "best"),
     ):
         status, out, err = command("calls/a.flac", wrong)
         assert (status, out) == (1, "")

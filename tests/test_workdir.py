@@ -162,7 +162,18 @@ def test_a_record_of_before_is_read_under_todays_names(recorded):
 DAMAGE = [b"", b"{", b"\xff\xfe", b"null", b"[1]", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
 
 
-@pytest.mark.parametrize("damage", [*DAMAGE, b'{"model": 1}', b'{"model": {"name": "none such"}}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *DAMAGE,
+        b'{"model": 1}',
+        b'{"model": {"name": "none such"}}',
+        b'{"task": {"name": "none such"}}',
+        b'{"decoder": {"name": "/etc/passwd"}}',
+        b'{"data": {"sample_rate": 7}}',
+        b'{"model": {"name": "wav2vec2", "conv_kernels": [3]}}',
+    ],
+)
 def test_a_damaged_record_of_a_trained_run_is_one_sentence(recorded, damage):
     (recorded.checkpoints / "4").mkdir(parents=True)
     recorded.config.write_bytes(damage)
@@ -197,6 +208,7 @@ def test_damaged_files_of_a_run_that_goes_on_are_set_aside(recorded, damage, cap
         {"batches": [{"rows": 0, "sizes": {}}], "fingerprint": "a", "utterances": 1},
         {"batches": [{"rows": 1, "sizes": [1]}], "fingerprint": "a", "utterances": 1},
         {"batches": 3, "fingerprint": "a", "utterances": 1},
+        {"batches": [{"rows": float("inf"), "sizes": {}}], "fingerprint": "a", "utterances": 1},
     ],
 )
 def test_a_plan_that_is_none_is_set_aside(recorded, plan):

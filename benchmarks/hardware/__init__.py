@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import fcntl
 import json
-import os
 import pathlib
 import sys
 import time
@@ -17,6 +16,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import IO
+
+
+PATIENCE = 25.0  # seconds that a measurement waits for the compilations of others
 
 
 class Table:
@@ -95,17 +97,15 @@ def run_part(part: str, run: Callable[[Table, argparse.Namespace], None]) -> Non
 
 @contextlib.contextmanager
 def compiling(work: pathlib.Path) -> Iterator[None]:
-    """Around a compilation: where the compiler tries kernels on the device, nobody measures."""
-    if "--xla_gpu_autotune_level=0" in os.environ.get("XLA_FLAGS", ""):
-        yield
-        return
-    with (work / "device.lock").open("w") as file:
+    """Around a compilation, which tries kernels on the device: nobody measures meanwhile."""
+    with (work / "compiling.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
 
 def hold(work: pathlib.Path) -> None:
     """`alone`, until this process ends."""
+    _wait_for_compilers(work)
     file = (work / "device.lock").open("w")
     fcntl.flock(file, fcntl.LOCK_EX)
     _held.append(file)
@@ -117,9 +117,23 @@ _held: list[IO] = []
 @contextlib.contextmanager
 def alone(work: pathlib.Path) -> Iterator[None]:
     """Holds the device: no other part measures at the same time."""
+    _wait_for_compilers(work)
     with (work / "device.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _wait_for_compilers(work: pathlib.Path) -> None:
+    """Until nobody compiles, or for as long as one who waits may lose by it."""
+    until = time.monotonic() + PATIENCE
+    with (work / "compiling.lock").open("w") as file:
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+            else:
+                return
 
 
 def median_seconds(call: Callable[[], object], repeats: int, warmup: int = 2) -> float:

@@ -143,11 +143,11 @@ def _set(module, name: str, value: object) -> Callable[[], None]:
 FORMS: dict[str, Callable[[], None]] = {
     "shifted": _set(convolution, "depthwise", shifted),
     "banded": _set(convolution, "depthwise", banded),
+    "lax": _set(convolution, "over_plane", jax.lax.conv_general_dilated),
     "mixed": _set(convolution, "depthwise", mixed),
     "products": _keep_products,
     "rolled": _set(ctc, "UNROLL", 1),
     "rolled4": _set(ctc, "UNROLL", 4),
-    "tuned": lambda: None,  # compiled with the usual flags: see accelerator.py
 }
 SETTINGS: dict[str, dict[str, object]] = {
     "products": {"remat": True},

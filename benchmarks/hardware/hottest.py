@@ -88,6 +88,8 @@ def _durations(data) -> tuple[collections.Counter, collections.Counter, dict[str
                 name = stats.get("hlo_op") or (event.name if on_device else "")
                 if not name or str(name).startswith(_CALLERS):
                     continue
+                if str(name).startswith("command_buffer"):
+                    name = event.name  # all kernels of a graph have its name
                 functions.setdefault(str(name), event.name)
                 seconds[str(name)] += event.duration_ns / 1e9
                 counts[str(name)] += 1

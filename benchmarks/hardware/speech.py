@@ -47,6 +47,8 @@ def run(table: Table, flags: argparse.Namespace) -> None:
     table.add(
         "decode to WAV", hours=seconds / 3600, s=took, audio_s_per_s=seconds / took, threads=threads
     )
+    if flags.only == "decode":
+        return
     for name, root in (("as given", flags.data / "LibriSpeech"), ("WAV", target)):
         for speeds in ((1.0,), (0.9, 1.0, 1.1)):
             with table.attempt(f"loader, {name}, speeds {speeds}"):

@@ -46,6 +46,8 @@ _TASKS = {
     "classification": "classify",
     "none": "encoder",
 }
+# Settings of a classification head, as theirs has them.
+_KNOWN_HEAD = {"pooling": "mean", "standardize": False, "activation": "none", "margin": 0.0}
 _EXTRACTOR = {
     "do_normalize": FLAG,
     "sampling_rate": whole(4_000, 192_000),
@@ -239,7 +241,7 @@ def read_model_folder(folder: str | os.PathLike) -> Bundle:
             flat |= {f"head/{key}": v for key, v in _reordered(params["head"], back).items()}
         tensors = _tensors(flat, encoder, head)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and str(folder) in str(error):
             raise
         raise ModelFolderError(f"{folder}: model.json is not of these weights: {error}") from error
     return _assembled(files, tensors, folder)

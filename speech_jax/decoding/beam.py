@@ -19,6 +19,7 @@ from jax import lax
 
 from speech_jax.decoding.fusion import Fusion
 from speech_jax.ops import masking
+from speech_jax.ops.ctc import ctc_loss
 
 NEVER = -1e30  # stands for the logarithm of 0
 _NOBODY = 0, 1  # the hash of no prefix
@@ -29,8 +30,8 @@ class Beam(NamedTuple):
     """The n best hypotheses of each row, the best first.
 
     labels: int32 [B, n, T], packed left and filled with blanks; count: int32 [B, n], labels in
-    each; score: float32 [B, n], log p(labels | logits) as far as its paths were followed, with the
-    language model's share; about -1e30 where there are fewer hypotheses than n.
+    each; score: float32 [B, n], log p(labels | logits) over all paths, not only those that the
+    search followed, and what the language model adds; -1e30 where there are fewer than n.
     """
 
     labels: jax.Array
@@ -42,7 +43,7 @@ class _Frames(NamedTuple):
     # The frames that hypotheses are extended in, packed left.
     log_probs: jax.Array  # [B, T, K]
     labels: jax.Array  # [B, T, C], the most probable ones, sorted
-    quiet: jax.Array  # [B, T + 1], log p of the blanks that were skipped before each frame
+    quiet: jax.Array  # [B, T], log p of the blanks that were skipped before each frame
     count: jax.Array  # [B]
 
 
@@ -57,6 +58,7 @@ class _Hypotheses(NamedTuple):
     parent: _Hash  # without the last label
     last: jax.Array  # int32, the last label; the blank if there is none
     gain: jax.Array  # what the language model gave for it
+    added: jax.Array  # and for all labels
     state: jax.Array  # int32, of the language model
 
 
@@ -98,6 +100,7 @@ def search(
         parent=(full(_NOBODY[0], jnp.uint32), full(_NOBODY[1], jnp.uint32)),
         last=full(blank_id, jnp.int32),
         gain=full(0.0, jnp.float32),
+        added=full(0.0, jnp.float32),
         state=full(state, jnp.int32),
     )
     back = jnp.zeros((T, 2, B, width), jnp.int32)
@@ -110,13 +113,23 @@ def search(
     _, hypotheses, back = lax.while_loop(
         lambda carry: carry[0] < frames.count.max(), body, (jnp.int32(0), begun, back)
     )
-    score = jnp.logaddexp(hypotheses.blank, hypotheses.label)
-    score += jnp.take_along_axis(frames.quiet, frames.count[:, None], axis=1)
+    score, added = _add(hypotheses.blank, hypotheses.label), hypotheses.added
     if fusion:
-        score += fusion.end(hypotheses.state)
+        end = fusion.end(hypotheses.state)
+        score, added = score + end, added + end
     score, slot = lax.top_k(score, nbest)
     found, count = _trace(back, slot, frames.count, blank_id)
-    return Beam(found, count, score)
+    # What was found is scored by all its paths, and sorted by that.
+    several = lambda x: jnp.repeat(x, nbest, axis=0)
+    flat = found.reshape(B * nbest, T), count.reshape(B * nbest)
+    exact = -ctc_loss(several(logits), several(lengths), *flat, blank_id=blank_id)
+    exact = exact.reshape(B, nbest) + jnp.take_along_axis(added, slot, axis=1)
+    score, order = lax.top_k(jnp.where(score < NEVER / 2, NEVER, exact), nbest)
+    return Beam(
+        jnp.take_along_axis(found, order[..., None], axis=1),
+        jnp.take_along_axis(count, order, axis=1),
+        score,
+    )
 
 
 def _frames(logits: jax.Array, lengths: jax.Array, C: int, skip: float, blank_id: int) -> _Frames:
@@ -133,12 +146,9 @@ def _frames(logits: jax.Array, lengths: jax.Array, C: int, skip: float, blank_id
         at = jnp.take_along_axis(before, order, axis=1)
     else:
         at = before
-    # What was skipped between two kept frames; at the end, and beyond it, what is left.
-    packed = jnp.arange(T)[None] < count[:, None]
-    at = jnp.where(packed, at, before[:, -1:])
-    at = jnp.concatenate([jnp.zeros_like(at[:, :1]), at, before[:, -1:]], axis=1)
+    quiet = jnp.diff(at, axis=1, prepend=jnp.zeros((len(at), 1)))  # beyond `count` nobody asks
     spoken = log_probs.at[..., blank_id].set(-jnp.inf)
-    return _Frames(log_probs, lax.top_k(spoken, C)[1].astype(jnp.int32), jnp.diff(at), count)
+    return _Frames(log_probs, lax.top_k(spoken, C)[1].astype(jnp.int32), quiet, count)
 
 
 def _pairs(width: int, C: int, everything: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -219,6 +229,7 @@ def _advance(
         ),
         last=jnp.where(new, added, pick(old.last)),
         gain=jnp.where(new, picked(gain), pick(old.gain)) if fusion else old.gain,
+        added=pick(old.added) + jnp.where(new, picked(gain), 0) if fusion else old.added,
         state=jnp.where(new, picked(state), pick(old.state)) if fusion else old.state,
     )
     # A row whose frames are over stays as it is.

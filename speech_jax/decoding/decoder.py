@@ -86,7 +86,11 @@ class Settings:
             "labels": (self.labels >= 1, "at least 1"),
             "skip": (0.5 <= self.skip <= 1, "in [0.5, 1]"),
             "nbest": (1 <= self.nbest <= self.width, f"1 to config.decoder.width={self.width}"),
-            "calibration": (len(self.calibration) == 2, "a scale and an offset"),
+            "calibration": (
+                len(self.calibration) == 2
+                and all(isinstance(number, int | float) for number in self.calibration),
+                "a scale and an offset",
+            ),
         }
         for key, (holds, demand) in demands.items():
             if not holds:
@@ -260,9 +264,9 @@ class Decoder:
         if settings.name != "beam" or not settings.lm:
             return None
         try:
-            return fusion.make(
-                ngram.read(settings.lm), self._spellings, settings.lm_weight, settings.bonus
-            )
+            known = ngram.read(settings.lm)
+            with jax.ensure_compile_time_eval():  # it may be asked for first inside a jit
+                return fusion.make(known, self._spellings, settings.lm_weight, settings.bonus)
         except UserError as error:
             raise DecoderError(f"config.decoder.lm={settings.lm!r}: {error}") from error
 

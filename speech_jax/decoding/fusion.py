@@ -109,11 +109,10 @@ def make(model: NGrams, spellings: Sequence[str], weight: float, bonus: float = 
       LanguageModelError: its units are not labels, so it is of something else.
     """
     labels = np.asarray([model.ids.get(one.replace(" ", SPACE), -1) for one in spellings[1:]])
-    named = [unit for unit in model.ids if unit not in (BEGIN, END, UNKNOWN)]
-    if (labels >= 0).sum() < max(1, 0.9 * len(named)):
+    if (labels >= 0).sum() < max(1, 0.9 * len(model.named)):
         raise LanguageModelError(
-            f"{(labels >= 0).sum()} of the language model's {len(named)} units are labels of the "
-            "model: build one of its labels with `python -m speech_jax.decoding.lm build TEXT "
+            f"{(labels >= 0).sum()} of the language model's {len(model.named)} units are labels of "
+            "the model: build one of its labels with `python -m speech_jax.decoding.lm build TEXT "
             "OUT.arpa --model MODEL`"
         )
     label_of = np.full(len(model.units), -1)

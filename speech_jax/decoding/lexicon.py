@@ -4,7 +4,6 @@ Kahn et al., "Flashlight: enabling innovation in tools for machine learning" (20
 host, an utterance at a time; the extra `lm` brings it.
 """
 
-import functools
 import gzip
 import importlib
 import pathlib
@@ -16,7 +15,7 @@ import numpy as np
 
 from speech_jax import files
 from speech_jax.decoding import ngram
-from speech_jax.decoding.ngram import BEGIN, END, UNKNOWN, LanguageModelError
+from speech_jax.decoding.ngram import UNKNOWN, LanguageModelError
 
 _IMPOSSIBLE = -1e4  # log probability
 
@@ -64,7 +63,7 @@ class Lexicon:
                 "config.decoder.name='lexicon' needs flashlight-text, which is not installed: "
                 "pip install 'speech_jax[lm]'"
             ) from error
-        known = _read_words(words) if words else _units(lm)
+        known = _read_words(words) if words else ngram.read_units(lm)
         self._spellings = tokenizer.spellings
         # A word that is spelled with no space before it ends with one, which is also the label
         # that flashlight takes for silence.
@@ -142,11 +141,6 @@ def _read_words(path: str) -> Sequence[str]:
         return files.expand(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise LanguageModelError(f"{path} cannot be read as a list of words: {error}") from error
-
-
-@functools.lru_cache(maxsize=1)
-def _units(path: str) -> Sequence[str]:
-    return [unit for unit in ngram.read(path).units if unit not in (UNKNOWN, BEGIN, END)]
 
 
 def _spelling(tokenizer: Any, word: str) -> list[int]:

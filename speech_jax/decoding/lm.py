@@ -185,7 +185,9 @@ def _build(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m speech_jax.decoding.lm", description="Language models of n-grams."
+        prog="python -m speech_jax.decoding.lm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command = parser.add_subparsers(required=True, metavar="build").add_parser(
         "build",

@@ -11,7 +11,8 @@ import gzip
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -53,6 +54,11 @@ class NGrams:
         self.units, self.levels = tuple(units), tuple(levels)
         self.ids = {unit: number for number, unit in enumerate(self.units)}
         self._keys = [level.before * len(self.units) + level.unit for level in self.levels]
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The units that are said: all but <s>, </s> and <unk>."""
+        return tuple(unit for unit in self.units if unit not in (UNKNOWN, BEGIN, END))
 
     @property
     def order(self) -> int:
@@ -140,14 +146,23 @@ def read(path: str | os.PathLike) -> NGrams:
     Raises:
       LanguageModelError: there is no such file, or it is damaged or no ARPA file.
     """
+    return _read(path, _parse)
+
+
+def read_units(path: str | os.PathLike) -> tuple[str, ...]:
+    """The units of an ARPA file, but for <s>, </s> and <unk>; errors as of `read`."""
+    return _read(path, lambda text: _parse(text, 1)).named
+
+
+def _read(path: str | os.PathLike, parse: Callable[[str], NGrams]) -> NGrams:
     path = files.expand(path)
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise LanguageModelError(f"{path} cannot be read as a language model: {error}") from error
     try:
-        return _parse(text)
+        return parse(text.replace("\r\n", "\n"))
     except (ValueError, IndexError, KeyError) as error:
         raise LanguageModelError(
             f"{path} is no ARPA file, or damaged ({error}): make one with "
@@ -155,7 +170,8 @@ def read(path: str | os.PathLike) -> NGrams:
         ) from error
 
 
-def _parse(text: str) -> NGrams:
+def _parse(text: str, most: int | None = None) -> NGrams:
+    """The model of a file's text, or its first `most` levels."""
     head, *sections = text.split("-grams:\n")
     if "\\data\\" not in head:
         raise ValueError("it has no \\data\\")
@@ -167,7 +183,7 @@ def _parse(text: str) -> NGrams:
     units: list[str] = []
     ids: dict[str, int] = {}
     levels: list[Level] = []
-    for n, (count, section) in enumerate(zip(stated, sections, strict=True), 1):
+    for n, (count, section) in enumerate(zip(stated[:most], sections[:most], strict=True), 1):
         rows = [line.split() for line in section.split("\n\\")[0].split("\n") if line.strip()]
         if len(rows) != count:
             raise ValueError(f"it announces {count} {n}-grams and has {len(rows)}")

@@ -49,6 +49,12 @@ DTYPES = {
     name: np.dtype(getattr(np, name, None) or getattr(jax.numpy, name))
     for name in ("float32", "bfloat16", "int8", "int32")
 }
+_FIELDS = {
+    **dict.fromkeys(("sample_rate", "shortest"), int),
+    **dict.fromkeys(("frame_seconds", "longest_seconds"), (int, float)),
+    **dict.fromkeys(("decoder", "parts", "files", "model", "made_with"), dict),
+    "labels": list,
+}
 _MOST_CARD_BYTES = 64 << 20
 _LONGEST_SECONDS = 120.0  # of a recording that is heard in one piece, here
 
@@ -169,12 +175,16 @@ def digest(card: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_card(text: bytes | str, path: str) -> dict[str, Any]:
-    """A card of the file `path`; SjxError where it has changed, or is of a newer version."""
+def read_card(text: bytes | str, path: object, sealed: bool = True) -> dict[str, Any]:
+    """A card of the file `path`.
+
+    Raises SjxError where it is damaged, of a newer version, or differs from the SHA-256 that it
+    has, if it is `sealed` by one of its own.
+    """
     try:
         card = json.loads(text)
         version = card["version"]
-        sealed = card["sha256"] == digest(card)
+        intact = not sealed or card["sha256"] == digest(card)
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise SjxError(f"{path} has a damaged card ({_short(error)}): export it again") from error
     if type(version) is not int or not 1 <= version <= VERSION:
@@ -182,8 +192,11 @@ def read_card(text: bytes | str, path: str) -> dict[str, Any]:
             f"{path} is of version {_short(version)}, and this reader knows versions up to "
             f"{VERSION}: take a newer sjx.py"
         )
-    if not sealed:
+    if not intact:
         raise SjxError(f"{path} is damaged: its card has changed since it was written")
+    for key, kinds in _FIELDS.items():
+        if not isinstance(card.get(key), kinds):
+            raise SjxError(f"{path} cannot be used: its card has no {key}")
     return card
 
 

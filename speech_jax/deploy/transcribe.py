@@ -107,10 +107,10 @@ def load(
     chunk_seconds: float | None = None,
     decoder: Mapping[str, Any] | None = None,
 ) -> "Model":
-    """Opens a trained model for use: a workdir, a saved model or a folder of Hugging Face.
+    """Opens a trained model for use.
 
     Args:
-      path: where it is.
+      path: a workdir, a saved model, a folder of Hugging Face or an exported file (.sjx, .onnx).
       chunk_seconds, decoder: as of Model.
 
     Raises:
@@ -253,8 +253,6 @@ class Model:
                 raise audio.AudioError(f"{recording.name}: holds no samples")
         except UserError as error:
             recording.error = error
-            lost = set(map(id, recording.pieces))
-            pool[:] = [piece for piece in pool if id(piece) not in lost]
         recording.is_read = True
 
     def _ready(
@@ -336,8 +334,7 @@ class _Recording:
 
     @property
     def is_ready(self) -> bool:
-        heard = self.error or all(piece.samples is None for piece in self.pieces)
-        return self.is_read and bool(heard)
+        return self.is_read and all(piece.samples is None for piece in self.pieces)
 
     def counted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         for block in blocks:

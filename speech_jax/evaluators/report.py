@@ -157,7 +157,8 @@ def _title(name: str) -> str:
 
 def _summary(splits: Sequence[_Split]) -> Html:
     """The figures of results.json with their intervals, a row for each split."""
-    names = list(dict.fromkeys(name for split in splits for name in split.results))
+    values = [item for split in splits for item in split.results.items()]
+    names = dict.fromkeys(name for name, value in values if not isinstance(value, (dict, list)))
     heads, rows = ["split"], [[split.name] for split in splits]
     for name in names:
         share = any(name in split.tallies for split in splits)
@@ -335,7 +336,8 @@ def _worst(split: _Split, media: Media) -> Html:
     share = errors[chosen].sum() / errors.sum()
     intro = f"These {len(chosen)} utterances make {100 * share:.0f}% of all errors."
     cards = (_utterance(split, place, media) for place in chosen)
-    return page.join([element("p", intro, class_="note"), _LEGEND, *cards])
+    legend = _LEGEND if any("hypothesis" in split.lines[place] for place in chosen) else ""
+    return page.join([element("p", intro, class_="note"), legend, *cards])
 
 
 _LEGEND = element(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from speech_jax.errors import UserError
 from speech_jax.models import layers
-from speech_jax.ops import masking, partition
+from speech_jax.ops import convolution, masking, partition
 from speech_jax.rules import Rules
 
 
@@ -194,6 +194,7 @@ class Subsampling(nn.Module):
                 strides=(2, 2),
                 padding=((1, 1), (1, 1)),
                 dtype=self.dtype,
+                conv_general_dilated=convolution.over_plane,
                 name=f"convolution_{index}",
             )(x)
             x = partition.split_rows(nn.relu(x))

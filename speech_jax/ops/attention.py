@@ -15,6 +15,9 @@ import numpy as np
 
 from speech_jax.ops import partition
 
+# Frames that cuDNN's attention is given a whole number of: it refuses odd ones.
+_FRAMES = 8
+
 
 def attend(
     query: jax.Array,
@@ -60,10 +63,15 @@ def _has_kernel(query: jax.Array) -> bool:
 
 
 def _fused(query, key, value, mask, divisor, implementation="cudnn"):
-    queries = jnp.full(len(query), query.shape[1], jnp.int32)
+    frames = query.shape[1]
+    queries = jnp.full(len(query), frames, jnp.int32)
     # A row without a valid key attends to its first one: what comes of it is masked later.
     keys = jnp.maximum(mask.sum(axis=1, dtype=jnp.int32), 1)
-    return jax.nn.dot_product_attention(
+    query, key, value = (
+        jnp.pad(x, ((0, 0), (0, -x.shape[1] % _FRAMES), (0, 0), (0, 0)))
+        for x in (query, key, value)
+    )
+    context = jax.nn.dot_product_attention(
         query,
         key,
         value,
@@ -72,3 +80,4 @@ def _fused(query, key, value, mask, divisor, implementation="cudnn"):
         key_value_seq_lengths=keys,
         implementation=implementation,
     )
+    return context[:, :frames]

@@ -129,6 +129,56 @@ def normalize_over_time(
     return weight[None] * factor[:, None], bias
 
 
+# ---- Over time and frequency -------------------------------------------------------------------
+
+
+def over_plane(
+    x: jax.Array,
+    weight: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **settings,
+) -> jax.Array:
+    """[B, F, M, C] convolved with weight [K, L, C, D]: [B, F', M', D].
+
+    It takes the place of lax.conv_general_dilated in nn.Conv; `settings` are those that nn.Conv
+    gives it for a convolution without dilation and groups.
+    """
+    if partition.platform() != "gpu":
+        return lax.conv_general_dilated(x, weight, strides, padding, **settings)
+    # cuDNN has no tensor cores for some strided shapes in bfloat16: 680 of the 800 ms of a step.
+    height, length, channels, width = weight.shape
+    seen = plane_windows(x, (height, length), strides, padding)
+    weight = weight.reshape(height * length * channels, width)
+    weight = jnp.pad(weight, ((0, seen.shape[-1] - len(weight)), (0, 0)))
+    return jnp.matmul(seen, weight)
+
+
+def plane_windows(
+    x: jax.Array, kernel: Sequence[int], strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """[B, F, M, C] to the windows of a convolution [B, F', M', K L C].
+
+    They end in zeros, up to a multiple of 16: matrix products are slow on other widths.
+    """
+    channels = x.shape[-1]
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    counts = [
+        output_length(size, k, stride)
+        for size, k, stride in zip(x.shape[1:3], kernel, strides, strict=True)
+    ]
+    ends = [(count - 1) * stride + 1 for count, stride in zip(counts, strides, strict=True)]
+    taps = [
+        lax.slice(x, (0, i, j, 0), (len(x), i + ends[0], j + ends[1], channels), (1, *strides, 1))
+        for i in range(kernel[0])
+        for j in range(kernel[1])
+    ]
+    missing = -len(taps) * channels % 16
+    if missing:
+        taps.append(jnp.zeros((len(x), *counts, missing), x.dtype))
+    return jnp.concatenate(taps, axis=-1)
+
+
 # ---- Depthwise ---------------------------------------------------------------------------------
 
 

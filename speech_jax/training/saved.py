@@ -24,6 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from speech_jax.errors import UserError
+from speech_jax.files import parse_json
 
 _DIGESTS = "digests.json"
 _RECORD = "record/metadata"
@@ -129,7 +130,7 @@ def _digest(file: epath.Path) -> str:
 
 def _saved_digests(path: epath.Path) -> dict[str, str]:
     try:
-        saved = json.loads((path / _DIGESTS).read_bytes())
+        saved = parse_json((path / _DIGESTS).read_bytes())
         if _RECORD not in saved or not all(isinstance(digest, str) for digest in saved.values()):
             raise ValueError("they are not those of a checkpoint")
     except Exception as error:  # damaged bytes make JSON of any type, or none
@@ -155,7 +156,7 @@ def read_record(path: epath.Path) -> dict:
         data = (path / _RECORD).read_bytes()
         if hashlib.sha256(data).hexdigest() != saved:
             raise ValueError("it has changed since it was saved")
-        return json.loads(data)
+        return parse_json(data)
     except (OSError, ValueError) as error:  # or just deleted by the run that wrote it
         raise Damaged(f"its record cannot be read ({brief(error)})") from error
 

@@ -135,7 +135,7 @@ def _indexed(id_: str, duration: float, text: str, *rest: Any) -> base.Utterance
 
 def _utterance(record: dict[str, Any]) -> base.Utterance:
     if "tags" in record:
-        tags = json.loads(record["tags"])
+        tags = files.parse_json(record["tags"])
     else:
         tags = _old_tags(record["speaker"].decode(), record["label"].decode())
     seconds = int(record["samples"]) / int(record["rate"])
