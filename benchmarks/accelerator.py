@@ -48,7 +48,7 @@ TOGETHER = 5  # steps that are compiled at the same time
 STEPS = (
     "conformer-l+mixed+fused+products",
     "conformer-l+mixed+fused",
-    "wav2vec2-base+fused",
+    "wav2vec2-base+windows+fused",
     "conformer-l+lax+fused",
     "conformer-l+banded+fused@1280",
     "conformer-l",

@@ -194,7 +194,7 @@ def _transcribe(
     model = load(chosen.model, chunk_seconds=chosen.chunk, decoder=_decoder(chosen))
     if not folder:
         _print(format.header)
-    with _progress(len(inputs)) as progress:
+    with _progress(len(inputs)) as (progress, write):
         found = model.transcribe_all((_opened(one.file) for one in inputs), progress)
         for one, transcription in zip(inputs, found, strict=True):
             name = "standard input" if one.file == "-" else one.file
@@ -212,9 +212,9 @@ def _transcribe(
                 except UserError as error:
                     _fail(failures, str(error))
             elif chosen.format == "text" and len(inputs) > 1:
-                _print("".join(f"{name}: {line}\n" for line in rendered.splitlines()))
+                write("".join(f"{name}: {line}\n" for line in rendered.splitlines()))
             else:
-                _print(rendered)
+                write(rendered)
 
 
 def _opened(file: str) -> str | io.BytesIO:
@@ -227,10 +227,15 @@ def _opened(file: str) -> str | io.BytesIO:
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[float, float], None]]:
-    """A bar on standard error, if that is a terminal; gives what tells it how far things are."""
+def _progress(
+    total: int,
+) -> Iterator[tuple[Callable[[float, float], None], Callable[[str], None]]]:
+    """A bar on standard error, if that is a terminal.
+
+    Gives what tells it how far things are, and what writes to standard output beside it.
+    """
     if not sys.stderr.isatty():
-        yield lambda files, seconds: None
+        yield lambda files, seconds: None, _print
         return
     import rich.console
     import rich.progress
@@ -244,14 +249,16 @@ def _progress(total: int) -> Iterator[Callable[[float, float], None]]:
         rich.progress.TimeRemainingColumn(),
     )
     console = rich.console.Console(stderr=True)
-    bar = rich.progress.Progress(
-        *columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()
-    )
+    bar = rich.progress.Progress(*columns, console=console, transient=True, redirect_stdout=False)
+    write = _print
+    if sys.stdout.isatty():  # above the bar, and long lines as they are
+        write = lambda text: console.out(text, end="", highlight=False)
     with bar:
         task = bar.add_task("", total=total, done=0, minutes="")
-        yield lambda files, seconds: bar.update(
+        tell = lambda files, seconds: bar.update(
             task, completed=files, done=int(files), minutes=f"{seconds / 60:.1f} minutes of audio"
         )
+        yield tell, write
 
 
 def _print(text: str) -> None:

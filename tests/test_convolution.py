@@ -119,3 +119,16 @@ def test_a_frame_sees_its_receptive_field():
         for kernel, stride in zip(kernels, strides, strict=True):
             samples = convolution.output_length(samples, kernel, stride)
         assert samples == frames
+
+
+@pytest.mark.parametrize(("frames", "bands", "channels"), [(11, 8, 1), (12, 7, 3)])
+def test_a_plane_is_convolved_alike_in_both_forms(monkeypatch, frames, bands, channels):
+    def function(x, weight):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        padding = ((1, 1), (1, 1))
+        return convolution.over_plane(x, weight, (2, 2), padding, dimension_numbers=numbers)
+
+    arrays = normal(2, frames, bands, channels), normal(3, 3, channels, 5)
+    on_cpu, on_gpu = both_forms(monkeypatch, function, *arrays)
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import IO
 
-
 PATIENCE = 25.0  # seconds that a measurement waits for the compilations of others
 
 

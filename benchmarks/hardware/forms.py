@@ -121,6 +121,16 @@ def _mixed_backward(residuals: tuple, gradient: jax.Array) -> tuple:
 _mixed.defvjp(_mixed_forward, _mixed_backward)
 
 
+# ---- Other convolutions --------------------------------------------------------------------------
+
+
+def strided(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
+    """ops.convolution.strided as a product of windows."""
+    kernel, channels, width = weight.shape
+    seen = convolution.windows(x, kernel, stride)
+    return jnp.matmul(seen, weight.reshape(kernel * channels, width))
+
+
 # ---- Layers --------------------------------------------------------------------------------------
 
 
@@ -143,6 +153,7 @@ def _set(module, name: str, value: object) -> Callable[[], None]:
 FORMS: dict[str, Callable[[], None]] = {
     "shifted": _set(convolution, "depthwise", shifted),
     "banded": _set(convolution, "depthwise", banded),
+    "windows": _set(convolution, "strided", strided),
     "lax": _set(convolution, "over_plane", jax.lax.conv_general_dilated),
     "mixed": _set(convolution, "depthwise", mixed),
     "products": _keep_products,

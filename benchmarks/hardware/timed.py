@@ -1,9 +1,9 @@
-"""Training on real speech that ends with the clock: the step, the loader and the evaluation of
-speech_jax.main, in a loop of its own.
+"""Training on real speech that ends with the clock.
 
-Nobody knows how many updates fit. So the schedule of the learning rate is one of COUNTS counts, and
-before each update its count is set to the part of the time that is gone. Everything is compiled
-while the steps are measured, and waits for the file `go` (accelerator.py) or for --only seconds.
+The step, the loader and the evaluation are those of speech_jax.main, in a loop of its own. Nobody
+knows how many updates fit. So the schedule of the learning rate is one of COUNTS counts, and before
+each update its count is set to the part of the time that is gone. Everything is compiled while the
+steps are measured, and waits for the file `go` (accelerator.py) or for --only seconds.
 """
 
 import argparse

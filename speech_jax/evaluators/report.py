@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -319,15 +319,6 @@ def _ranked(split: _Split) -> list[int]:
     return np.lexsort((-errors / np.maximum(sizes, 1), -errors)).tolist()
 
 
-def _aligned(line: Mapping[str, Any]) -> list[words.Pair]:
-    """The words of a line; its characters where words are not set apart by spaces."""
-    texts = str(line["reference"]), str(line["hypothesis"])
-    lists = [text.split() for text in texts]
-    if max(map(len, texts)) > 20 * max(map(len, lists)):
-        lists = [list("".join(of)) for of in lists]
-    return words.align(*lists)
-
-
 def _worst(split: _Split, media: Media) -> Html:
     errors, _ = split.tallies[split.main]
     chosen = [place for place in _ranked(split)[:_WORST] if errors[place] > 0]
@@ -336,21 +327,8 @@ def _worst(split: _Split, media: Media) -> Html:
     share = errors[chosen].sum() / errors.sum()
     intro = f"These {len(chosen)} utterances make {100 * share:.0f}% of all errors."
     cards = (_utterance(split, place, media) for place in chosen)
-    legend = _LEGEND if any("hypothesis" in split.lines[place] for place in chosen) else ""
+    legend = words.LEGEND if any("hypothesis" in split.lines[place] for place in chosen) else ""
     return page.join([element("p", intro, class_="note"), legend, *cards])
-
-
-_LEGEND = element(
-    "p",
-    "The reference stands above, the hypothesis below: ",
-    element("span", "×", class_="sign"),
-    " another word was heard, ",
-    element("span", "−", class_="sign"),
-    " a word was missed, ",
-    element("span", "+", class_="sign"),
-    " a word was heard that was not said.",
-    class_="note",
-)
 
 
 def _utterance(split: _Split, place: int, media: Media) -> Html:
@@ -367,35 +345,9 @@ def _utterance(split: _Split, place: int, media: Media) -> Html:
         "article",
         element("h4", utterance.id, dir="auto"),
         element("p", facts, class_="note", dir="auto"),
-        _alignment(_aligned(line)) if compared else page.definitions(_details(line)),
+        words.drawn(words.of_line(line)) if compared else page.definitions(_details(line)),
         media.of(split.corpus, split.index[place], line),
     )
-
-
-def _alignment(pairs: Iterable[words.Pair]) -> Html:
-    """Words above each other, with a sign between those that differ, from where the text begins.
-
-    There is no `bdi` in it: the direction of an element with dir=auto does not depend on those.
-    """
-    cells = []
-    for reference, hypothesis in pairs:
-        kind, sign = "same", ""
-        if reference is None:
-            kind, sign = "inserted", "+"
-        elif hypothesis is None:
-            kind, sign = "deleted", "−"
-        elif reference != hypothesis:
-            kind, sign = "substituted", "×"
-        cells.append(
-            element(
-                "span",
-                element("span", reference or " "),
-                element("i", sign, title=kind if sign else None),
-                element("span", hypothesis or " "),
-                class_=f"pair {kind}",
-            )
-        )
-    return element("div", *cells, class_="aligned", dir="auto")
 
 
 def _details(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -445,7 +397,7 @@ def _row(split: _Split, number: int, place: int) -> list[Any]:
     elif line["reference"] == line["hypothesis"]:
         text = [line["reference"]]
     else:
-        for reference, hypothesis in _aligned(line):
+        for reference, hypothesis in words.of_line(line):
             if reference != hypothesis:
                 text.append([reference or "", hypothesis or ""])
             elif text and isinstance(text[-1], str):

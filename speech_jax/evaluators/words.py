@@ -8,7 +8,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from speech_jax.evaluators import page
-from speech_jax.evaluators.page import Html, Section
+from speech_jax.evaluators.page import Html, Section, element
 
 # A word and what was said for it; None where there is none.
 Pair = tuple[str | None, str | None]
@@ -28,6 +28,54 @@ def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[Pair]:
         pairs += ((word, None) for word in reference[i + both : i_end])
         pairs += ((None, word) for word in hypothesis[j + both : j_end])
     return pairs
+
+
+def of_line(line: Mapping[str, Any]) -> list[Pair]:
+    """The words of a line; its characters where words are not set apart by spaces."""
+    texts = str(line["reference"]), str(line["hypothesis"])
+    lists = [text.split() for text in texts]
+    if max(map(len, texts)) > 20 * max(map(len, lists)):
+        lists = [list("".join(of)) for of in lists]
+    return align(*lists)
+
+
+def drawn(pairs: Iterable[Pair]) -> Html:
+    """Words above each other, with a sign between those that differ, from where the text begins.
+
+    There is no `bdi` in it: the direction of an element with dir=auto does not depend on those.
+    """
+    cells = []
+    for reference, hypothesis in pairs:
+        kind, sign = "same", ""
+        if reference is None:
+            kind, sign = "inserted", "+"
+        elif hypothesis is None:
+            kind, sign = "deleted", "−"
+        elif reference != hypothesis:
+            kind, sign = "substituted", "×"
+        cells.append(
+            element(
+                "span",
+                element("span", reference or " "),
+                element("i", sign, title=kind if sign else None),
+                element("span", hypothesis or " "),
+                class_=f"pair {kind}",
+            )
+        )
+    return element("div", *cells, class_="aligned", dir="auto")
+
+
+LEGEND = element(
+    "p",
+    "The reference stands above, the hypothesis below: ",
+    element("span", "×", class_="sign"),
+    " another word was heard, ",
+    element("span", "−", class_="sign"),
+    " a word was missed, ",
+    element("span", "+", class_="sign"),
+    " a word was heard that was not said.",
+    class_="note",
+)
 
 
 def sections(lines: Sequence[Mapping[str, Any]]) -> list[Section]:

@@ -8,6 +8,10 @@ the blank's occupancy is what the labels leave of 1.
 Columns: label j of a row is column j, the blank before it is column j, and the last blank is column
 N. Emissions hold the blank's logit in column N. The numbers are those of ops/wide.py; exponents are
 not reduced by the softmax denominators, which the caller subtracts as integers.
+
+On an H200 the GPU's kernel was as near to float64 as XLA's (values to 8e-8, gradients to 2e-6, five
+shapes), but two calls gave the same bits for the smallest shape alone, nobody knows yet why: it is
+no default (ops/ctc.py).
 """
 
 from functools import partial
