@@ -14,13 +14,15 @@ import pytest
 pytest.importorskip("gcsfs", reason="the gcs extra is not installed")
 pytest.importorskip("gcp_storage_emulator", reason="the storage emulator is not installed")
 
+import runs
 import test_report
 from speech_jax import config as settings
-from speech_jax import files
+from speech_jax import experiment, files
 from speech_jax import workdir as workdirs
 from speech_jax.data import audio, sources
 from speech_jax.data.batch import Bucket
 from speech_jax.errors import UserError
+from speech_jax.evaluators import robustness
 from speech_jax.training.checkpoint import Checkpoints, load_best
 from speech_jax.workdir import Workdir, WorkdirError
 
@@ -100,6 +102,25 @@ def test_a_run_in_a_bucket(bucket):
         "checkpoints", "config.json", "metrics.jsonl", "plan.json", "predictions", "results.json",
         "tensorboard",
     }  # fmt: skip
+
+
+def test_what_is_learned_of_the_data_and_curves_are_in_the_bucket(
+    bucket, tones, tmp_path, monkeypatch
+):
+    """And nowhere else. (Checkpoints of many arrays at once are more than the emulator holds.)"""
+    monkeypatch.chdir(tmp_path)
+    config, folder = runs.tiny_config(tones), files.expand(f"{bucket}/runs/tiny")
+    made = experiment.make_parts(config, folder, experiment.open_training(config))
+    for found in (made, experiment.restore_parts(config, folder)):
+        assert found["labels"].tokenizer.alphabet == " ABC"
+        np.testing.assert_array_equal(
+            found["audio"].statistics["mean"], made["audio"].statistics["mean"]
+        )
+    point = {"wer": 0.5, "epsilon": 0.1, "snr_db": 5.0}
+    curves = {"clean": point, "fgsm": [point], "pgd10": [point], "noise": [point]}
+    robustness.plot({"x": {"dev": curves}}, folder / "robustness.png")
+    assert (folder / "robustness.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_prepared_data_is_read_from_a_bucket(bucket, tones, tmp_path):

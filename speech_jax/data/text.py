@@ -8,7 +8,6 @@ import base64
 import dataclasses
 import io
 import os
-import pathlib
 import re
 import unicodedata
 from collections import Counter
@@ -315,7 +314,7 @@ def _train_sentencepiece(texts: Sequence[str], vocabulary_size: int, algorithm: 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Reads what `Tokenizer.save` wrote. Raises TextError for a file that is absent or damaged."""
     try:
-        fields = files.read_sealed(pathlib.Path(path))
+        fields = files.read_sealed(files.expand(path))
         kind = fields.pop("kind")
         if not all(isinstance(value, str) for value in fields.values()):
             raise TypeError("its values must be strings")
@@ -339,4 +338,4 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def _save(path: str | os.PathLike, kind: str, **fields: str) -> None:
-    files.write_sealed(pathlib.Path(path), {"kind": kind} | fields)
+    files.write_sealed(files.expand(path), {"kind": kind} | fields)

@@ -9,6 +9,7 @@ and the transcript), and against the signal-to-noise ratio of additive noise.
 
 import collections
 import contextlib
+import io
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -205,7 +206,9 @@ def plot(runs: Mapping[str, dict], path: pathlib.Path) -> None:
         noisy.invert_xaxis()
         attacked.legend()
         noisy.legend()
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=120)
+    path.write_bytes(drawn.getvalue())  # which may be in a bucket
 
 
 def _draw(attacked, noisy, curves, name, color):
