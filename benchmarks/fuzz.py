@@ -185,7 +185,9 @@ def _try_audio(good: list, folder: pathlib.Path, rng: random.Random) -> None:
     with _heard() as warnings:
         samples = audio.decode(str(path), RATE)
         stated = audio.duration(str(path))
-    lost = (length - len(samples)) / RATE
+    # No checksum covers the rate that a header states: another one is another file.
+    rate = soundfile.info(io.BytesIO(content)).samplerate if container == "FLAC" else RATE
+    lost = (length - len(samples) * rate / RATE) / RATE
     # Those have checksums; in the others a header with another length is another file.
     if container in ("FLAC", "OGG") and lost > SLACK and not warnings:
         raise Wrong(f"{container}: {lost:.2f} s lost in silence")
@@ -490,7 +492,9 @@ def _try_workdir(good: pathlib.Path, folder: pathlib.Path, rng: random.Random) -
     Writer(workdir.metrics, workdir.tensorboard, 2).close()
     parts = experiment.restore_parts(recorded, here)
     experiment.make_task(recorded, parts)
-    if "labels" in parts and parts["labels"].tokenizer != tokenizer:
+    # One without a digest is as one of before digests: what has changed cannot be told.
+    sealed = b"sha256" in (here / "tokenizer.json").read_bytes()
+    if sealed and "labels" in parts and parts["labels"].tokenizer != tokenizer:
         raise Wrong("another tokenizer, in silence")
 
 

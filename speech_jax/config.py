@@ -301,6 +301,7 @@ def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
         _merge(config, recorded, "", where)
         _check_ranges(config)
         Settings.of(config.decoder)
+        models.make_encoder(**config.model).output_lengths(1 << 20)  # its geometry
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{where} holds no configuration of ours ({error}): bring it back"
@@ -358,7 +359,7 @@ def check(config: ConfigDict) -> None:
     _check_keys(config, _reference(config), "")
     for key, known in CHOICES.items():
         value = _get(config, key)
-        if value is not None and value not in known:
+        if value is not None and (not isinstance(value, str) or value not in known):
             near = difflib.get_close_matches(str(value), list(known), n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise UserError(
@@ -462,10 +463,10 @@ def _check_ranges(config: ConfigDict) -> None:
         )
     rate = config.data.sample_rate
     for key in ("window_ms", "hop_ms"):
-        if not round(config.features[key] * rate / 1000):
+        if not 500 <= config.features[key] * rate < 1e9:
             raise UserError(
-                f"config.features.{key}={config.features[key]:g} is less than a sample of "
-                f"config.data.sample_rate={rate}: 25 and 10 are usual"
+                f"config.features.{key}={config.features[key]:g} must be from a sample of "
+                f"config.data.sample_rate={rate} to a quarter of an hour: 25 and 10 are usual"
             )
 
 

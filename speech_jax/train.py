@@ -138,8 +138,8 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
         unreadable=lambda: len(corpus.skipped),
     )
     report.from_dict(data.get("totals", {}))
-    report.say(_opening(corpus, parts, setup, first))
-    for line in (*_table(setup), *started_from, note, *_lost(parts, source)):
+    opening = _opening(corpus, parts, setup, first)
+    for line in (*_table(setup), *started_from, opening, note, *_lost(parts, source)):
         if line:
             report.say(line)
 

@@ -24,10 +24,11 @@ def words(tmp_path) -> str:
 
 
 def spoken(tokenizer, text: str) -> np.ndarray:
-    """Logits [1, T, K] in which every label is said for two frames, between blanks."""
-    path = [0]
+    """Logits [1, T, K] in which every label is said for two frames, between blanks and pauses."""
+    path = [0] * 25
     for label in tokenizer.encode(text):
         path += [label, label, 0]
+    path += [0] * 25
     noise = np.random.default_rng(0).standard_normal((len(path), tokenizer.vocabulary_size))
     return (noise + 5 * np.eye(tokenizer.vocabulary_size)[path]).astype(np.float32)[None]
 
@@ -36,6 +37,8 @@ def spoken(tokenizer, text: str) -> np.ndarray:
 def test_only_words_of_the_lexicon_are_heard(kind, words):
     pytest.importorskip("flashlight.lib.text.decoder")
     tokenizer = make_tokenizer(kind, [*TEXTS, "CUTS HAM"], vocabulary_size=14)
+    begins = tokenizer.spellings[tokenizer.encode("CAT")[0]]
+    assert begins.startswith(" ") == (kind == "sentencepiece")
     settings = {"name": "lexicon", "lm": words, "lm_weight": 1.0, "nbest": 3}
     decoder = Decoder(settings, Transcript(tokenizer), 0.04)
     for text in TEXTS:

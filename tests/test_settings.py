@@ -177,7 +177,7 @@ def test_flags_set_keys_that_a_recipe_has_not(monkeypatch, given, value):
         ("trian.steps=3", r"--config\.trian\.steps=3: there is no key 'trian'"),
         ("train.stepss=3", r"--config\.train\.stepss=3: there is no key 'stepss' \(did you"),
         ("features.high_hz=9000", r"config\.features\.high_hz=9000\.0 must be .* at most 8000"),
-        ("features.hop_ms=0.01", r"config\.features\.hop_ms=0\.01 is less than a sample of config"),
+        ("features.hop_ms=0.01", r"config\.features\.hop_ms=0\.01 must be from a sample of config"),
         ("data.source=manifst", "did you mean 'manifest'?"),
     ],
 )

@@ -172,6 +172,7 @@ DAMAGE = [b"", b"{", b"\xff\xfe", b"null", b"[1]", b"[" * 100_000, b'{"a": ' + b
         b'{"decoder": {"name": "/etc/passwd"}}',
         b'{"data": {"sample_rate": 7}}',
         b'{"model": {"name": "wav2vec2", "conv_kernels": [3]}}',
+        b'{"model": {"name": "conformer", "subsampling": 40}}',
     ],
 )
 def test_a_damaged_record_of_a_trained_run_is_one_sentence(recorded, damage):

@@ -64,18 +64,12 @@ class Lexicon:
                 "pip install 'speech_jax[lm]'"
             ) from error
         known = _read_words(words) if words else ngram.read_units(lm)
-        self._spellings = tokenizer.spellings
-        # A word that is spelled with no space before it ends with one, which is also the label
-        # that flashlight takes for silence.
-        ends = " " in self._spellings
-        space = self._spellings.index(" ") if ends else 0
         self._entries = dictionary.Dictionary()
         spelled = []
         for word in known:
-            labels_of = _spelling(tokenizer, word)
-            if labels_of:
+            if labels_of := _spelling(tokenizer, word):
                 self._entries.add_entry(word)
-                spelled.append((word, [*labels_of, space] if ends else labels_of))
+                spelled.append((word, labels_of))
         if not spelled:
             raise LanguageModelError(
                 f"{words or lm} holds no word that the model can spell: write the words as the "
@@ -83,16 +77,22 @@ class Lexicon:
                 "--model MODEL)"
             )
         self._entries.add_entry(UNKNOWN)
+        # A word that is spelled with no space before it ends with one, which is what flashlight
+        # calls silence. Where words begin with theirs, silence is a label that never comes.
+        spellings = tokenizer.spellings
+        self._ends = " " in spellings and spellings[spelled[0][1][0]][0] != " "
+        space = spellings.index(" ") if self._ends else len(spellings)
         model = self._model(lm) if lm else text.ZeroLM()
-        trie = text.Trie(len(self._spellings), space)
+        trie = text.Trie(len(spellings) + 1, space)
         start = model.start(False)
         for word, labels_of in spelled:
             index = self._entries.get_index(word)
+            labels_of = [*labels_of, space] if self._ends else labels_of
             trie.insert(labels_of, index, model.score(start, index)[1])
         trie.smear(text.SmearingMode.MAX)
         options = text.LexiconDecoderOptions(
             beam_size=width,
-            beam_size_token=min(labels, len(self._spellings)),
+            beam_size_token=min(labels, len(spellings) + 1),
             beam_threshold=50.0,
             lm_weight=lm_weight * np.log(10),  # KenLM counts in log10
             word_score=bonus,
@@ -103,13 +103,15 @@ class Lexicon:
         )
         unknown = self._entries.get_index(UNKNOWN)
         self._decoder = text.LexiconDecoder(options, trie, model, space, 0, unknown, [], False)
-        self._space, self._ends, self._nbest = space, ends, nbest
+        self._space, self._nbest = space, nbest
 
     def __call__(self, log_probs: np.ndarray) -> list[Found]:
         """The n best hypotheses, the best first."""
-        frames = len(log_probs)
+        frames, size = log_probs.shape
+        never = np.full((frames, 1), _IMPOSSIBLE, np.float32)
+        log_probs = np.concatenate([log_probs, never], axis=1)
         if self._ends:  # the last word ends where the utterance does: in a space that is free
-            last = np.full((1, log_probs.shape[1]), _IMPOSSIBLE, np.float32)
+            last = np.full((1, size + 1), _IMPOSSIBLE, np.float32)
             last[0, self._space] = 0
             log_probs = np.concatenate([log_probs, last])
         log_probs = np.ascontiguousarray(log_probs, np.float32)

@@ -49,7 +49,7 @@ def strided(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
     def convolution(x, weight):
         return lax.conv_general_dilated(x, weight, (stride,), "VALID", dimension_numbers=_TIME)
 
-    return partition.by_platform(product, convolution)(x, weight)
+    return partition.by_platform(convolution, cpu=product)(x, weight)
 
 
 def strided_and_normalized(
@@ -144,14 +144,19 @@ def over_plane(
     It takes the place of lax.conv_general_dilated in nn.Conv; `settings` are those that nn.Conv
     gives it for a convolution without dilation and groups.
     """
-    if partition.platform() != "gpu":
+
+    def convolution(x, weight):
         return lax.conv_general_dilated(x, weight, strides, padding, **settings)
+
     # cuDNN has no tensor cores for some strided shapes in bfloat16: 680 of the 800 ms of a step.
-    height, length, channels, width = weight.shape
-    seen = plane_windows(x, (height, length), strides, padding)
-    weight = weight.reshape(height * length * channels, width)
-    weight = jnp.pad(weight, ((0, seen.shape[-1] - len(weight)), (0, 0)))
-    return jnp.matmul(seen, weight)
+    def product(x, weight):
+        height, length, channels, width = weight.shape
+        seen = plane_windows(x, (height, length), strides, padding)
+        weight = weight.reshape(height * length * channels, width)
+        weight = jnp.pad(weight, ((0, seen.shape[-1] - len(weight)), (0, 0)))
+        return jnp.matmul(seen, weight)
+
+    return partition.by_platform(convolution, gpu=product)(x, weight)
 
 
 def plane_windows(
@@ -169,13 +174,15 @@ def plane_windows(
     ]
     ends = [(count - 1) * stride + 1 for count, stride in zip(counts, strides, strict=True)]
     taps = [
-        lax.slice(x, (0, i, j, 0), (len(x), i + ends[0], j + ends[1], channels), (1, *strides, 1))
+        lax.slice(
+            x, (0, i, j, 0), (x.shape[0], i + ends[0], j + ends[1], channels), (1, *strides, 1)
+        )
         for i in range(kernel[0])
         for j in range(kernel[1])
     ]
     missing = -len(taps) * channels % 16
     if missing:
-        taps.append(jnp.zeros((len(x), *counts, missing), x.dtype))
+        taps.append(jnp.zeros((x.shape[0], *counts, missing), x.dtype))
     return jnp.concatenate(taps, axis=-1)
 
 
@@ -208,7 +215,7 @@ def depthwise(
             total = total + shifted * weight[tap][None, None]
         return total
 
-    return partition.by_platform(products, convolution)(x, weight, start)
+    return partition.by_platform(convolution, cpu=products)(x, weight, start)
 
 
 # ---- Dilated -----------------------------------------------------------------------------------
@@ -221,13 +228,22 @@ def dilated(x: jax.Array, weight: jax.Array, dilation: int, past: int) -> jax.Ar
     """
     kernel, channels, width = weight.shape
     sides = (past, (kernel - 1) * dilation - past)
-    if partition.platform() != "cpu":
+
+    def convolution(x, weight):
         return lax.conv_general_dilated(
             x, weight, (1,), [sides], rhs_dilation=(dilation,), dimension_numbers=_TIME
         )
-    padded, frames = jnp.pad(x, ((0, 0), sides, (0, 0))), x.shape[1]
-    taps = [padded[:, tap * dilation : tap * dilation + frames] for tap in range(kernel)]
-    return jnp.matmul(jnp.concatenate(taps, axis=-1), weight.reshape(1, kernel * channels, width))
+
+    def product(x, weight):
+        padded, frames = jnp.pad(x, ((0, 0), sides, (0, 0))), x.shape[1]
+        taps = [
+            lax.slice_in_dim(padded, tap * dilation, tap * dilation + frames, axis=1)
+            for tap in range(kernel)
+        ]
+        weight = weight.reshape(1, kernel * channels, width)
+        return jnp.matmul(jnp.concatenate(taps, axis=-1), weight)
+
+    return partition.by_platform(convolution, cpu=product)(x, weight)
 
 
 # ---- Grouped -----------------------------------------------------------------------------------
@@ -236,8 +252,8 @@ def dilated(x: jax.Array, weight: jax.Array, dilation: int, past: int) -> jax.Ar
 def grouped(x: jax.Array, weight: jax.Array, groups: int) -> jax.Array:
     """[B, T, D] convolved over time with weight [K, D / groups, D], 'same' padding."""
     return partition.by_platform(
-        lambda x, weight: _grouped_on_cpu(x, weight, groups),
         lambda x, weight: _grouped(x, weight, groups),
+        cpu=lambda x, weight: _grouped_on_cpu(x, weight, groups),
     )(x, weight)
 
 

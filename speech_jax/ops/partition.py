@@ -45,17 +45,18 @@ def several_platforms() -> Iterator[None]:
 
 
 def by_platform(
-    cpu: Callable[..., jax.Array], other: Callable[..., jax.Array]
+    other: Callable[..., jax.Array], **special: Callable[..., jax.Array]
 ) -> Callable[..., jax.Array]:
-    """`cpu` in a program for CPUs, `other` in one for anything else.
+    """A function for platforms that are named ('cpu', 'gpu' or 'tpu'), and `other` elsewhere.
 
     A program for several platforms chooses where it runs, not where it was made.
     """
 
     def computed(*arrays):
         if _SEVERAL.get():
-            return jax.lax.platform_dependent(*arrays, cpu=cpu, default=other)
-        return (cpu if platform() == "cpu" else other)(*arrays)
+            forms = {"cuda" if name == "gpu" else name: form for name, form in special.items()}
+            return jax.lax.platform_dependent(*arrays, default=other, **forms)
+        return special.get(platform(), other)(*arrays)
 
     return computed
 
