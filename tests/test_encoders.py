@@ -216,6 +216,24 @@ def test_dropout_is_by_key(case):
     assert (first != other).any()
 
 
+@pytest.mark.parametrize("name", ["conformer", "deepspeech", "wavenet"])
+def test_hidden_frames_do_not_blow_gradients_up(name):
+    """SpecAugment makes frames of zeros; a norm of nothing has a gradient of one over epsilon."""
+    depth = {"num_layers": 20} if name == "conformer" else {"num_layers": 5}
+    settings = SMALL | {"scan": True} if name == "conformer" else {"width": 16}
+    encoder = models.make_encoder(**models.settings(name, "tiny", **settings | depth))
+    inputs = jnp.asarray(np.random.default_rng(0).standard_normal((1, 64, 40)), jnp.float32)
+    inputs, lengths = inputs.at[:, 16:48].set(0.0), jnp.array([64])
+    params = jax.jit(encoder.init, static_argnums=3)(jax.random.key(0), inputs, lengths, True)
+
+    def loss(params):
+        hidden, _ = encoder.apply(params, inputs, lengths, True)
+        return (hidden * jnp.cos(jnp.arange(hidden.size)).reshape(hidden.shape)).sum()
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) < 1e4
+
+
 def test_scan_and_remat_change_nothing():
     plain = Case("conformer", "tiny", {**SMALL, "scan": False, "dropout": 0.0})
     scanned = Case("conformer", "tiny", {**SMALL, "scan": True, "remat": True, "dropout": 0.0})

@@ -200,7 +200,13 @@ class Subsampling(nn.Module):
             x = partition.split_rows(nn.relu(x))
             lengths = (lengths + 1) // 2
         batch, frames = x.shape[:2]
-        return nn.Dense(self.width, dtype=self.dtype, name="project")(x.reshape(batch, frames, -1))
+        # Frames that SpecAugment hides are zero up to here. Without a bias they would stay so, and
+        # the norm of each layer would multiply their gradient by 316, the root of its epsilon: in 16
+        # layers past the largest float.
+        project = nn.Dense(
+            self.width, dtype=self.dtype, bias_init=nn.initializers.normal(0.1), name="project"
+        )
+        return project(x.reshape(batch, frames, -1))
 
 
 def _zero_past(x: jax.Array, lengths: jax.Array) -> jax.Array:

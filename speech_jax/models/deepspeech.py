@@ -172,7 +172,11 @@ class DeepSpeech(nn.Module):
                 x = self._normalize_channels(x, lengths, deterministic, f"norm_{i}")
             x = partition.split_rows(recurrent.clipped_relu(x))
         rows, frames = x.shape[:2]
-        return nn.Dense(self.width, dtype=self.dtype, name="project")(x.reshape(rows, frames, -1))
+        # The bias: see Subsampling in conformer.py.
+        project = nn.Dense(
+            self.width, dtype=self.dtype, bias_init=nn.initializers.normal(0.1), name="project"
+        )
+        return project(x.reshape(rows, frames, -1))
 
     def _normalize_channels(
         self, x: jax.Array, lengths: jax.Array, deterministic: bool, name: str
