@@ -201,8 +201,8 @@ class Subsampling(nn.Module):
             lengths = (lengths + 1) // 2
         batch, frames = x.shape[:2]
         # Frames that SpecAugment hides are zero up to here. Without a bias they would stay so, and
-        # the norm of each layer would multiply their gradient by 316, the root of its epsilon: in 16
-        # layers past the largest float.
+        # the norm of each layer would multiply their gradient by 316, one over the root of its
+        # epsilon: in 16 layers past the largest float.
         project = nn.Dense(
             self.width, dtype=self.dtype, bias_init=nn.initializers.normal(0.1), name="project"
         )
