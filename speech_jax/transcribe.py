@@ -123,9 +123,9 @@ def _wrong(chosen: argparse.Namespace) -> str:
     ):
         if value not in known:
             return f"--{flag}={value} must be one of {', '.join(known)}"
-    if chosen.lm is not None and "://" not in chosen.lm:  # what is in a bucket is found out later
-        if not os.path.isfile(os.path.expanduser(chosen.lm)):
-            return f"--lm={chosen.lm}: there is no such file"
+    lm = chosen.lm
+    if lm is not None and "://" not in lm and not os.path.isfile(os.path.expanduser(lm)):
+        return f"--lm={lm}: there is no such file"
     if chosen.nbest is not None and chosen.format != "json":
         return f"--nbest does nothing with --format={chosen.format}: only json has alternatives"
     if chosen.out == "-":

@@ -173,8 +173,11 @@ def test_what_is_left_of_a_cut_pipe_and_of_a_full_disk(command, folder, finished
     assert "texts/a.txt" in err
     assert pathlib.Path("texts/b.txt").read_text()
     pathlib.Path("blocked").write_text("")
-    status, _, err = command("calls/a.flac", "--out=blocked/texts")
-    assert (status, err.count("error: ")) == (1, 1)
+    for place in ("blocked/texts", "blocked", "/proc/texts"):
+        status, _, err = command("calls/a.flac", f"--out={place}")
+        assert (status, err.count("error: ")) == (1, 1)
+        assert f"{place} (" in err
+        assert "make room" not in err
     if pathlib.Path("/dev/full").exists():
         line = f"{sys.executable} -m speech_jax.transcribe {folder}/calls"
         line += f" --model={finished.workdir.folder}"
@@ -197,7 +200,7 @@ def test_a_model_that_is_none_is_one_sentence(command, folder, finished):
     (newer / "bundle.json").write_text(json.dumps({"version": 99, "config": {}}))
     for model, message in (
         (newer, "of version 99"),
-        ("nowhere", "nowhere is no folder"),
+        ("nowhere", "nowhere does not exist: name a workdir"),
         ("calls", "no model"),
     ):
         status, out, err = command("calls/a.flac", model=model)
