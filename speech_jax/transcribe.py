@@ -29,11 +29,14 @@ with the reason, and the rest is done; 2, the command line is wrong."""
 # What follows is known elsewhere too; --help and a wrong flag answer at once, without libraries.
 _FORMATS = ("text", "json", "srt", "vtt", "ctm", "textgrid", "tsv")
 _DECODERS = ("greedy", "beam", "lexicon")
-_CHUNK_SECONDS, _WIDTHS, _DEFAULT_WIDTH = (5, 300), (1, 1024), 16
+_CHUNK_SECONDS, _WIDTHS, _DEFAULT_WIDTH, _DEFAULT_LM_WEIGHT = (5, 300), (1, 1024), 16, 0.5
 
 
 class Input(NamedTuple):
-    """A recording, and where in the output folder its transcription goes, without a suffix."""
+    """A recording, and where in the output folder its transcription goes, without a suffix.
+
+    No two recordings have the same place.
+    """
 
     file: str
     place: pathlib.PurePath
@@ -70,16 +73,22 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--model",
         required=True,
-        help="a workdir, a saved model, a folder of Hugging Face, or an exported file",
+        help="a workdir, a saved model, a Hugging Face folder, or an exported file (.sjx, .onnx)",
     )
     add(
         "--format",
         default="text",
         metavar="FORMAT",
         help="text (a line a recording), json (an object a line), srt or vtt (subtitles), ctm (for "
-        "sclite), textgrid (for Praat), tsv (a table); default: text",
+        "sclite), textgrid (for Praat), tsv (a table); default: text. Several recordings as srt, "
+        "vtt or textgrid need --out",
     )
-    add("--words", action="store_true", help="every word with its times, and its confidence")
+    add(
+        "--words",
+        action="store_true",
+        help="every word with its times; text, json and ctm have its confidence too (ctm always "
+        "lists words)",
+    )
     add("--out", metavar="FOLDER", help="write a file for each recording there")
     add(
         "--decoder",
@@ -87,17 +96,41 @@ def _parser() -> argparse.ArgumentParser:
         help="greedy, beam, or lexicon (known words only); default: that of the model, or beam "
         "where one of the following is given",
     )
-    add("--beam", type=int, metavar="WIDTH", help="hypotheses that beam search keeps")
-    add("--nbest", type=int, metavar="N", help="that many readings of each segment (json)")
+    low, high = _WIDTHS
     add(
-        "--lm", metavar="FILE", help="a language model, .arpa; see python -m speech_jax.decoding.lm"
+        "--beam",
+        type=int,
+        metavar="WIDTH",
+        help=f"hypotheses that beam search keeps, {low} to {high}; default: that of the model, or "
+        f"{_DEFAULT_WIDTH}",
     )
-    add("--lm-weight", type=float, metavar="WEIGHT", help="of the language model's scores")
+    add(
+        "--nbest",
+        type=int,
+        metavar="N",
+        help="alternatives of each segment, for --format=json, at most WIDTH; default: that of "
+        "the model, or 1",
+    )
+    add(
+        "--lm",
+        metavar="FILE",
+        help="a language model, .arpa or .arpa.gz, of the model's labels, or of words (built with "
+        "--unit words) for --decoder=lexicon; see python -m speech_jax.decoding.lm",
+    )
+    add(
+        "--lm-weight",
+        type=float,
+        metavar="WEIGHT",
+        help="of the language model's scores; default: that of the model, or "
+        f"{_DEFAULT_LM_WEIGHT:g}",
+    )
+    low, high = _CHUNK_SECONDS
     add(
         "--chunk",
         type=float,
         metavar="SECONDS",
-        help="heard at once, at most; less takes less memory; default: as the model has learned",
+        help=f"the most audio that the model is given at once, {low} to {high}; less takes less "
+        "memory; default: the longest utterance of its training, within 10 and 30",
     )
     return parser  # fmt: skip
 
@@ -253,7 +286,8 @@ def _transcribe(
             if transcription.trouble:  # nothing was heard: an empty text would look like a result
                 _fail(failures, f"{name}: {transcription.trouble}")
                 continue
-            rendered = format.render(name, transcription, chosen.words)
+            called = one.place.as_posix() if format.by_place else name
+            rendered = format.render(called, transcription, chosen.words)
             if folder:
                 path = folder / one.place.with_name(f"{one.place.name}.{format.suffix}")
                 try:

@@ -110,7 +110,7 @@ def test_cues_are_of_sensible_length_and_do_not_overlap(found):
 
 @every_case
 def test_ctm_is_what_sclite_reads(found):
-    lines = render("ctm", found).splitlines()
+    lines = render("ctm", found, name="a talk").splitlines()
     for line, word in zip(lines, found.words, strict=True):
         name, channel, start, duration, text, confidence = line.split(" ")
         assert (name, channel, text) == ("a_talk", "1", word.text)

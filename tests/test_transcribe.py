@@ -1,6 +1,7 @@
 """load(folder).transcribe(recording): any form of a recording gives its text, or one sentence."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -227,13 +228,15 @@ NAN[5], LOUD[7] = np.nan, 20_000.0
         (np.zeros(RATE, bool), None, "type bool"),
         (np.zeros(RATE, complex), None, "type complex128"),
         (np.asarray(["a", "b"]), None, "type <U1"),
-        ([[0.0, 0.1], [0.0]], None, "no array of samples"),
-        (np.float32(0.5), None, r"shape \[\] are no audio"),
-        (None, None, r"shape \[\] are no audio"),
-        (b"RIFF", None, r"shape \[\] are no audio"),
+        ([[0.0, 0.1], [0.0]], None, "not an array of samples"),
+        (np.float32(0.5), None, r"shape \[\] are not audio"),
+        (None, None, "NoneType is not a recording: give a file"),
+        (b"RIFF", None, "bytes is not a recording: .* io.BytesIO"),
+        (["a.wav", "b.flac"], None, "a list of files .* transcribe_all"),
+        ([], None, "the recording is empty"),
         (np.zeros((2, RATE), np.int16), None, r"shape \[2, 16000\] .* \[T, channels\]"),
         (np.zeros((2, 2, 2), np.int16), None, r"shape \[2, 2, 2\]"),
-        (np.zeros(0, np.int16), None, r"shape \[0\]"),
+        (np.zeros(0, np.int16), None, "the recording is empty"),
         (np.zeros((RATE, 0), np.float32), None, r"shape \[16000, 0\]"),
         (NAN, None, "not all finite"),
         (LOUD, None, "reach 20000, .* divide them by 32768"),

@@ -101,6 +101,13 @@ def test_a_file_for_each_recording(format, command, folder):
         assert pathlib.Path("new/texts/b.tsv").read_text().startswith("file\tstart\tend\ttext\n")
 
 
+def test_ctm_names_differ_where_recordings_do(command, folder):
+    shutil.copy("calls/a.flac", "calls/a.wav")
+    status, out, _ = command("calls", "--format=ctm")
+    assert status == 0
+    assert {line.split()[0] for line in out.splitlines()} == {"a", "a.wav", "b", "more/a"}
+
+
 def test_settings_of_the_decoder_and_of_chunks(command):
     status, out, _ = command("calls/a.flac", "--beam=4", "--nbest=3", "--format=json", "--chunk=5")
     assert status == 0
@@ -243,6 +250,7 @@ def test_the_command_line_knows_what_the_libraries_know():
     assert decoder.DECODERS == transcribe._DECODERS
     assert deployed.CHUNKS == transcribe._CHUNK_SECONDS
     assert decoder.Settings().width == transcribe._DEFAULT_WIDTH
+    assert decoder.Settings().lm_weight == transcribe._DEFAULT_LM_WEIGHT
     low, high = transcribe._WIDTHS
     for width in (low - 1, high + 1):
         with pytest.raises(decoder.DecoderError):

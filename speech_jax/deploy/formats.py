@@ -3,8 +3,8 @@
 text      a line a recording
 json      an object a recording, on one line
 srt, vtt  subtitles, SubRip and WebVTT (https://www.w3.org/TR/webvtt1)
-ctm       a line a word, as NIST's sclite reads it: recording, channel, start, duration, word,
-          confidence
+ctm       a line a word, as NIST's sclite reads it: recording (its name without the suffix, and
+          its folders below the one that was named), channel, start, duration, word, confidence
 textgrid  tiers of segments and words for Praat
 tsv       a table with a header: file, start, end, text
 """
@@ -12,7 +12,6 @@ tsv       a table with a header: file, start, end, text
 import dataclasses
 import itertools
 import json
-import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -43,6 +42,7 @@ class Format:
     Attributes:
       suffix: of its files.
       render: (name of the recording, transcription, whether words are wanted) to text.
+      by_place: whether the name is the recording's place among the outputs, which has no suffix.
       header: what comes once, before all recordings.
       joins: whether several recordings can stand behind each other.
     """
@@ -51,6 +51,7 @@ class Format:
     render: Callable[[str, Transcription, bool], str]
     header: str = ""
     joins: bool = True
+    by_place: bool = False
 
 
 # ---- Text and tables ---------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def _described(segment: Segment, words: bool) -> dict:
 
 
 def _ctm(name: str, found: Transcription, words: bool) -> str:
-    name = re.sub(r"\s+", "_", pathlib.PurePath(name).stem)
+    name = re.sub(r"\s+", "_", name)
     return "".join(
         f"{name} 1 {word.start:.2f} {word.end - word.start:.2f} {word.text} {word.confidence:.2f}\n"
         for word in found.words
@@ -229,7 +230,7 @@ FORMATS = {
     "json": Format("json", _json),
     "srt": Format("srt", _srt, joins=False),
     "vtt": Format("vtt", _vtt, joins=False),
-    "ctm": Format("ctm", _ctm),
+    "ctm": Format("ctm", _ctm, by_place=True),
     "textgrid": Format("TextGrid", _textgrid, joins=False),
     "tsv": Format("tsv", _tsv, header="file\tstart\tend\ttext\n"),
 }

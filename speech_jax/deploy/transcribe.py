@@ -71,7 +71,7 @@ class Transcription:
 
     Attributes:
       segments: those in which there is a word, in order.
-      trouble: why there can be no words in it, in a sentence; empty for a recording like others.
+      trouble: why nothing could be heard in it (digital silence, too short); otherwise empty.
     """
 
     text: str
@@ -110,8 +110,9 @@ def load(
     """Opens a trained model for use.
 
     Args:
-      path: a workdir, a saved model, a folder of Hugging Face or an exported file (.sjx, .onnx).
-      chunk_seconds, decoder: as of Model.
+      path: a workdir, a saved model, a Hugging Face folder or an exported file (.sjx, .onnx).
+      chunk_seconds: the most audio that the acoustic model is given at once, 5 to 300 seconds.
+      decoder: settings of the decoder, such as {"name": "beam", "nbest": 5}; see Model.
 
     Raises:
       UserError: there is no model, or one that gives no text; the message says which.
@@ -136,9 +137,13 @@ class Model:
         """A model around `acoustic`.
 
         Args:
-          chunk_seconds: how much is heard at once, at most; more takes more memory. By default as
-            much as the utterances that it has learned from, within 10 and 30 seconds.
-          decoder: settings that differ from those that the model came with (decoding/decoder.py).
+          chunk_seconds: the most audio that the acoustic model is given at once, 5 to 300
+            seconds; recordings of any length are cut into such chunks, and their text hardly
+            depends on it. Less takes less memory. By default, the longest utterance of its
+            training, within 10 and 30 seconds.
+          decoder: settings that differ from those that the model came with, such as
+            {"name": "beam", "width": 32, "nbest": 5} or {"name": "beam", "lm": "en.arpa",
+            "lm_weight": 0.6}; decoding/decoder.py, Settings, lists them all.
 
         Raises:
           UserError: a setting that cannot work.
@@ -149,8 +154,7 @@ class Model:
             chunk_seconds = min(longest, _LARGEST_DEFAULT)
         if not CHUNKS[0] <= chunk_seconds <= CHUNKS[1]:
             raise TranscriptionError(
-                f"a chunk of {chunk_seconds:g} s cannot be heard: it must be {CHUNKS[0]:g} to "
-                f"{CHUNKS[1]:g} s"
+                f"chunk_seconds={chunk_seconds:g} must be {CHUNKS[0]:g} to {CHUNKS[1]:g}"
             )
         self._chunk_seconds = chunk_seconds
         self._frame = round(acoustic.frame_seconds * acoustic.sample_rate)
@@ -382,20 +386,30 @@ def _padded(length: int, rate: int) -> int:
 
 def _to_int16(recording: np.ndarray) -> np.ndarray:
     """int16 [T] of samples of any type and number of channels; TranscriptionError for no audio."""
+    if recording is None or isinstance(recording, bytes | bytearray):
+        raise TranscriptionError(
+            f"{type(recording).__name__} is not a recording: give a file, an open one (io.BytesIO "
+            "of bytes) or an array of samples"
+        )
+    several = isinstance(recording, list | tuple)
+    if several and any(isinstance(one, str | os.PathLike | io.IOBase) for one in recording):
+        raise TranscriptionError("a list of files is not a recording: give it to transcribe_all")
     try:
         samples = np.asarray(recording)
     except (ValueError, TypeError) as error:  # lists of several lengths; what is on no CPU
-        raise TranscriptionError(f"this is no array of samples: {error}") from error
+        raise TranscriptionError(f"this is not an array of samples: {error}") from error
+    if samples.ndim in (1, 2) and not samples.size:
+        raise TranscriptionError(f"samples of shape {list(samples.shape)}: the recording is empty")
     channels = samples.shape[1] if samples.ndim == 2 else 1
-    if samples.ndim not in (1, 2) or not samples.size or channels > len(samples):
+    if samples.ndim not in (1, 2) or channels > len(samples):
         raise TranscriptionError(
-            f"samples of shape {list(samples.shape)} are no audio: give [T], or [T, channels] "
+            f"samples of shape {list(samples.shape)} are not audio: give [T], or [T, channels] "
             "(transpose what has the channels first)"
         )
     if samples.dtype.newbyteorder("=") != np.int16:
         if not np.issubdtype(samples.dtype, np.floating):
             raise TranscriptionError(
-                f"samples of type {samples.dtype} are no audio: give floats within -1 and 1, or "
+                f"samples of type {samples.dtype} are not audio: give floats within -1 and 1, or "
                 "int16"
             )
         if not np.isfinite(samples).all():
