@@ -304,7 +304,7 @@ def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
         models.make_encoder(**config.model).output_lengths(1 << 20)  # its geometry
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{where} holds no configuration of ours ({error}): bring it back"
+            f"{where} holds a configuration that cannot be used ({error}): bring it back"
         ) from error
     return config.lock()
 
@@ -372,8 +372,8 @@ def check(config: ConfigDict) -> None:
             pair = isinstance(rule, tuple | list) and len(rule) == 2
             if not pair or not isinstance(rule[0], str) or not _is_number(rule[1]):
                 raise UserError(
-                    f"config.{key} holds {_shown(rule)}, which is no rule: a rule is the end of a "
-                    "parameter's path and a number, such as ('encoder/.*', 0.5)"
+                    f"config.{key} holds {_shown(rule)}, which is not a rule: a rule is the end "
+                    "of a parameter's path and a number, such as ('encoder/.*', 0.5)"
                 )
     for key, patterns in (("init.new", config.init.new), ("lora.targets", [config.lora.targets])):
         for pattern in patterns:

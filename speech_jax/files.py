@@ -95,7 +95,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      UserError: it cannot be read, is no JSON, or is JSON of another type than an object.
+      UserError: it cannot be read, is not JSON, or is JSON of another type than an object.
     """
     try:
         value = parse_json(path.read_bytes())
@@ -105,7 +105,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged or is no JSON ({error}): bring it back or remove it"
+            f"{path} is damaged or is not JSON ({error}): bring it back or remove it"
         ) from error
     if not isinstance(value, dict):
         raise UserError(

@@ -54,7 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             _transcribe(chosen, inputs, failures, parser.error)
         except UserError as error:  # of the model, or of the place that all is written to
-            _fail(failures, str(error))
+            message = str(error)
+            if chosen.lm is not None:  # a user of flags knows no sections
+                message = message.replace("config.decoder.lm=", "--lm=")
+            _fail(failures, message)
         except BrokenPipeError:  # nobody reads on
             _forget_output()
             return 1
@@ -93,8 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--decoder",
         metavar="NAME",
-        help="greedy, beam, or lexicon (known words only); default: that of the model, or beam "
-        "where one of the following is given",
+        help="greedy, beam, or lexicon (the words of --lm alone); default: that of the model, or "
+        "beam where --beam, --nbest, --lm or --lm-weight is given",
     )
     low, high = _WIDTHS
     add(
@@ -136,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _wrong(chosen: argparse.Namespace) -> str:
-    """What no model can do of a command line, or what would be ignored; empty if there is none."""
+    """Why a command line is refused, whatever the model is; empty where it is not."""
     of_search = {"--lm": chosen.lm, "--lm-weight": chosen.lm_weight, "--beam": chosen.beam}
     for flag, value in (of_search | {"--nbest": chosen.nbest}).items():
         if chosen.decoder == "greedy" and value is not None:
@@ -167,7 +170,7 @@ def _wrong(chosen: argparse.Namespace) -> str:
 
 
 def _wrong_for(chosen: argparse.Namespace, own: Mapping[str, Any]) -> str:
-    """The same where the settings of the model's own decoder matter."""
+    """Why a command line is refused for a model whose decoder has these settings, or empty."""
     if chosen.lm_weight is not None and not (chosen.lm or own.get("lm")):
         return "--lm-weight does nothing without a language model: name one with --lm"
     if chosen.decoder == "lexicon" and not (chosen.lm or own.get("lm") or own.get("lexicon")):

@@ -345,7 +345,7 @@ def test_trials_come_from_a_file(tmp_path):
         results = evaluator.results()
         assert (results["eer"], results["pairs"], results["pairs_left_out"]) == (0.0, 2, 1)
     (tmp_path / "bad").write_text("1 0 1\n2 0 1\n")
-    with pytest.raises(UserError, match="bad:2: '2 0 1' is no trial"):
+    with pytest.raises(UserError, match="bad:2: '2 0 1' is not a trial"):
         read_trials(str(tmp_path / "bad"))
     with pytest.raises(UserError, match="absent cannot be read"):
         read_trials(str(tmp_path / "absent"))

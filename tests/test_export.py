@@ -305,10 +305,10 @@ def packed(data: bytes) -> bytes:
 HEAD = "parameters/params/head/kernel"
 DAMAGED = {
     "m.sjx": {
-        "nothing": (lambda data: b"", "no .sjx file"),
-        "no archive": (lambda data: b"hello" * 1_000, "no .sjx file"),
-        "half": (lambda data: data[: len(data) // 2], "no .sjx file"),
-        "a byte less": (lambda data: data[:-1], "no .sjx file"),
+        "nothing": (lambda data: b"", "not an .sjx file"),
+        "no archive": (lambda data: b"hello" * 1_000, "not an .sjx file"),
+        "half": (lambda data: data[: len(data) // 2], "not an .sjx file"),
+        "a byte less": (lambda data: data[:-1], "not an .sjx file"),
         "a byte": (lambda data: flipped(data, data.index(b"StableHLO") + 500), "at program"),
         "a parameter": (
             lambda data: rewritten(data, HEAD, lambda content: flipped(content, 30)),
@@ -338,14 +338,14 @@ DAMAGED = {
         "packed": (packed, "is packed"),
     },
     "m.onnx": {
-        "nothing": (lambda data: b"", "no ONNX file"),
-        "no graph": (lambda data: b"hello" * 1_000, "no ONNX file"),
-        "half": (lambda data: data[: len(data) // 2], "no ONNX file"),
+        "nothing": (lambda data: b"", "not an ONNX file"),
+        "no graph": (lambda data: b"hello" * 1_000, "not an ONNX file"),
+        "half": (lambda data: data[: len(data) // 2], "not an ONNX file"),
         "a weight": (lambda data: flipped(data, len(data) // 2), "changed since"),
         "the card": (lambda data: data.replace(b"16000", b"26000"), "changed since"),
         "of others": (
             lambda data: data.replace(b"\nspeech_jax\x12", b"\nspeech_xyz\x12"),
-            "no ONNX file that",
+            "not an ONNX file that",
         ),
     },
 }
@@ -370,7 +370,7 @@ def test_damage_is_one_line(kind, case, files, tmp_path):
 def test_what_is_no_file_is_one_line(kind, case, tmp_path):
     if case == "folder":
         (tmp_path / kind).mkdir()
-    with pytest.raises(export.UserError, match="folder" if case == "folder" else "no file"):
+    with pytest.raises(export.UserError, match="is a folder" if case == "folder" else "not exist"):
         acoustic.open_acoustic(tmp_path / kind)
 
 

@@ -416,7 +416,7 @@ def edit(folder, **changes):
 
 BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "is no JSON"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
     "no weights": (lambda f: (f / "pytorch_model.bin").unlink(), "neither model.safetensors"),
     "another model": (lambda f: edit(f, model_type="hubert"), "model_type='hubert'"),
     "another head": (

@@ -401,11 +401,11 @@ BAD = {
     ),
     "a shard is elsewhere": (
         both(shard, put("model.safetensors.index.json", {"weight_map": {"a": "../a"}})),
-        "no file of its folder",
+        "not a file of its folder",
     ),
     "a shard of zero bytes": (
         both(shard, put("model.safetensors.index.json", {"weight_map": {"a": "\0"}})),
-        "no file of its folder",
+        "not a file of its folder",
     ),
     "a map of nothing": (
         both(shard, put("model.safetensors.index.json", {"weight_map": {}})),

@@ -56,5 +56,5 @@ def test_names():
     assert parse("train-5[60%:]") == ("train-5", 0.6, 1.0)
     assert parse("x/y[5%:70%]") == ("x/y", 0.05, 0.7)
     for wrong in ("dev[60%:60%]", "dev[80%:20%]", "dev[:101%]"):
-        with pytest.raises(UserError, match="is no portion of dev"):
+        with pytest.raises(UserError, match="is not a portion of dev"):
             parse(wrong)

@@ -600,8 +600,8 @@ def test_utterances_with_a_tag_alone():
     assert found(" speaker != a , speaker=b") == ["u1"]
     assert sources.only(source, "speaker=b").open(0) == "f1"
     for tags, message in {
-        "speaker": "'speaker' is no condition: write tag=value",
-        "=a": "'=a' is no condition",
+        "speaker": "'speaker' is not a condition: write tag=value",
+        "=a": "'=a' is not a condition",
         "spaeker=a": "no utterance has the tag 'spaeker'; tags are speaker",
         "speaker=c": "no utterance has speaker=c; there are a, b",
         "speaker=a,speaker=b": "leaves no utterance",
@@ -748,7 +748,7 @@ def test_common_voice_tags_and_bad_lines(tmp_path):
     for part in ("no such file", "2 values for 5 columns", "without path or sentence"):
         assert part in why
     table.write_text("a\tb\n")
-    with pytest.raises(sources.SourceError, match=r"dev\.tsv is no table of Common Voice"):
+    with pytest.raises(sources.SourceError, match=r"dev\.tsv is not a table of Common Voice"):
         sources.open_source("common_voice", root=tmp_path, split="dev")
 
 

@@ -231,7 +231,7 @@ NAN[5], LOUD[7] = np.nan, 20_000.0
         ([[0.0, 0.1], [0.0]], None, "not an array of samples"),
         (np.float32(0.5), None, r"shape \[\] are not audio"),
         (None, None, "NoneType is not a recording: give a file"),
-        (b"RIFF", None, "bytes is not a recording: .* io.BytesIO"),
+        (b"RIFF", None, r"bytes is not a recording: .*io\.BytesIO"),
         (["a.wav", "b.flac"], None, "a list of files .* transcribe_all"),
         ([], None, "the recording is empty"),
         (np.zeros((2, RATE), np.int16), None, r"shape \[2, 16000\] .* \[T, channels\]"),

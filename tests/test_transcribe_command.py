@@ -109,6 +109,10 @@ def test_ctm_names_differ_where_recordings_do(command, folder):
 
 
 def test_settings_of_the_decoder_and_of_chunks(command):
+    pathlib.Path("bad.arpa").write_text("not a language model")
+    status, out, err = command("calls/a.flac", "--lm=bad.arpa")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: --lm='bad.arpa'")
     status, out, _ = command("calls/a.flac", "--beam=4", "--nbest=3", "--format=json", "--chunk=5")
     assert status == 0
     (segment,) = json.loads(out)["segments"]

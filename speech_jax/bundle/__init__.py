@@ -21,8 +21,6 @@ from speech_jax.bundle.format import (
     save,
 )
 
-KINDS = "a workdir, a saved model or a Hugging Face folder"  # what `open` opens, in messages
-
 __all__ = ["Bundle", "BundleError", "for_use", "of_use", "on_mesh", "open", "save"]
 
 
@@ -40,7 +38,7 @@ def open(folder: str | os.PathLike) -> Bundle:
     folder = files.expand(folder)
     if not folder.is_dir():
         why = "is not a folder" if folder.exists() else "does not exist"
-        raise BundleError(f"{folder} {why}: name {KINDS}")
+        raise BundleError(f"{folder} {why}: name a workdir, a saved model or a Hugging Face folder")
     if (folder / DESCRIPTION).exists():
         return checked(base.whole(open_saved(folder), folder), folder)
     if (folder / "checkpoints").is_dir():

@@ -40,7 +40,7 @@ FILES = ("lm", "lexicon")
 
 
 class BundleError(UserError):
-    """A folder that is no model, or one that cannot be used; the message says why."""
+    """A folder that is not a model, or one that cannot be used; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -352,7 +352,7 @@ def _source(config: ConfigDict) -> dict[str, dict[str, Any]]:
     try:
         files = json.loads(text or "{}")
         if not isinstance(files, dict) or not all(isinstance(v, dict) for v in files.values()):
-            raise ValueError("it is no object of objects")
+            raise ValueError("it is not an object of objects")
     except (ValueError, TypeError, RecursionError) as error:
         raise ModelFolderError(f"config.source is damaged ({error}): import it again") from error
     for name, checks in _SCHEMAS.items():

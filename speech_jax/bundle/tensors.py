@@ -39,7 +39,9 @@ def _read_parts(index: pathlib.Path, read: Callable) -> dict[str, np.ndarray]:
     tensors = {}
     for name in names:
         if "\0" in name or pathlib.PurePath(name).name != name:
-            raise ModelFolderError(f"{index} names {short(name)}, which is no file of its folder")
+            raise ModelFolderError(
+                f"{index} names {short(name)}, which is not a file of its folder"
+            )
         part = read(index.parent / name)
         if twice := part.keys() & tensors.keys():
             raise ModelFolderError(f"{index}: tensor {short(min(twice))} is in two of its files")
@@ -183,7 +185,7 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: tuple) -> np.ndarray:
         kind, storage, key, _, count = pid
         if kind != "storage" or storage not in _STORAGES:
-            raise ModelFolderError(f"the pickle asks for {short(pid)}, which is no storage")
+            raise ModelFolderError(f"the pickle asks for {short(pid)}, which is not a storage")
         if key not in self._storages:
             self._storages[key] = self._archive.read(f"{self._root}/data/{key}")
         values = np.frombuffer(self._storages[key], _STORAGES[storage])

@@ -22,7 +22,10 @@ FILES: dict[str, str] = {
     ".onnx": "speech_jax.deploy.exported:open_onnx",
     ".sjx": "speech_jax.deploy.exported:open_sjx",
 }
-_WANTED = f"name {bundle.KINDS}, or an exported file ({' or '.join(reversed(FILES))})"
+_WANTED = (
+    "name a workdir, a saved model, a Hugging Face folder or an exported file "
+    f"({' or '.join(reversed(FILES))})"
+)
 
 
 class AcousticError(UserError):

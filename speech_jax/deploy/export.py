@@ -99,7 +99,7 @@ def write_sjx(
 
 
 def check_place(out: pathlib.Path) -> None:
-    """Raises ExportError where `out` is in a bucket, a folder, or a file that is no export."""
+    """Raises ExportError where `out` is in a bucket, a folder, or a file that is not an export."""
     if files.is_remote(out):
         raise ExportError(f"{out} is in a bucket: name a file here, and copy it there")
     if out.is_dir():

@@ -26,7 +26,7 @@ class Exported:
         texts = {name: text.encode() for name, text in card["parts"].items()}
         for name, content in (texts | opened.files).items():
             if pathlib.PurePath(name).name != name:
-                raise UserError(f"{path} is damaged: {name!r} is no name of a file")
+                raise UserError(f"{path} is damaged: {name!r} is not the name of a file")
             (folder / name).write_bytes(content)
         named = {key: str(folder / name) for key, name in card["files"].items()}
         self.decoder = card["decoder"] | named

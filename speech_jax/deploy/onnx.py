@@ -105,10 +105,10 @@ class Session:
             texts = self._session.get_modelmeta().custom_metadata_map
             card = texts[KEY]
         except KeyError:
-            raise OnnxError(f"{path} is no ONNX file that speech_jax wrote") from None
+            raise OnnxError(f"{path} is not an ONNX file that speech_jax wrote") from None
         except Exception as error:  # of onnxruntime, which has a tree of its own
             why = " ".join(str(error).split())[:200]
-            raise OnnxError(f"{path} is damaged or no ONNX file ({why})") from error
+            raise OnnxError(f"{path} is damaged or not an ONNX file ({why})") from error
         found = re.search(_SEAL, card.encode())
         blank = data.replace(found[1], _BLANK_DIGEST.encode(), 1) if found else b""
         if not found or hashlib.sha256(blank).hexdigest().encode() != found[1]:

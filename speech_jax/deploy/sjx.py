@@ -60,20 +60,20 @@ _LONGEST_SECONDS = 120.0  # of a recording that is heard in one piece, here
 
 
 class SjxError(UserError):
-    """A file that is no model, a damaged one, or audio that it cannot hear; the message says."""
+    """A file that is not a model, a damaged one, or audio that it cannot hear; the message says."""
 
 
 def load(path: str | os.PathLike) -> "Model":
     """Opens a model; what it holds is compared with its checksums first.
 
     Raises:
-      SjxError: it is no such file, damaged, or of a newer version.
+      SjxError: it does not exist, or is damaged, or of a newer version.
     """
     path = os.fspath(path)
     with _archive(path) as archive:
         sizes = _sizes(path, archive)
         if sizes.get(CARD, 0) > _MOST_CARD_BYTES:
-            raise SjxError(f"{path} has a card of {sizes[CARD]} bytes: it is no model")
+            raise SjxError(f"{path} has a card of {sizes[CARD]} bytes: it is not a model")
         card = read_card(_member(path, archive, CARD), path)
         try:
             program = _verified(path, archive, card, PROGRAM)
@@ -211,7 +211,8 @@ def _archive(path: str) -> zipfile.ZipFile:
         raise SjxError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # of zipfile, whatever the bytes make it raise
         raise SjxError(
-            f"{path} is no .sjx file, or a part of one ({_short(error)}): copy or export it again"
+            f"{path} is not an .sjx file, or is cut short ({_short(error)}): copy or export it "
+            "again"
         ) from error
 
 
@@ -221,10 +222,12 @@ def _sizes(path: str, archive: zipfile.ZipFile) -> dict[str, int]:
     for info in archive.infolist():
         stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
         if not stored or info.flag_bits & 1 or info.filename in sizes:
-            raise SjxError(f"{path} is no .sjx file: its member {_short(info.filename)} is packed")
+            raise SjxError(
+                f"{path} is not an .sjx file: its member {_short(info.filename)} is packed"
+            )
         sizes[info.filename] = info.file_size
     if sum(sizes.values()) > os.path.getsize(path):
-        raise SjxError(f"{path} is no .sjx file: its members overlap")
+        raise SjxError(f"{path} is not an .sjx file: its members overlap")
     return sizes
 
 
@@ -233,7 +236,7 @@ def _member(path: str, archive: zipfile.ZipFile, name: str) -> bytes:
         return archive.read(name)
     except KeyError:
         raise SjxError(
-            f"{path} is no .sjx file, or a damaged one: it holds no {_short(name)}"
+            f"{path} is not an .sjx file, or is damaged: it holds no {_short(name)}"
         ) from None
     except Exception as error:
         raise SjxError(f"{path} is damaged at {name} ({_short(error)}): copy it again") from error
@@ -374,7 +377,7 @@ def read_wav(path: str, rate: int) -> np.ndarray:
                 samples = samples[: len(samples) // channels * channels].reshape(-1, channels)
                 return np.rint(samples.mean(axis=1, dtype=np.float32)).astype(np.int16)
     except (OSError, EOFError, wave.Error, ValueError) as error:
-        raise SjxError(f"{path} is no WAV file that can be read ({_short(error)})") from error
+        raise SjxError(f"{path} is not a WAV file that can be read ({_short(error)})") from error
     raise SjxError(
         f"{path} has {8 * width} bits at {found} Hz and lasts {seconds:.1f} s: give 16-bit samples "
         f"at {rate} Hz, {_LONGEST_SECONDS:g} s at most, or use python -m speech_jax.transcribe"

@@ -180,7 +180,7 @@ class Model:
 
         Raises:
           AudioError: the file cannot be read.
-          TranscriptionError: the array is no audio.
+          TranscriptionError: the array is not audio.
         """
         opened = self._opener(recording, sample_rate)
         found = next(self._transcribe([opened], lambda files, seconds: None))

@@ -38,7 +38,7 @@ def read_trials(path: str) -> tuple[Trial, ...]:
     """The trials of a file: lines '1 ID ID' (1: the same, 0: not) or 'ID ID target|nontarget'.
 
     Raises:
-      UserError: the file cannot be read, or a line is no trial.
+      UserError: the file cannot be read, or a line is not a trial.
     """
     try:
         lines = pathlib.Path(path).expanduser().read_text("utf-8").splitlines()
@@ -55,7 +55,7 @@ def read_trials(path: str) -> tuple[Trial, ...]:
             trials.append(Trial(words[1], words[2], _SAME[words[0]]))
         else:
             raise UserError(
-                f"{path}:{number}: {line[:80]!r} is no trial: write '1 ID ID', '0 ID ID', or "
+                f"{path}:{number}: {line[:80]!r} is not a trial: write '1 ID ID', '0 ID ID', or "
                 "'ID ID target' or 'ID ID nontarget'"
             )
     return tuple(trials)

@@ -179,7 +179,7 @@ def only(source: Source, tags: str) -> Source:
         wanted, name = not name.endswith("!"), name.removesuffix("!").strip()
         if not (name and equals and value):
             raise SourceError(
-                f"data.only={tags!r}: {condition.strip()!r} is no condition: write tag=value or "
+                f"data.only={tags!r}: {condition.strip()!r} is not a condition: write tag=value or "
                 "tag!=value, with commas between several"
             )
         known = {utterance.tags[name] for utterance in source.utterances if name in utterance.tags}
@@ -304,7 +304,7 @@ def not_text(row: Row) -> str:
                 return "its name is not UTF-8; rename the file"
             return (
                 f"{key} has half of a surrogate pair (\\u{ord(value[error.start]):04x}, character "
-                f"{error.start + 1}), which is no text; correct it"
+                f"{error.start + 1}), which is not text; correct it"
             )
     return ""
 

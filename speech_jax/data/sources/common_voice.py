@@ -21,8 +21,8 @@ def open_split(
     columns = lines[0].rstrip("\r").split("\t")
     if not {_TEXT, _PATH} <= set(columns):
         raise base.SourceError(
-            f"{table} is no table of Common Voice: its first line must name the columns {_PATH!r} "
-            f"and {_TEXT!r}, between tabs"
+            f"{table} is not a table of Common Voice: its first line must name the "
+            f"columns {_PATH!r} and {_TEXT!r}, between tabs"
         )
     problems: dict[str, str] = {}
     rows = []

@@ -18,7 +18,7 @@ def parse(name: str) -> tuple[str, float, float]:
     """(split, from, to) of a name: 'dev[20%:]' is ('dev', 0.2, 1.0), 'dev' is ('dev', 0.0, 1.0).
 
     Raises:
-      SourceError: percentages that are no portion.
+      SourceError: percentages that are not a portion.
     """
     found = _NAME.fullmatch(name)
     if not found:
@@ -27,7 +27,7 @@ def parse(name: str) -> tuple[str, float, float]:
     high = float((found["high"] or "100%")[:-1]) / 100
     if not low < high <= 1:
         raise SourceError(
-            f"{name} is no portion of {found['split']}: write, for example, [20%:80%]"
+            f"{name} is not a portion of {found['split']}: write, for example, [20%:80%]"
         )
     return found["split"], low, high
 
