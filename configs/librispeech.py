@@ -11,10 +11,10 @@
 
 The argument is the model: conformer_s (9 M parameters), conformer_m (27 M) or conformer_l (111 M),
 for accelerators. Without one it is conformer_tiny (1.6 M), with batches and a schedule for a few
-hours of speech on two cores. Splits that the root lacks are downloaded. Trained by 8 accelerators of 200 TFLOP/s, S is a matter of a day; published
-figures of comparable CTC models are WER 3.4 (S), 3.0 (M) and 2.7 (L) on test-clean without a
-language model. Not yet run to its end by us; what conformer_tiny reaches is in
-benchmarks/RESULTS.md. Then:
+hours of speech on two cores. Splits that the root lacks are downloaded. Trained by 8 accelerators
+of 200 TFLOP/s, S is a matter of a day; published figures of comparable CTC models are WER 3.4 (S),
+3.0 (M) and 2.7 (L) on test-clean without a language model. Not yet run to its end by us; what
+conformer_tiny reaches is in benchmarks/RESULTS.md. Then:
 
   python -m speech_jax.transcribe recording.flac --model=runs/s
   python -m speech_jax.deploy.export runs/s s.sjx

@@ -1,6 +1,7 @@
 """load(folder).transcribe(recording): any form of a recording gives its text, or one sentence."""
 
 import json
+import shutil
 import subprocess
 import sys
 
