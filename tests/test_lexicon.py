@@ -54,6 +54,31 @@ def test_only_words_of_the_lexicon_are_heard(kind, words):
     assert decoder(logits, [0])[0].text == ""
 
 
+@pytest.mark.parametrize("kind", ["characters", "sentencepiece"])
+@pytest.mark.parametrize("held", [1, 2, 5])
+def test_clear_words_are_those_of_greedy_however_long_a_label_lasts(kind, held, tmp_path):
+    pytest.importorskip("flashlight.lib.text.decoder")
+    texts = ["FOUR FOUR SEVEN", "SEVEN FOUR", "SEVEN SEVEN FOUR TEN", "TEN"]
+    tokenizer = make_tokenizer(kind, texts * 5, vocabulary_size=14)
+    known = tmp_path / "words.txt"
+    known.write_text("FOUR\nSEVEN\nTEN\n")
+    # A bonus for each word, and still none is said twice.
+    settings = {"name": "lexicon", "lexicon": str(known), "bonus": 2.0}
+    for text in texts:
+        path, before = [0, 0], 0
+        for label in tokenizer.encode(text):  # blanks only where a label is said twice
+            path += [0] * (label == before) + [label] * held
+            before = label
+        path += [0] * (128 - len(path))
+        logits = (9 * np.eye(tokenizer.vocabulary_size)[path]).astype(np.float32)[None]
+        found, greedy = (
+            Decoder(one, Transcript(tokenizer), 0.04)(logits, [len(path)])[0]
+            for one in (settings, {})
+        )
+        assert found.text == greedy.text == text
+        assert [word[:3] for word in found.words] == [word[:3] for word in greedy.words]
+
+
 def test_without_flashlight_it_says_what_to_install(words, monkeypatch):
     def refuse(name, *arguments):
         if name.startswith("flashlight"):
