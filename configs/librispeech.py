@@ -9,18 +9,16 @@
       --config.data.root=/data/LibriSpeech --config.data.train_splits=train-clean-5 \\
       --config.data.eval_splits=dev-clean-5   (23 minutes on two cores)
 
-The argument is the model: conformer_s (9 M parameters), conformer_m (27 M) or conformer_l (111 M).
-Without one it is conformer_s where JAX can use an accelerator, and where it cannot conformer_tiny
-(1.6 M), with batches and a schedule for a few hours of speech on two cores. Splits that the root
-lacks are downloaded. Trained by 8 accelerators of 200 TFLOP/s, S is a matter of a day; published
-figures of comparable CTC models are WER 3.4 (S), 3.0 (M) and 2.7 (L) on test-clean without a
-language model. Not yet run to its end by us; what conformer_tiny reaches is in
-benchmarks/RESULTS.md.
-"""
+The argument is the model: conformer_s (9 M parameters), conformer_m (27 M) or conformer_l (111 M),
+for accelerators. Without one it is conformer_tiny (1.6 M), with batches and a schedule for a few
+hours of speech on two cores. Splits that the root lacks are downloaded. Trained by 8 accelerators
+of 200 TFLOP/s, S is a matter of a day; published figures of comparable CTC models are WER 3.4 (S),
+3.0 (M) and 2.7 (L) on test-clean without a language model. Not yet run to its end by us; what
+conformer_tiny reaches is in benchmarks/RESULTS.md. Then:
 
-import importlib.metadata
-import importlib.util
-import os
+  python -m speech_jax.transcribe recording.flac --model=runs/s
+  python -m speech_jax.deploy.export runs/s s.sjx
+"""
 
 from speech_jax import config as defaults
 from speech_jax import models
@@ -28,8 +26,7 @@ from speech_jax import models
 PEAK = {"tiny": 2e-3, "s": 2e-3, "m": 1.5e-3, "l": 1e-3}
 
 
-def get_config(model: str = ""):
-    model = model or ("conformer_s" if _accelerated() else "conformer_tiny")
+def get_config(model: str = "conformer_tiny"):
     config = defaults.default()
     size = model.removeprefix("conformer_")
     config.data.train_splits = "train-clean-100,train-clean-360,train-other-500"
@@ -45,15 +42,6 @@ def get_config(model: str = ""):
     if size == "tiny":
         _for_two_cores(config)
     return config
-
-
-def _accelerated() -> bool:
-    """Whether JAX has a backend other than the CPU's: what the extras gpu and tpu install."""
-    # Asking JAX itself would start its backends, too early for the processes of a pod to meet.
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        return False
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    return bool(plugins) or importlib.util.find_spec("libtpu") is not None
 
 
 def _for_two_cores(config):

@@ -300,7 +300,6 @@ def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
                 config[name] = ConfigDict()
         _merge(config, recorded, "", where)
         _check_ranges(config)
-        Settings.of(config.decoder)
         models.make_encoder(**config.model).output_lengths(1 << 20)  # its geometry
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(

@@ -1,6 +1,7 @@
 """Small text files: written whole or not at all; where they are damaged, one sentence says so."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -30,16 +31,30 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
             scratch.unlink(missing_ok=True)
 
 
+_ROOM, _RIGHTS = "make room, then run it again", "give the rights to write, or name another place"
+_PLACE = "name another place"
+_CURES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _PLACE,
+    errno.ENOENT: _PLACE,  # no folder can be made there
+    errno.ENOTDIR: _PLACE,
+    errno.EEXIST: _PLACE,
+    errno.EISDIR: _PLACE,
+    errno.ENAMETOOLONG: _PLACE,
+}
+
+
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
     """Makes an OSError of what is written within a UserError about `path`."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error}): make room or give the rights to "
-            "write, then run the same command again"
-        ) from error
+        cure = _CURES.get(error.errno, "make room or give the rights to write, then run it again")
+        raise UserError(f"cannot write {path} ({error.strerror or error}): {cure}") from error
 
 
 def plain(config: Any) -> dict[str, Any]:

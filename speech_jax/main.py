@@ -17,15 +17,24 @@ Every setting and its meaning: speech_jax/config.py; override any with --config.
 
 import contextlib
 import ctypes
+import difflib
 import os
+import pathlib
 import re
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
+
+from speech_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from speech_jax.workdir import Workdir
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe, such as configs/quickstart.py.", lock_config=True
@@ -56,7 +65,6 @@ def main(argv: list[str]) -> None:
     import jax
 
     from speech_jax import config, train
-    from speech_jax.errors import UserError
     from speech_jax.workdir import Workdir
 
     logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not the user's
@@ -75,6 +83,9 @@ def main(argv: list[str]) -> None:
         if _backend(jax) == "cpu":
             _keep_memory()
         workdir = Workdir(_WORKDIR.value)
+        if _MODE.value != "train" and jax.process_index() == 0:
+            for line in _unheeded(_CONFIG.value, workdir, sys.argv):
+                print(f"warning: {line}", file=sys.stderr, flush=True)
         if _MODE.value == "evaluate":
             train.evaluate(_CONFIG.value, workdir)
         elif _MODE.value == "tune":
@@ -101,10 +112,29 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
+def _unheeded(config: ConfigDict, workdir: "Workdir", argv: list[str]) -> Iterator[str]:
+    """A line for each flag that changes nothing, for a model is used as it was trained."""
+    import flax.traverse_util
+
+    from speech_jax import bundle, files
+
+    try:
+        whole = (workdir.recorded(), config)
+    except UserError:  # the mode itself says it
+        return
+    recorded, given = (flax.traverse_util.flatten_dict(files.plain(one), sep=".") for one in whole)
+    for flag in argv:
+        key = flag.partition("=")[0].lstrip("-").removeprefix("config.")
+        is_setting = flag.lstrip("-").startswith("config.")
+        if is_setting and not bundle.of_use(key) and given.get(key) != recorded.get(key):
+            yield (
+                f"{flag} is ignored: the model was trained with {recorded.get(key)!r}, and is used "
+                "as it was trained"
+            )
+
+
 def _backend(jax) -> str:
     """The kind of the devices here; UserError where there are none of the kind asked for."""
-    from speech_jax.errors import UserError
-
     try:
         return jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # an assertion is what JAX has for cuda
@@ -153,7 +183,11 @@ _MUST_BE = {
 
 def said(error: Exception, argv: list[str]) -> str:
     """An error of a flag on one line that names the flag."""
+    if isinstance(error.__context__, UserError):  # of the recipe, which absl puts its own words to
+        return str(error.__context__)
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+    if text.startswith("flag --config=None:"):
+        return "--config is required: see --help"
     settings = [one for one in argv if one.startswith("--config.")]
     if value := re.match(r"flag (--config\.[\w.]+=.*?): ", text):
         for reason, wanted in _MUST_BE.items():
@@ -164,7 +198,8 @@ def said(error: Exception, argv: list[str]) -> str:
         cure = f"did you mean {near[1]!r}?" if near else "a recipe can set new ones"
         given = next((one for one in settings if f".{key[1]}" in one.partition("=")[0]), "--config")
         return f"{given}: there is no key {key[1]!r} ({cure})"
-    if any(one.partition("=")[0].rpartition(".")[2] in text for one in settings) or not settings:
+    named = any(one.partition("=")[0].rpartition(".")[2] in text for one in settings)
+    if named or not settings or text.startswith("flag --"):
         return text
     return f"{text} (in one of {' '.join(settings)[:300]})"
 
@@ -173,11 +208,37 @@ class Recipe(ConfigFileFlagParser):
     """Reads a recipe; keys that flags give to its open sections are there when they are set."""
 
     def parse(self, path: str):
-        found = super().parse(path)
+        """The configuration; UserError, which names the file, where there is none."""
+        file = pathlib.Path(path.partition(":")[0])
+        if not file.is_file():
+            beside = [str(other) for other in file.parent.glob("*.py")]
+            near = difflib.get_close_matches(str(file), beside, n=1)
+            hint = f"did you mean {near[0]}?" if near else "correct the path"
+            raise UserError(f"--config={path}: there is no such recipe ({hint})")
+        try:
+            found = super().parse(path)
+            if isinstance(delayed := getattr(found, "__dict__", {}).get("_error"), OSError):
+                raise delayed  # ml_collections would, at the first use
+        except Exception as error:
+            raise UserError(f"--config={path}: {_why(file, error)}") from error
+        if not isinstance(found, ConfigDict):
+            raise UserError(f"--config={path}: its get_config must return a ConfigDict")
         from speech_jax import config  # which the recipe has imported
 
         config.make_room(found, sys.argv)
         return found
+
+
+def _why(file: pathlib.Path, error: Exception) -> str:
+    """What went wrong in a recipe, and in which of its lines."""
+    if str(error).startswith("Error whilst parsing config file"):  # the words of ml_collections
+        error = error.__context__ or error
+    said = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return said
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == file]
+    return f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {said}"
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -6,8 +6,8 @@
 
 A PATH is an audio file of any container, rate, length and number of channels; a folder, which stands
 for the audio files in it and in its folders; a pattern such as 'calls/*.wav'; or -, for the bytes of
-a file on standard input. What is said goes to standard output in the order of the recordings, as
-soon as it is known; with --out, to a file for each.
+a file on standard input. The text goes to standard output in the order of the recordings, each as
+soon as it is ready; with --out, to a file for each recording.
 """  # noqa: E501
 
 import argparse
@@ -18,15 +18,18 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from speech_jax import files
 from speech_jax.errors import UserError
 
 _STATUS = """exit status: 0, all is transcribed; 1, something failed: it is named on standard error,
 with the reason, and the rest is done; 2, the command line is wrong."""
+# What follows is known elsewhere too; --help and a wrong flag answer at once, without libraries.
 _FORMATS = ("text", "json", "srt", "vtt", "ctm", "textgrid", "tsv")
+_DECODERS = ("greedy", "beam", "lexicon")
+_CHUNK_SECONDS, _WIDTHS, _DEFAULT_WIDTH = (5, 300), (1, 1024), 16
 
 
 class Input(NamedTuple):
@@ -40,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = _parser()
     chosen = parser.parse_args(arguments)
-    if chosen.format not in _FORMATS:
-        parser.error(f"--format={chosen.format} must be one of {', '.join(_FORMATS)}")
+    if wrong := _wrong(chosen):
+        parser.error(wrong)
     failures: list[str] = []
     inputs = list(_inputs(chosen.paths, failures))
     if inputs:
@@ -97,6 +100,49 @@ def _parser() -> argparse.ArgumentParser:
         help="heard at once, at most; less takes less memory; default: as the model has learned",
     )
     return parser  # fmt: skip
+
+
+def _wrong(chosen: argparse.Namespace) -> str:
+    """What no model can do of a command line, or what would be ignored; empty if there is none."""
+    of_search = {"--lm": chosen.lm, "--lm-weight": chosen.lm_weight, "--beam": chosen.beam}
+    for flag, value in (of_search | {"--nbest": chosen.nbest}).items():
+        if chosen.decoder == "greedy" and value is not None:
+            return f"{flag} does nothing with --decoder=greedy: leave one of them out"
+    ranges = {
+        "beam": (chosen.beam, _WIDTHS),
+        "nbest": (chosen.nbest, _WIDTHS),
+        "chunk": (chosen.chunk, _CHUNK_SECONDS),
+        "lm-weight": (chosen.lm_weight, (-100, 100)),
+    }
+    for flag, (value, (low, high)) in ranges.items():
+        if value is not None and not low <= value <= high:
+            return f"--{flag}={value:g} must be {low} to {high}"
+    for flag, value, known in (
+        ("format", chosen.format, _FORMATS),
+        ("decoder", chosen.decoder or "greedy", _DECODERS),
+    ):
+        if value not in known:
+            return f"--{flag}={value} must be one of {', '.join(known)}"
+    lm = chosen.lm
+    if lm is not None and "://" not in lm and not os.path.isfile(os.path.expanduser(lm)):
+        return f"--lm={lm}: there is no such file"
+    if chosen.nbest is not None and chosen.format != "json":
+        return f"--nbest does nothing with --format={chosen.format}: only json has alternatives"
+    if chosen.out == "-":
+        return "--out=- is not a folder: without --out, all goes to standard output"
+    return ""
+
+
+def _wrong_for(chosen: argparse.Namespace, own: Mapping[str, Any]) -> str:
+    """The same where the settings of the model's own decoder matter."""
+    if chosen.lm_weight is not None and not (chosen.lm or own.get("lm")):
+        return "--lm-weight does nothing without a language model: name one with --lm"
+    if chosen.decoder == "lexicon" and not (chosen.lm or own.get("lm") or own.get("lexicon")):
+        return "--decoder=lexicon needs words: name an ARPA file of words with --lm"
+    width = chosen.beam or own.get("width") or _DEFAULT_WIDTH
+    if (chosen.nbest or 1) > width:
+        return f"--nbest={chosen.nbest} is more than the {width} hypotheses of --beam: raise --beam"
+    return ""
 
 
 def _decoder(chosen: argparse.Namespace) -> dict[str, object]:
@@ -181,17 +227,20 @@ def _transcribe(
 ) -> None:
     # Only now, so that --help and a wrong flag answer at once.
     from speech_jax.deploy import formats
-    from speech_jax.deploy.transcribe import load
+    from speech_jax.deploy.transcribe import Model, open_acoustic
 
     format = formats.FORMATS[chosen.format]
     if len(inputs) > 1 and not chosen.out and not format.joins:
         refuse(f"--format={chosen.format} of {len(inputs)} recordings needs --out=FOLDER")
+    acoustic = open_acoustic(chosen.model)
+    if wrong := _wrong_for(chosen, acoustic.decoder):
+        refuse(wrong)
+    model = Model(acoustic, chunk_seconds=chosen.chunk, decoder=_decoder(chosen))
     folder = None
     if chosen.out:
         folder = files.expand(chosen.out)
         with files.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    model = load(chosen.model, chunk_seconds=chosen.chunk, decoder=_decoder(chosen))
     if not folder:
         _print(format.header)
     with _progress(len(inputs)) as (progress, write):
@@ -201,8 +250,9 @@ def _transcribe(
             if isinstance(transcription, UserError):
                 _fail(failures, str(transcription))
                 continue
-            if transcription.trouble:
+            if transcription.trouble:  # nothing was heard: an empty text would look like a result
                 _fail(failures, f"{name}: {transcription.trouble}")
+                continue
             rendered = format.render(name, transcription, chosen.words)
             if folder:
                 path = folder / one.place.with_name(f"{one.place.name}.{format.suffix}")

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from speech_jax import config as settings
 from speech_jax import files, tasks
 from speech_jax.data.batch import Bucket
+from speech_jax.decoding.decoder import Settings
 from speech_jax.errors import UserError
 from speech_jax.training import sharding
 
@@ -167,6 +168,10 @@ class Workdir:
                 f"{self.config} is of a task that is unknown here, {config.task.name!r}: bring it "
                 "back, or install a newer speech_jax"
             )
+        try:
+            Settings.of(config.decoder)
+        except UserError as error:
+            raise WorkdirError(f"{self.config}: {error}") from error
         return config
 
     def check(self, config: ConfigDict) -> None:

@@ -48,11 +48,11 @@ CASES = {
         "original",
         {"width": 16, "context": 2, "subsampling": 1},
     ),
-    "wavenet": ("wavenet", "tiny", {"width": 16, "stacks": 2, "num_layers": 3}),
+    "wavenet": ("wavenet", "tiny", {"width": 16, "num_layers": 6, "cycle": 3}),
     "wavenet-causal-8": (
         "wavenet",
         "tiny",
-        {"width": 16, "kernel": 2, "causal": True, "subsampling": 8},
+        {"width": 16, "num_layers": 4, "kernel": 2, "causal": True, "subsampling": 8},
     ),
     "wav2vec2-conformer": ("wav2vec2_conformer", "tiny", WAVEFORM | {"kernel": 5}),
     "wav2vec2-conformer-rotary-scan": (

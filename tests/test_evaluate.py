@@ -108,7 +108,7 @@ def test_averaged_weights_are_those_that_are_evaluated(finished):
 def test_what_is_no_workdir_is_one_sentence(tones, tmp_path):
     with pytest.raises(UserError, match="holds no model"):
         train.evaluate(use(tones), Workdir(tmp_path))
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="does not exist"):
         train.evaluate(use(tones), Workdir(tmp_path / "nowhere"))
 
 

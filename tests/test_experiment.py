@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import tarfile
+import types
 
 import jax
 import numpy as np
@@ -156,7 +157,8 @@ def test_a_start_without_a_checkpoint_is_no_model(tones, tmp_path):
 
 def test_arguments_of_a_source_that_are_not_set_are_its_own(monkeypatch):
     config, taken = default(), []
-    open_source = lambda *_, **settings: taken.append(settings)
+    empty = types.SimpleNamespace(utterances=())
+    open_source = lambda *_, **settings: taken.append(settings) or empty
     monkeypatch.setattr(experiment.sources, "open_source", open_source)
     experiment.open_splits(config, "one")
     known = set(config.data.arguments)

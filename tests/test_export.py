@@ -394,10 +394,6 @@ def test_arrays_that_cannot_be_are_one_line(samples, lengths, said, files):
 @pytest.mark.parametrize(
     ("out", "flags", "said"),
     [
-        ("model.zip", [], "end it in .sjx or .onnx"),
-        ("model", [], "end it in .sjx or .onnx"),
-        ("model.sjx", ["--format=onnx"], "end it in .onnx"),
-        ("model.onnx", ["--weights=int8"], "is for .sjx files"),
         ("folder.sjx", [], "is a folder"),
         ("text.sjx", [], "did not write it"),
         ("text.sjx/model.sjx", [], "cannot be read"),
@@ -414,6 +410,30 @@ def test_a_place_that_cannot_be_is_one_line(out, flags, said, files, tmp_path, c
     assert (tmp_path / "text.sjx").read_text() == "my notes"
 
 
+@pytest.mark.parametrize(
+    ("out", "flags", "said"),
+    [
+        ("model.zip", [], "end it in .sjx or .onnx"),
+        ("model", [], "end it in .sjx or .onnx"),
+        ("model.sjx", ["--format=onnx"], "--format=onnx is another: leave one out"),
+        ("model.onnx", ["--weights=int8"], "--weights is for .sjx files"),
+        ("model", ["--format=onnx", "--weights=int8"], "--weights is for .sjx files"),
+        ("model.sjx", ["--weights=int4"], "--weights"),
+    ],
+)
+def test_a_wrong_command_line_is_of_status_2(out, flags, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        export.main(["nowhere", str(tmp_path / out), *flags])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_format_ends_a_name_that_does_not_say_it():
+    assert export._named("a/mine.v2", "onnx") == ("a/mine.v2.onnx", "onnx")
+    assert export._named("mine.ONNX", "onnx") == ("mine.ONNX", "onnx")
+    assert export._named("mine.sjx", None) == ("mine.sjx", "sjx")
+
+
 def test_a_bucket_is_one_line():
     with pytest.raises(export.ExportError, match="in a bucket"):
         export.check_place(epath.Path("gs://bucket/model.sjx"))
@@ -428,7 +448,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(files, tmp_path, capsys
     monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
     assert export.main([str(files["workdir"]), str(out)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: cannot write {tmp_path}")
+    assert error.startswith(f"error: cannot write {out} (")
     assert "No space" in error
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [files["m.sjx"].read_bytes()]
 

@@ -386,15 +386,6 @@ def test_an_alignment_is_of_both_texts_and_minimal(reference, hypothesis):
     assert kinds.count("s") == counts.substitutions
 
 
-def test_the_area_is_how_often_right_words_are_surer():
-    rng = np.random.default_rng(0)
-    confidence, right = rng.integers(0, 10, 80) / 10, rng.random(80) < 0.7
-    above, below = confidence[right][:, None], confidence[~right][None]
-    expected = np.mean((above > below) + 0.5 * (above == below))
-    assert words.area(confidence, right) == pytest.approx(expected)
-    assert words.area(confidence, np.ones(80, bool)) is None
-
-
 def test_confidences_are_of_the_words_that_were_heard():
     line = _line("A B C", "A X C D") | {
         "words": [["A", 0, 1, 0.9], ["X", 1, 2, 0.2], ["C", 2, 3, 0.8], ["D", 3, 4, 0.3]]

@@ -1,6 +1,7 @@
 """load(folder).transcribe(recording): any form of a recording gives its text, or one sentence."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -266,11 +267,16 @@ def test_a_file_that_is_no_audio_is_one_sentence(model, longest, tmp_path):
         model.transcribe(path, 16_000)
 
 
-def test_a_folder_that_is_no_model_is_one_sentence(tmp_path, longest):
+def test_a_folder_that_is_no_model_is_one_sentence(tmp_path, longest, finished):
+    (bare := tmp_path / "bare").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(finished.workdir.folder / name, bare)
     for folder, message in (
         (tmp_path, "holds no model: a workdir has checkpoints/"),
-        (tmp_path / "nowhere", "is no folder"),
-        (longest[0], "is no folder"),
+        (tmp_path / "nowhere", r"does not exist: name a workdir, .* file \(\.sjx or \.onnx\)"),
+        (tmp_path / "nowhere.sjx", "does not exist: name a workdir"),
+        (longest[0], "is not a model: name a workdir"),
+        (bare, "is a workdir without checkpoints: train there first"),
     ):
         with pytest.raises(speech_jax.UserError, match=message) as raised:
             speech_jax.load(folder)

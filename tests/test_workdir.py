@@ -169,7 +169,6 @@ DAMAGE = [b"", b"{", b"\xff\xfe", b"null", b"[1]", b"[" * 100_000, b'{"a": ' + b
         b'{"model": 1}',
         b'{"model": {"name": "none such"}}',
         b'{"task": {"name": "none such"}}',
-        b'{"decoder": {"name": "/etc/passwd"}}',
         b'{"data": {"sample_rate": 7}}',
         b'{"model": {"name": "wav2vec2", "conv_kernels": [3]}}',
         b'{"model": {"name": "conformer", "subsampling": 40}}',
@@ -186,6 +185,14 @@ def test_a_damaged_record_of_a_trained_run_is_one_sentence(recorded, damage):
     recorded.config.unlink()
     with pytest.raises(WorkdirError, match=r"holds checkpoints and no config\.json: bring it back"):
         recorded.check(settings.default())
+
+
+def test_a_recorded_decoder_that_is_none_is_one_sentence(recorded):
+    recorded.config.write_text('{"decoder": {"name": "/etc/passwd"}}')
+    with pytest.raises(
+        WorkdirError, match=r"config\.json: config\.decoder\.name='/etc/passwd' must"
+    ):
+        recorded.recorded()
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -1,6 +1,6 @@
 """A trained model as plain data. Everything that uses a model takes a bundle and nothing else.
 
-bundle.open(folder)        a workdir, a saved bundle, or a folder of Hugging Face
+bundle.open(folder)        a workdir, a saved bundle, or a Hugging Face folder
 bundle.save(model, folder) a folder that stands for itself
 
 What was trained on a frozen base can be kept alone, and opens as a whole: see bundle/base.py.
@@ -16,16 +16,28 @@ from speech_jax.bundle.format import (
     checked,
     for_use,
     keep_files,
+    of_use,
     on_mesh,
     open_saved,
     save,
 )
 
-__all__ = ["Bundle", "BundleError", "for_use", "keep_files", "on_mesh", "open", "save"]
+KINDS = "a workdir, a saved model or a Hugging Face folder"  # what `open` opens, in messages
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "for_use",
+    "keep_files",
+    "of_use",
+    "on_mesh",
+    "open",
+    "save",
+]
 
 
 def open(folder: str | os.PathLike) -> Bundle:
-    """Opens a workdir (its best checkpoint), a saved bundle, or a folder of Hugging Face.
+    """Opens a workdir (its best checkpoint), a saved bundle, or a Hugging Face folder.
 
     What LoRA has learned is in the kernels, as in any other model.
 
@@ -37,9 +49,8 @@ def open(folder: str | os.PathLike) -> Bundle:
 
     folder = files.expand(folder)
     if not folder.is_dir():
-        raise BundleError(
-            f"{folder} is no folder: name a workdir, a saved model or one of Hugging Face"
-        )
+        why = "is not a folder" if folder.exists() else "does not exist"
+        raise BundleError(f"{folder} {why}: name {KINDS}")
     if (folder / DESCRIPTION).exists():
         return checked(base.whole(open_saved(folder), folder), folder)
     if (folder / "checkpoints").is_dir():
@@ -47,8 +58,13 @@ def open(folder: str | os.PathLike) -> Bundle:
     if (folder / "model.json").exists():
         return huggingface.read_model_folder(folder)
     if (folder / "config.json").exists():
+        if {"task", "train"} <= files.read_json(folder / "config.json").keys():  # ours
+            raise BundleError(
+                f"{folder} is a workdir without checkpoints: train there first, or bring its "
+                "checkpoints/ back"
+            )
         return huggingface.read(folder)
     raise BundleError(
         f"{folder} holds no model: a workdir has checkpoints/, a saved model {DESCRIPTION}, a "
-        "folder of Hugging Face config.json and weights"
+        "Hugging Face folder config.json and weights"
     )

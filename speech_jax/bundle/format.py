@@ -171,8 +171,16 @@ def with_decoder(
         raise BundleError(f"{where} holds no settings of a decoder: {error}") from error
 
 
+# Sections that say how, on what and where a model is used; all others are as it was trained.
+_OF_USE = ("data", "decoder", "mesh", "robustness")
 # Settings of the data that belong to a model, not to what it is used on.
 _OWN = ("sample_rate", "max_seconds")
+
+
+def of_use(key: str) -> bool:
+    """Whether `for_use` takes a setting such as 'data.root' of the configuration it is given."""
+    section, _, name = key.partition(".")
+    return section in _OF_USE and not (section == "data" and name in _OWN)
 
 
 def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:

@@ -186,7 +186,7 @@ def _mono(
     blocks: Iterator[np.ndarray], decoder: decoders.Decoder, name: str
 ) -> Iterator[np.ndarray]:
     """Averages the channels [n, channels] to int16 [n], and judges whether it can be speech."""
-    position, heard, power, mixed = 0, False, 0.0, 0.0
+    position, power, mixed = 0, 0.0, 0.0
     for block in blocks:
         if decoder.floating:
             _check_float(block, position / decoder.rate, decoder.rate, name)
@@ -198,7 +198,6 @@ def _mono(
             mono = _to_int16(mean)
             power += float(np.mean(np.square(block, dtype=np.float32))) * len(block)
             mixed += float(np.vdot(mean, mean))
-        heard = heard or bool(mono[::101].any()) or bool(mono.any())
         position += len(mono)
         yield mono
     if power > position and mixed <= _CANCELLED * power:
@@ -206,8 +205,6 @@ def _mono(
             f"{name}: its {decoder.channels} channels cancel when they are averaged; keep one of "
             "them, or turn one around"
         )
-    if position and not heard:
-        decoders.warn_once(f"{name}: digital silence, every sample is 0; check the recording")
 
 
 def _check_float(block: np.ndarray, seconds: float, rate: int, name: str) -> None:
@@ -250,19 +247,28 @@ def _resampled(blocks: Iterator[np.ndarray], rate: float, new_rate: float) -> It
 
 
 def _join(file: File, blocks: Iterator[np.ndarray], rate: int) -> np.ndarray:
-    """Joins int16 blocks, up to the length that one piece of audio may have."""
+    """Joins int16 blocks, up to the length that one piece of audio may have; warns of silence."""
     first = next(blocks, None)
     second = None if first is None else next(blocks, None)
     if first is None or (len(first) == 0 and second is None):
         raise AudioError(f"{_name(file)}: holds no samples")
     if second is None:
-        return first
+        return _not_silent(file, first)
     whole = bytearray(first)
     while second is not None:
         whole += memoryview(second).cast("B")
         _check_length(file, len(whole) // 2, rate)
         second = next(blocks, None)
-    return np.frombuffer(whole, np.int16)
+    return _not_silent(file, np.frombuffer(whole, np.int16))
+
+
+def _not_silent(file: File, samples: np.ndarray) -> np.ndarray:
+    """The samples; a warning where all are 0."""
+    if not samples[::101].any() and not samples.any():
+        decoders.warn_once(
+            f"{_name(file)}: digital silence, every sample is 0; check the recording"
+        )
+    return samples
 
 
 def _check_length(file: File, samples: float, rate: int) -> None:

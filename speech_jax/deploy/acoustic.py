@@ -1,6 +1,6 @@
 """What makes logits of samples, wherever it came from: all that transcription asks of a model.
 
-`open_acoustic` opens a workdir, a saved model, a folder of Hugging Face, or a file of a kind that
+`open_acoustic` opens a workdir, a saved model, a Hugging Face folder, or a file of a kind that
 `FILES` lists. A new kind of file is a module and a line in that table.
 """
 
@@ -22,6 +22,7 @@ FILES: dict[str, str] = {
     ".onnx": "speech_jax.deploy.exported:open_onnx",
     ".sjx": "speech_jax.deploy.exported:open_sjx",
 }
+_WANTED = f"name {bundle.KINDS}, or an exported file ({' or '.join(reversed(FILES))})"
 
 
 class AcousticError(UserError):
@@ -65,7 +66,12 @@ def open_acoustic(path: str | os.PathLike) -> Acoustic:
       UserError: there is no model at `path`, or one that gives no text; the message says which.
     """
     path = files.expand(path)
-    if opener := FILES.get(path.suffix.lower()):
+    if not path.exists():
+        raise AcousticError(f"{path} does not exist: {_WANTED}")
+    opener = FILES.get(path.suffix.lower())
+    if not opener and not path.is_dir():
+        raise AcousticError(f"{path} is not a model: {_WANTED}")
+    if opener:
         module, _, function = opener.partition(":")
         return getattr(importlib.import_module(module), function)(path)
     return BundleAcoustic(bundle.open(path))

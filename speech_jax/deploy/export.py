@@ -2,7 +2,7 @@
 
   python -m speech_jax.deploy.export runs/mine mine.sjx
 
-MODEL is a workdir, a saved model or a folder of Hugging Face. The kind of file is by its name:
+MODEL is a workdir, a saved model or a Hugging Face folder. The kind of file is by its name:
 
   .sjx   StableHLO for CPU, CUDA and TPU with parameters, tokenizer, decoder and card. It opens with
          jax and numpy alone: `python speech_jax/deploy/sjx.py mine.sjx recording.wav`, and that
@@ -77,7 +77,7 @@ def write_sjx(
       scores: figures by split, as results.json has them; weights: one of WEIGHTS.
 
     Raises:
-      UserError: the file cannot be written.
+      OSError: the file cannot be written.
     """
     model = heard.bundle
     arrays, restore = stored(model.params, model.state, weights)
@@ -269,12 +269,11 @@ def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict
 
 
 def _write(out: pathlib.Path, members: Mapping[str, bytes]) -> None:
-    with files.writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(out, "w") as archive:
-            for name, data in members.items():
-                # Without the time of day: the same model gives the same bytes.
-                archive.writestr(zipfile.ZipInfo(name), data)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in members.items():
+            # Without the time of day: the same model gives the same bytes.
+            archive.writestr(zipfile.ZipInfo(name), data)
 
 
 # ---- Comparison --------------------------------------------------------------------------------
@@ -320,7 +319,10 @@ def compare(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """What the module's first lines say; the exit code is 1 where there is no file in the end."""
+    """What the module's first lines say; the exit code is 1 where there is no file in the end.
+
+    It is 2 where the command line is wrong.
+    """
     introduction, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m speech_jax.deploy.export",
@@ -328,13 +330,21 @@ def main(argv: list[str] | None = None) -> int:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="a workdir, a saved model or a folder of Hugging Face")
+    parser.add_argument("model", help="a workdir, a saved model or a Hugging Face folder")
     parser.add_argument("out", help="the file to write: NAME.sjx or NAME.onnx")
-    parser.add_argument("--format", choices=FORMATS, help="by default what the name says")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="the kind of a file whose NAME does not end in it"
+    )
     parser.add_argument(
         "--weights", choices=WEIGHTS, default="float32", help="of matrices, in an .sjx (float32)"
     )
     arguments = parser.parse_args(argv)
+    try:
+        arguments.out, arguments.format = _named(arguments.out, arguments.format)
+        if arguments.format == "onnx" and arguments.weights != "float32":
+            raise ValueError("--weights is for .sjx files: an .onnx keeps float32")
+    except ValueError as error:
+        parser.error(str(error))
     try:
         _run(arguments)
     except UserError as error:
@@ -343,14 +353,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _named(out: str, kind: str | None) -> tuple[str, str]:
+    """(the file to write, its kind); ValueError where they are not said, or not the same."""
+    ending = pathlib.PurePath(out).suffix.lower().lstrip(".")
+    if ending not in FORMATS:
+        if not kind:
+            raise ValueError(f"{out} does not say what to write: end it in .sjx or .onnx")
+        return f"{out}.{kind}", kind
+    if kind and kind != ending:
+        raise ValueError(f"{out} ends in .{ending} and --format={kind} is another: leave one out")
+    return out, ending
+
+
 def _run(arguments: argparse.Namespace) -> None:
-    out = files.expand(arguments.out)
-    kind = arguments.format or out.suffix.lower().lstrip(".")
-    if kind not in FORMATS or out.suffix.lower() != f".{kind}":
-        wanted = f"end it in .{kind}" if kind in FORMATS else "end it in .sjx or .onnx"
-        raise ExportError(f"{out} does not say by its name what it is: {wanted}")
-    if kind == "onnx" and arguments.weights != "float32":
-        raise ExportError("--weights is for .sjx files: an .onnx keeps float32")
+    out, kind = files.expand(arguments.out), arguments.format
     check_place(out)
     say = lambda text: print(text, file=sys.stderr, flush=True)
     say(f"opening {arguments.model}")
@@ -363,13 +379,14 @@ def _run(arguments: argparse.Namespace) -> None:
             heard = acoustic.BundleAcoustic(onnx.in_float32(heard.bundle))
             card, kept = make_card(heard, scores), kept_files(heard.bundle.config)
             graph = onnx.make(heard, card, *batch(heard), kept)
-            with files.writing(out):
+            with files.writing(out):  # the name that was given, not that of the scratch file
                 out.parent.mkdir(parents=True, exist_ok=True)
                 scratch.write_bytes(graph)
             opened = onnx.load(scratch)
         else:
             say(f"writing the program for {', '.join(PLATFORMS)}")
-            write_sjx(heard, scratch, scores, arguments.weights)
+            with files.writing(out):
+                write_sjx(heard, scratch, scores, arguments.weights)
             opened = sjx.load(scratch)
         say("comparing it with the model")
         difference = compare(heard, opened, _NOISE[kind])
@@ -377,9 +394,9 @@ def _run(arguments: argparse.Namespace) -> None:
         if not difference <= limit:
             raise ExportError(
                 f"what was exported gives other logits than the model (by {difference:.1e} of the "
-                f"largest, more than {limit:g}): no file is written"
+                f"largest logit; {limit:g} is the limit): no file is written"
             )
-        say(f"its logits differ from the model's by {difference:.1e} of the largest, at most")
+        say(f"its logits differ from the model's by at most {difference:.1e} of the largest logit")
         with files.writing(out):
             scratch.replace(out)
     finally:

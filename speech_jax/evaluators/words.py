@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+from speech_jax.decoding import confidence
 from speech_jax.evaluators import page
 from speech_jax.evaluators.page import Html, Section, element
 
@@ -14,7 +15,6 @@ from speech_jax.evaluators.page import Html, Section, element
 Pair = tuple[str | None, str | None]
 # Rows of a table of confusions.
 _MOST = 30
-_BINS = 10
 
 
 def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[Pair]:
@@ -134,38 +134,24 @@ def _most(heads: Sequence[str], rows: Sequence[Sequence[object]], what: str) -> 
 
 def confidences(line: Mapping[str, Any]) -> Iterable[tuple[float, bool]]:
     """(confidence, whether it is right) of each word of a hypothesis, as far as there are any."""
-    words = line.get("words") or []
-    said = [(word[0], float(word[3])) for word in words if word[3] is not None]
-    pairs = align(line["reference"].split(), [text for text, _ in said])
-    right = [word == text for word, text in pairs if text is not None]
-    return zip((confidence for _, confidence in said), right, strict=True)
-
-
-def area(confidence: np.ndarray, right: np.ndarray) -> float | None:
-    """The probability that a right word has a higher confidence than a wrong one, ties by half.
-
-    It is the area under the ROC curve (Mann and Whitney 1947); None where all are right or wrong.
-    """
-    below, above = np.sort(confidence[~right]), confidence[right]
-    if not len(below) or not len(above):
-        return None
-    less = np.searchsorted(below, above, "left") + np.searchsorted(below, above, "right")
-    return float(less.mean() / (2 * len(below)))
+    words = [word for word in line.get("words") or [] if word[3] is not None]
+    right = confidence.right_words(line["reference"], [word[0] for word in words])
+    return zip((float(word[3]) for word in words), right, strict=True)
 
 
 def _reliability(known: Sequence[tuple[float, bool]]) -> Html:
-    confidence = np.asarray([one for one, _ in known], np.float64).clip(0, 1)
-    right = np.asarray([one for _, one in known], bool)
-    place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
-    rows, points, gap = [], [], 0.0
-    for number in range(_BINS):
-        these = place == number
-        if these.any():
-            mean, share = float(confidence[these].mean()), float(right[these].mean())
-            points.append((mean, share))
-            gap += these.sum() / len(known) * abs(mean - share)
-            bounds = f"{number / _BINS:.1f} to {(number + 1) / _BINS:.1f}"
-            rows.append((bounds, int(these.sum()), page.percent(mean, 1), page.percent(share, 1)))
+    sure, right = (np.asarray(column) for column in zip(*known, strict=True))
+    bins, gap = confidence.reliability(sure.clip(0, 1), right)
+    points = [(one.confidence, one.right) for one in bins]
+    rows = [
+        (
+            f"{one.low:.1f} to {one.high:.1f}",
+            one.words,
+            page.percent(one.confidence, 1),
+            page.percent(one.right, 1),
+        )
+        for one in bins
+    ]
     curve = page.plot(
         "Words that are right, by their confidence",
         points,
@@ -178,11 +164,11 @@ def _reliability(known: Sequence[tuple[float, bool]]) -> Html:
     figures = page.definitions(
         {
             "words": len(known),
-            "mean confidence": page.percent(float(confidence.mean())),
+            "mean confidence": page.percent(float(sure.mean())),
             "words that are right": page.percent(float(right.mean())),
             "calibration error (ECE)": page.percent(gap),
-            "area under the ROC curve of wrong words": area(confidence, right),
+            "area under the ROC curve of wrong words": confidence.area_under_roc(sure, right),
         }
     )
-    bins = page.table(["confidence", "words", "mean confidence", "right"], rows)
-    return page.side_by_side(curve, page.join([figures, bins]))
+    table = page.table(["confidence", "words", "mean confidence", "right"], rows)
+    return page.side_by_side(curve, page.join([figures, table]))

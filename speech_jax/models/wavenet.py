@@ -20,8 +20,8 @@ class WaveNet(nn.Module):
 
     Attributes:
       width: of the residual stream, of the gates and of what is skipped (D).
-      stacks: how often the dilations start again.
-      num_layers: of a stack; the dilations are 1, 2, 4, ...
+      num_layers: of all; the dilations are 1, 2, 4, ...
+      cycle: layers after which the dilations start again.
       kernel: taps of a dilated convolution.
       causal: frames hear no later ones, beyond what one frame is made of.
       subsampling: 4 or 8, log-mel frames per hidden frame.
@@ -31,8 +31,8 @@ class WaveNet(nn.Module):
     """
 
     width: int = 256
-    stacks: int = 3
-    num_layers: int = 5
+    num_layers: int = 15
+    cycle: int = 5
     kernel: int = 7
     causal: bool = False
     subsampling: int = 4
@@ -56,7 +56,7 @@ class WaveNet(nn.Module):
     # Large: as many channels as the paper's model of speech has gates.
     VARIANTS: ClassVar = {
         "tiny": {
-            "width": 96, "stacks": 2, "num_layers": 4, "kernel": 5, "subsampling_channels": 32,
+            "width": 96, "num_layers": 8, "cycle": 4, "kernel": 5, "subsampling_channels": 32,
         },
         "base": {"width": 256},
         "large": {"width": 512, "subsampling_channels": 256},
@@ -70,7 +70,7 @@ class WaveNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool, layers_too: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         x = Subsampling(
             self.width,
@@ -84,19 +84,22 @@ class WaveNet(nn.Module):
         seed = None
         if not deterministic:
             seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
-        total = jnp.zeros_like(x)
-        for i in range(self.stacks * self.num_layers):
+        total, each = jnp.zeros_like(x), [x]
+        for i in range(self.num_layers):
             layer = Layer(
-                self.width, self.kernel, 2 ** (i % self.num_layers), self.causal, self.dtype,
+                self.width, self.kernel, 2 ** (i % self.cycle), self.causal, self.dtype,
                 name=f"layer_{i}",
             )  # fmt: skip
             change, skipped = layer(x, mask)
             x = partition.split_rows(x + layers.dropout(change, self.dropout, seed, site=i))
             total = total + skipped
+            each.append(x)
         # With the residual stream, to which the last layer would else add for nothing.
         x = nn.Dense(self.width, dtype=self.dtype, name="output")(nn.relu(total + x))
         x = layers.LayerNorm(self.dtype, name="norm")(x)
-        return jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype)), lengths
+        if layers_too:
+            x, mask = jnp.stack([*each[:-1], x], axis=2), mask[:, :, None]
+        return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), lengths
 
     def _halvings(self) -> int:
         if self.subsampling not in (4, 8):
