@@ -427,7 +427,7 @@ def check(config: ConfigDict) -> None:
             changed[name],
             cure,
         )
-    Settings.of(config.decoder)
+    Settings.of(config.decoder).check_files()
 
 
 def _changed(config: ConfigDict) -> dict[str, Any]:

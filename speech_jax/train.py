@@ -453,11 +453,14 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
         params, state = bundle.on_mesh(model, mesh)
         evaluation = Evaluation(config, task, model.parts, mesh, on_batch)
         longest = round(config.data.max_seconds * config.data.sample_rate)
+        decoder = getattr(task, "decoder", None)
+        if decoder:
+            say(f"decoder: {decoder.settings}")
         for split in splits:
             evaluation.check_memory(split, params, state, longest)
         found = measure(evaluation, params, state, splits, workdir, say)
-        decoder = {name: value for name, value in config.decoder.items() if value is not None}
-        results = workdir.write_results(found, decoder=decoder)
+        used = {"decoder": decoder.settings.used()} if decoder else {}
+        results = workdir.write_results(found, **used)
         corpora = {split: evaluation.corpus(split) for split in splits}
         if write_report(workdir, task.evaluator(model.parts), corpora, results):
             say(f"report: {workdir.report}")
@@ -474,8 +477,10 @@ def measure(
 ) -> dict[str, dict]:
     """results.json's entry of each split; details go to the workdir's predictions."""
     results = {}
+    decoder = getattr(evaluation.task, "decoder", None)
+    how = {"decoder": str(decoder.settings)} if decoder else {}
     for split in splits:
         score = evaluation.run(params, state, split, workdir.predictions(split))
-        results[split] = score.results
+        results[split] = score.results | how
         say(f"{split}: {score.line}")
     return results

@@ -26,6 +26,15 @@ def test_words_of_one_kind_give_no_certainty(right):
     assert 0.01 < confidence.calibrated(np.asarray([0.9]), scale, offset)[0] < 0.99
 
 
+def test_few_errors_give_no_absurd_calibration():
+    rng = np.random.default_rng(0)
+    evidence = 1 - rng.uniform(0, 1e-4, 400)
+    right = np.arange(400) >= 10
+    scale, offset = confidence.fit(evidence, right)
+    assert scale > 0.3  # 0.2 would call noise right
+    assert confidence.calibrated(np.asarray([0.05]), scale, offset)[0] < 0.5
+
+
 def test_the_area_is_the_share_of_pairs_in_order():
     rng = np.random.default_rng(1)
     sure, right = rng.integers(0, 9, 60) / 8, rng.random(60) < 0.7

@@ -75,6 +75,30 @@ def test_words_are_those_of_the_text(kind):
     assert words.spans([1, 2, 1, 1, 3, 2, 1], spaces.spellings) == [("A", 1, 2), ("BA", 4, 6)]
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"lm_weight": -0.1}, {"calibration": (1.0, np.nan)}]
+    + [{name: value} for name in ("lm_weight", "bonus", "skip") for value in (np.nan, np.inf)],
+)
+def test_numbers_that_cannot_be_are_refused(setting):
+    with pytest.raises(DecoderError, match=rf"config\.decoder\.{next(iter(setting))}=.* must be"):
+        Decoder(setting, TRANSCRIPT, 0.04)
+
+
+def test_words_are_joined_by_single_spaces():
+    class Spaced:  # a tokenizer of pieces that begin and end with spaces
+        spellings = ("", " A", " ", "B")
+
+        def decode(self, ids):
+            return "".join(self.spellings[label] for label in ids)
+
+    logits = 9 * np.eye(4, dtype=np.float32)[[1, 2, 0, 2, 1, 3, 2]][None]
+    for settings in ({}, {"name": "beam", "nbest": 3}):
+        (found,) = Decoder(settings, Transcript(Spaced()), 0.04)(logits, [7])
+        assert found.text == found.alternatives[0][0] == "A AB"
+        assert all("  " not in text for text, _ in found.alternatives)
+
+
 def test_an_unknown_setting_is_named():
     with pytest.raises(DecoderError, match=r"config\.decoder\.name='best' must be one of greedy"):
         Decoder({"name": "best"}, TRANSCRIPT, 0.04)

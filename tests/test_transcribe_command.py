@@ -251,7 +251,7 @@ def test_a_wrong_command_line_is_of_status_2(arguments, message, command):
 
 def test_the_command_line_knows_what_the_libraries_know():
     assert tuple(formats.FORMATS) == transcribe._FORMATS
-    assert decoder.DECODERS == transcribe._DECODERS
+    assert tuple(decoder.DECODERS) == transcribe._DECODERS
     assert deployed.CHUNKS == transcribe._CHUNK_SECONDS
     assert decoder.Settings().width == transcribe._DEFAULT_WIDTH
     assert decoder.Settings().lm_weight == transcribe._DEFAULT_LM_WEIGHT

@@ -15,13 +15,23 @@ from speech_jax.bundle.format import (
     BundleError,
     checked,
     for_use,
+    keep_files,
     of_use,
     on_mesh,
     open_saved,
     save,
 )
 
-__all__ = ["Bundle", "BundleError", "for_use", "of_use", "on_mesh", "open", "save"]
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "for_use",
+    "keep_files",
+    "of_use",
+    "on_mesh",
+    "open",
+    "save",
+]
 
 
 def open(folder: str | os.PathLike) -> Bundle:

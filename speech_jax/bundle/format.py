@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from speech_jax import config as defaults
 from speech_jax import experiment, files
 from speech_jax.data.parts import Part
+from speech_jax.decoding.decoder import Settings
 from speech_jax.errors import UserError
 from speech_jax.tasks import Task
 from speech_jax.training import sharding
@@ -78,7 +79,7 @@ def save(model: Bundle, folder: str | os.PathLike) -> None:
     if model.base:
         described |= {"version": VERSION, "base": dict(model.base)}
     with appearing(folder) as partial:
-        described["config"]["decoder"] |= _keep_files(model.config.decoder, partial)
+        described["config"]["decoder"] |= keep_files(model.config.decoder, partial)
         files.write_atomically(partial / DESCRIPTION, files.dump_json(described))
         safetensors.numpy.save_file(tensors, partial / _PARAMETERS)
         for part in model.parts.values():
@@ -97,8 +98,8 @@ def open_saved(folder: pathlib.Path) -> Bundle:
     if not isinstance(described.get("config"), dict):
         raise BundleError(f"{folder / DESCRIPTION} holds no configuration: bring the folder back")
     config = defaults.completed(described["config"], str(folder / DESCRIPTION))
-    own = {key: str(folder / config.decoder[key]) for key in FILES if config.decoder[key]}
-    config = with_decoder(config, own, str(folder / DESCRIPTION))
+    own = {key: config.decoder[key] for key in FILES if config.decoder[key]}
+    config = with_decoder(config, own, folder / DESCRIPTION)
     try:
         tensors = safetensors.numpy.load_file(folder / _PARAMETERS)
     except (OSError, safetensors.SafetensorError) as error:
@@ -130,29 +131,40 @@ def checked(model: Bundle, folder: pathlib.Path) -> Bundle:
     return model
 
 
-def _keep_files(decoder: ConfigDict, folder: pathlib.Path) -> dict[str, str]:
-    """Copies a decoder's files into a bundle's folder; their names there by setting."""
+def kept_name(path: str | os.PathLike) -> str:
+    """What a decoder's file is called beside its model."""
+    return f"decoder-{files.expand(path).name.removeprefix('decoder-')}"
+
+
+def keep_files(decoder: Mapping[str, Any], folder: pathlib.Path) -> dict[str, str]:
+    """Copies a decoder's files into a model's folder; their names there by setting."""
     kept = {}
     for key in FILES:
-        if decoder[key]:
+        if decoder.get(key):
             path = files.expand(decoder[key])
-            kept[key] = f"decoder-{path.name}"
-            (folder / kept[key]).write_bytes(path.read_bytes())
+            kept[key] = kept_name(path)
+            if path != folder / kept[key]:
+                (folder / kept[key]).write_bytes(path.read_bytes())
     return kept
 
 
-def with_decoder(config: ConfigDict, settings: Mapping[str, Any], where: str) -> ConfigDict:
+def with_decoder(
+    config: ConfigDict, settings: Mapping[str, Any], where: pathlib.Path
+) -> ConfigDict:
     """A configuration with other settings of the decoder, which were found in a file.
+
+    Files that they name are in its folder, unless their names say otherwise.
 
     Raises:
       UserError: they are no such settings.
     """
     try:
         given = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+        given |= {key: str(where.parent / given[key]) for key in FILES if given.get(key)}
         changed = config.copy_and_resolve_references()
         with changed.unlocked():
             changed.decoder.update(given)
-        return defaults.completed(files.plain(changed), where)
+        return defaults.completed(files.plain(changed), str(where))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -178,6 +190,7 @@ def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
 
     Raises:
       BundleError: `config` is for another task or encoder.
+      DecoderError: a file of the decoder is not there.
     """
     for section in ("task", "model"):
         theirs, ours = model.config[section].name, config[section].name
@@ -195,6 +208,7 @@ def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
         kept = {key: merged.data[key] for key in _OWN}
         merged.data = config.data.copy_and_resolve_references()
         merged.data.update(kept)
+    Settings.of(merged.decoder).check_files()
     return merged.lock()
 
 

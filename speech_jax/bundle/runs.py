@@ -19,7 +19,7 @@ def open_workdir(folder: pathlib.Path) -> Bundle:
     workdir = Workdir(folder)
     config = workdir.recorded()
     if workdir.decoder.exists():
-        config = with_decoder(config, files.read_json(workdir.decoder), str(workdir.decoder))
+        config = with_decoder(config, files.read_json(workdir.decoder), workdir.decoder)
     # Averages, where they are kept, are of what is not frozen.
     kinds = ("params", "model_state") + (("ema",) if config.train.ema_decay else ())
     found = checkpoint.load_best(workdir.checkpoints, kinds)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+# Of the normal distributions that scale and offset are thought to be of: deviations of 0.5 and 2.
+_PRECISION = (4.0, 0.25)
 _CLOSE = 1e-6  # to 0 and 1, where log odds are not finite
 
 
@@ -34,18 +36,19 @@ def calibrated(evidence: np.ndarray, scale: float, offset: float) -> np.ndarray:
 def fit(evidence: Sequence[float], right: Sequence[bool]) -> tuple[float, float]:
     """The (scale, offset) under which words that were right and wrong are most probable.
 
-    A right and a wrong word are added, of the mean evidence, and the scale is thought to be near 1:
-    few words, or words that are all right, give no certainty.
+    A right and a wrong word are added, of the mean evidence, and scale and offset are thought to be
+    near 1 and 0: few words, or words that are all right, give no certainty.
     """
     odds = _log_odds(np.asarray(evidence, float))
     odds = np.append(odds, [odds.mean() if len(odds) else 0.0] * 2)
     target = np.append(np.asarray(right, float), [0.0, 1.0])
     inputs = np.stack([odds, np.ones_like(odds)], axis=1)
-    prior, at = np.asarray([1.0, 0.0]), np.asarray([1.0, 0.0])
+    prior, mean = np.asarray(_PRECISION), np.asarray([1.0, 0.0])
+    at = mean.copy()
     for _ in range(50):  # Newton; the function is convex
         p = 1 / (1 + np.exp(-inputs @ at))
-        slope = inputs.T @ (p - target) + prior * (at - 1)
-        curve = inputs.T @ (inputs * (p * (1 - p))[:, None]) + np.diag(prior + 1e-6)
+        slope = inputs.T @ (p - target) + prior * (at - mean)
+        curve = inputs.T @ (inputs * (p * (1 - p))[:, None]) + np.diag(prior)
         step = np.linalg.solve(curve, slope)
         at -= step * min(1.0, 2.0 / max(np.abs(step).max(), 1e-9))
     return max(float(at[0]), 0.0), float(at[1])

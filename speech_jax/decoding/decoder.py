@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -17,7 +18,13 @@ from speech_jax.decoding.lexicon import Lexicon
 from speech_jax.decoding.words import Decoded, Word, timed
 from speech_jax.errors import UserError
 
-DECODERS = ("greedy", "beam", "lexicon")
+# Decoder -> the settings that it uses; with a language model there are _OF_LM too.
+DECODERS: dict[str, tuple[str, ...]] = {
+    "greedy": (),
+    "beam": ("width", "labels", "skip", "nbest"),
+    "lexicon": ("width", "labels", "nbest", "bonus", "lexicon"),
+}
+_OF_LM = ("lm", "lm_weight", "bonus")
 
 
 class DecoderError(UserError):
@@ -86,27 +93,50 @@ class Settings:
             "labels": (self.labels >= 1, "at least 1"),
             "skip": (0.5 <= self.skip <= 1, "in [0.5, 1]"),
             "nbest": (1 <= self.nbest <= self.width, f"1 to config.decoder.width={self.width}"),
+            "lm_weight": (math.isfinite(self.lm_weight) and self.lm_weight >= 0, "at least 0"),
+            "bonus": (math.isfinite(self.bonus), "a finite number"),
             "calibration": (
                 len(self.calibration) == 2
-                and all(isinstance(number, int | float) for number in self.calibration),
-                "a scale and an offset",
+                and all(isinstance(x, int | float) and math.isfinite(x) for x in self.calibration),
+                "a scale and an offset, both finite",
             ),
         }
         for key, (holds, demand) in demands.items():
             if not holds:
                 raise DecoderError(f"config.decoder.{key}={getattr(self, key)!r} must be {demand}")
-        for key in ("lm", "lexicon"):
-            path = getattr(self, key)
-            if path and not files.expand(path).is_file():
-                raise DecoderError(
-                    f"config.decoder.{key}={path!r} is no file: bring it back, name another one "
-                    "or set config.decoder.name='greedy'"
-                )
         if self.name == "lexicon" and not (self.lm or self.lexicon):
             raise DecoderError(
                 "config.decoder.name='lexicon' needs words: name an ARPA file of them as "
                 "config.decoder.lm, or a list of them as config.decoder.lexicon"
             )
+
+    def check_files(self) -> None:
+        """DecoderError where a file that is used is not there."""
+        for key, path in self.used().items():
+            if key in ("lm", "lexicon") and not files.expand(path).is_file():
+                raise DecoderError(
+                    f"config.decoder.{key}={path!r} is no file: bring it back, name another one "
+                    "or set config.decoder.name='greedy'"
+                )
+
+    def used(self) -> dict[str, Any]:
+        """The settings that the decoder uses, by name, as JSON holds them."""
+        names = [*DECODERS[self.name]]
+        if self.lm and self.name != "greedy":
+            names += [name for name in _OF_LM if name not in names]
+        if not self.lexicon and "lexicon" in names:
+            names.remove("lexicon")
+        found = {"name": self.name} | {name: getattr(self, name) for name in names}
+        return found | {"calibration": list(self.calibration)}
+
+    def __str__(self) -> str:
+        """How text is decoded, in a few words."""
+        used = self.used()
+        name = f"{self.name} {self.width}" if "width" in used else self.name
+        by = [f"{key} {files.expand(used[key]).name}" for key in ("lexicon", "lm") if key in used]
+        numbers = {"lm_weight": "weight", "bonus": "bonus"}
+        by += [f"{said} {used[key]:g}" for key, said in numbers.items() if key in used]
+        return f"{name}, {' '.join(by)}" if by else name
 
 
 class Decoder:
@@ -251,7 +281,7 @@ class Decoder:
         return tuple(map(Word, texts, begins, stops, sure_of))
 
     def _text(self, labels: np.ndarray) -> str:
-        return self._transcript.tokenizer.decode(labels.tolist())
+        return " ".join(self._transcript.tokenizer.decode(labels.tolist()).split())
 
     @functools.cached_property
     def _spellings(self) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ import numpy as np
 
 import speech_jax
 from speech_jax import bundle, files, rules
-from speech_jax.bundle.format import FILES
+from speech_jax.bundle.format import FILES, kept_name
 from speech_jax.deploy import acoustic, onnx, sjx
 from speech_jax.errors import UserError
 from speech_jax.ops import partition
@@ -223,7 +223,7 @@ def kept_files(config: Any) -> dict[str, bytes]:
         if config.decoder[key]:
             path = files.expand(config.decoder[key])
             try:
-                kept[f"decoder-{path.name}"] = path.read_bytes()
+                kept[kept_name(path)] = path.read_bytes()
             except OSError as error:
                 raise ExportError(
                     f"config.decoder.{key}={path} cannot be read: {error.strerror or error}"
@@ -244,7 +244,6 @@ def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict
         parts = {path.name: path.read_text("utf-8") for path in pathlib.Path(folder).iterdir()}
     data = config.data
     decoder = files.plain(config)["decoder"]
-    named = {key: pathlib.PurePath(decoder[key]).name for key in FILES if decoder[key]}
     return {
         "format": "speech_jax",
         "version": sjx.VERSION,
@@ -255,7 +254,7 @@ def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict
         "outputs": "logits float32 [B, T, K] of labels (the blank is 0) and frames int32 [B]",
         "labels": list(heard.transcript.tokenizer.spellings),
         "decoder": decoder,
-        "files": {key: f"decoder-{name}" for key, name in named.items()},
+        "files": {key: kept_name(decoder[key]) for key in FILES if decoder[key]},
         "parts": parts,
         "model": {
             "task": config.task.name,

@@ -160,6 +160,7 @@ class Model:
         self._frame = round(acoustic.frame_seconds * acoustic.sample_rate)
         settings = {**acoustic.decoder, **(decoder or {})}
         self._decoder = Decoder(settings, acoustic.transcript, acoustic.frame_seconds)
+        self._decoder.settings.check_files()
         platform = jax.default_backend()
         self._batch_seconds = _BATCH_SECONDS.get(platform, _BATCH_SECONDS_ELSEWHERE)
 

@@ -75,7 +75,7 @@ class Evaluation:
         on_batch: Callable[[], None] = lambda: None,
     ):
         """`on_batch` is called after every batch; what it raises ends the evaluation."""
-        self._config, self._task, self._parts, self._mesh = config, task, parts, mesh
+        self._config, self.task, self._parts, self._mesh = config, task, parts, mesh
         self._on_batch = on_batch
         self._corpora: dict[str, Corpus] = {}
         shared = jax.process_count() > 1
@@ -103,13 +103,13 @@ class Evaluation:
         `params` and `state` may be shapes; batches up to the length `fits` are known to fit.
         """
         corpus = self.corpus(split)
-        plan = experiment.evaluation_plan(self._config, corpus, self._task, self._mesh)
-        if plan.buckets[-1].size(self._task.along) <= fits:
+        plan = experiment.evaluation_plan(self._config, corpus, self.task, self._mesh)
+        if plan.buckets[-1].size(self.task.along) <= fits:
             return
         batch = experiment.batch_shapes(corpus.fields, plan.buckets[-1], self._mesh)
         with jax.set_mesh(self._mesh):
             program = self._predict.lower(params, state, batch)
-        longest = corpus.source.utterances[corpus.index[corpus.lengths[self._task.along].argmax()]]
+        longest = corpus.source.utterances[corpus.index[corpus.lengths[self.task.along].argmax()]]
         costs.compile_within_memory(
             program,
             f"evaluating utterance {longest.id} of {split} ({longest.duration:.0f} s)",
@@ -127,8 +127,8 @@ class Evaluation:
           UserError: no utterance could be read, or the predictions cannot be written.
         """
         corpus = self.corpus(split)
-        reader = _Reader(self._task.evaluator(self._parts), corpus, keep=predictions is not None)
-        plan = experiment.evaluation_plan(self._config, corpus, self._task, self._mesh)
+        reader = _Reader(self.task.evaluator(self._parts), corpus, keep=predictions is not None)
+        plan = experiment.evaluation_plan(self._config, corpus, self.task, self._mesh)
         batches = experiment.evaluation_batches(self._config, corpus, plan)
         waiting = collections.deque()
         with (

@@ -5,7 +5,8 @@
 
 tries weights of the language model and bonuses for the word errors of the first of
 config.data.eval_splits, whatever the decoder fits the calibration of its confidences, and writes
-workdir/decoder.json: from then on the workdir is evaluated, transcribed with and saved so.
+workdir/decoder.json, with a copy of the language model beside it: from then on the workdir is
+evaluated, transcribed with and saved so.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from speech_jax.tasks import Task
 from speech_jax.training import sharding
 from speech_jax.workdir import Workdir
 
+_FEWEST = 10  # right words, and wrong ones, that a calibration is fitted to
 _ROWS = 16  # that are decoded together
 # Where the search begins, and how far its steps go, of (weight, bonus).
 _BEGIN, _STEPS = (0.5, 0.0), ((0.4, 0.8), (0.2, 0.4), (0.1, 0.2))
@@ -53,7 +55,6 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
     decoder = getattr(task, "decoder", None)
     if not isinstance(decoder, Decoder) or not isinstance(task.evaluator(model.parts), Errors):
         raise UserError(f"--mode=tune is for recognizers, and {config.task.name} gives no text")
-    decoder = decoder.calibrated_by(1.0, 0.0)
     split = next(iter(split_names(config.data.eval_splits)), "")
     if not split:
         raise UserError("--mode=tune needs a split: name one in config.data.eval_splits")
@@ -62,26 +63,16 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
         if len(heard) < 2:
             raise UserError(f"{split} has {len(heard)} utterances, and half of it is tuned on")
         halves = heard[::2], heard[1::2]
-        if decoder.settings.lm:
+        if "lm" in decoder.settings.used():
             decoder = _search(decoder, halves[0], say)
-        scale, offset = _calibration(decoder, halves[0])
-        tuned = decoder.calibrated_by(scale, offset)
-        settings = {
-            name: value
-            for name, value in config.decoder.items()
-            if value is not None and name not in ("lm", "lexicon")
-        }
-        settings |= {"calibration": [scale, offset]}
-        for name in ("lm", "lexicon"):
-            if path := getattr(tuned.settings, name):
-                settings[name] = str(files.expand(path).absolute())
-        if tuned.settings.lm:
-            settings |= {"lm_weight": tuned.settings.lm_weight, "bonus": tuned.settings.bonus}
+        tuned = _calibrated(decoder, halves[0], say)
         say(f"{split}, the half that was not tuned on, {len(halves[1])} utterances:")
         plain = Decoder({}, model.parts["labels"], decoder.frame_seconds)
         for name, one in (("greedy", plain), ("tuned", tuned)):
             say(f"  {name}: {_figures(one, halves[1])}")
         with files.writing(workdir.decoder):
+            settings = tuned.settings.used()
+            settings |= bundle.keep_files(settings, workdir.folder)
             files.write_atomically(workdir.decoder, files.dump_json(settings))
     say(f"{workdir.decoder}: " + "  ".join(f"{k}={v}" for k, v in settings.items()))
     return settings
@@ -170,9 +161,18 @@ def _judged(decoder: Decoder, heard: Sequence[_Heard]) -> tuple[list[float], lis
     return sure, right
 
 
-def _calibration(decoder: Decoder, heard: Sequence[_Heard]) -> tuple[float, float]:
-    """Of a decoder whose confidences are the evidence itself."""
-    return tuple(round(x, 4) for x in confidence.fit(*_judged(decoder, heard)))
+def _calibrated(decoder: Decoder, heard: Sequence[_Heard], say: Callable[[str], None]) -> Decoder:
+    """The decoder with the calibration that fits, or as it is where too few words say which."""
+    sure, right = _judged(decoder.calibrated_by(1.0, 0.0), heard)  # the evidence itself
+    fewest = min(sum(right), len(right) - sum(right))
+    if fewest < _FEWEST:
+        scale, offset = decoder.settings.calibration
+        say(
+            f"{sum(right)} words are right and {len(right) - sum(right)} wrong; a calibration of "
+            f"confidences needs {_FEWEST} of both, so it stays as it was, ({scale:g}, {offset:g})"
+        )
+        return decoder
+    return decoder.calibrated_by(*(round(x, 4) for x in confidence.fit(sure, right)))
 
 
 def _figures(decoder: Decoder, heard: Sequence[_Heard]) -> str:
