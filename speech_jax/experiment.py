@@ -480,7 +480,7 @@ class Setup:
                 program,
                 f"a batch of {bucket}",
                 "lower config.data.batch_seconds, raise config.train.accumulate, set "
-                "config.model.remat=True or take a smaller model",
+                "config.model.remat=True where the encoder has it, or take a smaller model",
             )
 
         with concurrent.futures.ThreadPoolExecutor() as pool:

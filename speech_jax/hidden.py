@@ -105,7 +105,9 @@ def replace_audio(
 
 def check(config: ConfigDict) -> None:
     """Raises UserError where the input of the encoder is to be changed at random."""
-    masks = config.spec_augment.time_masks or config.spec_augment.frequency_masks
+    masks = any(
+        config.spec_augment[name] for name in ("time_masks", "frequency_masks", "time_warp")
+    )
     random = {
         "config.data.noise_root": config.data.noise_root,
         "config.data.speeds": tuple(config.data.speeds) != (1.0,),

@@ -312,9 +312,10 @@ def _head_alone(config: ConfigDict) -> ConfigDict | None:
     with alone.unlocked():
         alone.optimizer.frozen = (frozen,)
         alone.data.update({"cache_hidden": True, "speeds": (1.0,), "noise_root": ""})
-        alone.spec_augment.update({"time_masks": 0, "frequency_masks": 0})
+        alone.spec_augment.update({"time_masks": 0, "frequency_masks": 0, "time_warp": 0})
         alone.adversarial.method = "none"
         alone.lora.rank = 0
+        alone.task.mixup = 0.0
         if "adapter" in alone.model:
             alone.model.adapter = 0
         alone.train.compare = False
@@ -357,7 +358,8 @@ def _watched(config: ConfigDict, split: str, task: Task, parts: Mapping[str, Par
     settings = config.checkpoint
     if not settings.metric:
         return Watched(split, *task.best)
-    known = task.evaluator(parts).results()
+    measured = task.evaluator(parts).results()
+    known = [name for name, value in measured.items() if not isinstance(value, Mapping)]
     if settings.metric not in known:
         raise TrainingError(
             f"config.checkpoint.metric={settings.metric!r} is not measured; there are "

@@ -48,7 +48,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from speech_jax.data import audio, sources
 from speech_jax.data.sources import prepared
 from speech_jax.errors import UserError
-from speech_jax.files import is_remote
+from speech_jax.files import expand, is_remote
 
 Encoded = tuple[bytes, int, int] | str  # (FLAC, samples, rate), or why there is none
 
@@ -137,6 +137,7 @@ def prepare(
             f"out={out} is in a bucket, where no file can be written in parts: prepare the "
             "data on a disk, then copy its folder there; training reads it from both"
         )
+    out = expand(out)
     folder = prepared.folder_of(out, split)
     if folder.exists() and not overwrite:
         return None

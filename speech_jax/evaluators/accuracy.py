@@ -12,6 +12,9 @@ from speech_jax.data.sources import Utterance
 from speech_jax.evaluators import Row
 from speech_jax.evaluators.page import Section, matrix, percent, table
 
+# Classes of the largest confusion matrix that is drawn.
+_DRAWN = 100
+
 _OF_CLASSES = ("recall", "precision", "f1")
 
 
@@ -100,8 +103,13 @@ class Accuracy:
         ]
 
     def draw(self, path: pathlib.Path) -> None:
-        """Draws the confusion matrix, in shares of each class, with the recall of each."""
+        """Draws the confusion matrix, in shares of each class, with the recall of each.
+
+        Of more classes than a picture can show there is none.
+        """
         count = self._target.count
+        if count > _DRAWN:
+            return
         size = 3 + 0.3 * count
         figure = Figure(figsize=(size + 1, size), layout="constrained")
         axes = figure.subplots()

@@ -45,6 +45,13 @@ def portion(
     if (low, high) == (0.0, 1.0):
         return source
     utterances = source.utterances
+    for tag in filter(None, (within, together)):
+        if utterances and not any(tag in utterance.tags for utterance in utterances):
+            known = sorted({name for utterance in utterances for name in utterance.tags})
+            raise SourceError(
+                f"no utterance has the tag {tag!r} that a portion is to be cut by; there are "
+                f"{', '.join(known) or 'none'}"
+            )
     order = sorted(range(len(utterances)), key=lambda index: utterances[index].id)
     chosen: list[int] = []
     for group in _groups(order, lambda index: _value(utterances[index], within)):
