@@ -231,7 +231,8 @@ def test_it_opens_as_a_bundle(run, tmp_path):
     config = bundle.for_use(saved, run.config)
     evaluation = Evaluation(config, saved.task(), saved.parts, mesh)
     score = evaluation.run(*bundle.on_mesh(saved, mesh), "dev", tmp_path / "lines.jsonl")
-    assert score.results | {"decoder": "greedy"} == run.results["splits"]["dev"]
+    recorded = {k: v for k, v in run.results["splits"]["dev"].items() if k != "decoder"}
+    assert score.results == recorded
     assert (tmp_path / "lines.jsonl").read_text() == run.workdir.predictions("dev").read_text()
 
 
