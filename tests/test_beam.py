@@ -132,6 +132,15 @@ def test_frames_that_are_blank_are_passed_over():
     np.testing.assert_allclose(every.score, fewer.score, rtol=1e-6)
 
 
+def test_blanks_that_are_certain_part_equal_labels():
+    """A skipped blank whose log probability is 0 in float32 still parts a label from the next."""
+    path = jnp.array([[1, 0, 1, 0, 0, 2, 2, 0, 2]])
+    logits = 40.0 * jax.nn.one_hot(path, 4)
+    search = jax.jit(functools.partial(beam.search, width=4, labels=3, skip=0.9999))
+    found = search(logits, jnp.array([path.shape[1]]))
+    assert found.labels[0, 0, : found.count[0, 0]].tolist() == [1, 1, 2, 2]
+
+
 def test_labels_of_a_path_are_found_in_its_frames():
     logits, lengths = speech(4, 40, 6), jnp.asarray([40, 30, 7, 0], jnp.int32)
     path = jax.jit(best_path)(logits, lengths)

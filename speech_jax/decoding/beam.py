@@ -43,7 +43,8 @@ class _Frames(NamedTuple):
     # The frames that hypotheses are extended in, packed left.
     log_probs: jax.Array  # [B, T, K]
     labels: jax.Array  # [B, T, C], the most probable ones, sorted
-    quiet: jax.Array  # [B, T], log p of the blanks that were skipped before each frame
+    skipped: jax.Array  # bool [B, T], whether blanks before a frame were skipped
+    quiet: jax.Array  # [B, T], their log probability, which may be 0
     count: jax.Array  # [B]
 
 
@@ -144,11 +145,14 @@ def _frames(logits: jax.Array, lengths: jax.Array, C: int, skip: float, blank_id
         order = jnp.argsort(~kept, axis=1, stable=True)  # those that are kept first, in order
         log_probs = jnp.take_along_axis(log_probs, order[..., None], axis=1)
         at = jnp.take_along_axis(before, order, axis=1)
+        skipped = jnp.diff(order, axis=1, prepend=-1) > 1  # beyond `count` nobody asks
     else:
-        at = before
-    quiet = jnp.diff(at, axis=1, prepend=jnp.zeros((len(at), 1)))  # beyond `count` nobody asks
+        at, skipped = before, jnp.zeros_like(valid)
+    quiet = jnp.diff(at, axis=1, prepend=jnp.zeros((len(at), 1)))
+    quiet = jnp.where(skipped, jnp.minimum(quiet, 0), 0)
     spoken = log_probs.at[..., blank_id].set(-jnp.inf)
-    return _Frames(log_probs, lax.top_k(spoken, C)[1].astype(jnp.int32), quiet, count)
+    labels = lax.top_k(spoken, C)[1].astype(jnp.int32)
+    return _Frames(log_probs, labels, skipped, quiet, count)
 
 
 def _pairs(width: int, C: int, everything: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -176,11 +180,11 @@ def _advance(
 ) -> tuple[_Hypotheses, jax.Array]:
     """The hypotheses after a frame, and int32 [2, B, W]: which one each came from, and by what."""
     at = lambda x: lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False)
-    log_probs, labels, quiet = at(frames.log_probs), at(frames.labels), at(frames.quiet)[:, None]
+    log_probs, labels = at(frames.log_probs), at(frames.labels)
+    skipped, quiet = at(frames.skipped)[:, None], at(frames.quiet)[:, None]
     W = old.blank.shape[1]
 
     # Blanks that were skipped: every path ends in one.
-    skipped = quiet < 0
     total = _add(old.blank, old.label)
     before = jnp.where(skipped, total + quiet, old.blank)
     repeated = jnp.where(skipped, NEVER, old.label)

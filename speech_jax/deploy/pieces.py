@@ -55,6 +55,7 @@ def cut(blocks: Iterator[np.ndarray], rate: int, longest: float) -> Iterator[Pie
       longest: of the utterances that the model has learned from, in seconds.
     """
     wanted = round((_MOST + 2 * _SILENCE) * rate)
+    silence = round(_SILENCE / _FRAME) * max(1, round(_FRAME * rate))  # whole frames, as in _next
     ahead, start, first, loudest = np.zeros(0, np.int16), 0, True, 0.0
     while True:
         while len(ahead) < wanted and (block := next(blocks, None)) is not None:
@@ -64,7 +65,7 @@ def cut(blocks: Iterator[np.ndarray], rate: int, longest: float) -> Iterator[Pie
         # Zeros of less than a second at the start stay, as evaluation hears them.
         zeros = int(np.argmax(ahead != 0)) if ahead.any() else len(ahead)
         length, done = 0, zeros
-        if not zeros or (start == 0 and zeros < min(len(ahead), _SILENCE * rate)):
+        if not zeros or (start == 0 and zeros < min(len(ahead), silence)):
             length, done, loudest = _next(ahead[:wanted], rate, longest, first, loudest)
         if length:
             yield Piece(start, ahead[:length])

@@ -59,7 +59,20 @@ def weigh(
 
 def _has_kernel(query: jax.Array) -> bool:
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    return partition.platform() == "gpu" and half and query.shape[-1] in range(8, 129, 8)
+    fits = half and query.shape[-1] in range(8, 129, 8)
+    return fits and partition.platform() == "gpu" and not partition.for_several() and _is_recent()
+
+
+def _is_recent() -> bool:
+    """Whether JAX's own GPU is of NVIDIA and has the kernel: from Ampere on.
+
+    Without a GPU of its own, a program is compiled for another machine, which is taken to have it.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return True
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return major.isdigit() and int(major) >= 8
 
 
 def _fused(query, key, value, mask, divisor, implementation="cudnn"):

@@ -44,6 +44,11 @@ def several_platforms() -> Iterator[None]:
         _SEVERAL.reset(token)
 
 
+def for_several() -> bool:
+    """Whether what is traced is for several platforms."""
+    return _SEVERAL.get()
+
+
 def by_platform(
     other: Callable[..., jax.Array], **special: Callable[..., jax.Array]
 ) -> Callable[..., jax.Array]:
@@ -53,7 +58,7 @@ def by_platform(
     """
 
     def computed(*arrays):
-        if _SEVERAL.get():
+        if for_several():
             forms = {"cuda" if name == "gpu" else name: form for name, form in special.items()}
             return jax.lax.platform_dependent(*arrays, default=other, **forms)
         return special.get(platform(), other)(*arrays)
