@@ -46,7 +46,7 @@ def parameters(task, *arguments):
 TREES = {
     "conformer": lambda: recognizer("conformer"),
     "unrolled": lambda: recognizer("conformer", scan=False, num_layers=1),
-    "relative": lambda: recognizer("conformer", position="relative", conv_norm="batch", adapter=8),
+    "relative": lambda: recognizer("conformer", position="relative", conv_norm="batch"),
     "wav2vec2": lambda: recognizer("wav2vec2"),
     "layer norm": lambda: recognizer("wav2vec2", conv_norm="layer", conv_bias=True),
     # Half of its layers: all depthwise kernels, 3 MB, are no matter in 2.4 GB.
