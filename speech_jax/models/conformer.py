@@ -67,9 +67,7 @@ class Conformer(nn.Module):
 
     def output_lengths(self, lengths: int | jax.Array) -> int | jax.Array:
         """Hidden frames for `lengths` log-mel frames: each stride-2 convolution rounds up."""
-        for _ in range(_halvings(self.subsampling)):
-            lengths = (lengths + 1) // 2
-        return lengths
+        return halved(lengths, halvings(self.subsampling))
 
     @nn.compact
     def __call__(
@@ -78,7 +76,7 @@ class Conformer(nn.Module):
         x = Subsampling(
             self.width,
             self.subsampling_channels or self.width,
-            _halvings(self.subsampling),
+            halvings(self.subsampling),
             dtype=self.dtype,
             name="subsampling",
         )(inputs, lengths)
@@ -214,7 +212,15 @@ def _zero_past(x: jax.Array, lengths: jax.Array) -> jax.Array:
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def _halvings(subsampling: int) -> int:
+def halvings(subsampling: int) -> int:
+    """How many convolutions of stride 2 make one frame of `subsampling`; UserError for others."""
     if subsampling not in (4, 8):
         raise UserError(f"subsampling must be 4 or 8, got {subsampling}")
     return subsampling.bit_length() - 1
+
+
+def halved(lengths: int | jax.Array, times: int) -> int | jax.Array:
+    """Frames after `times` convolutions of stride 2, each of which rounds up."""
+    for _ in range(times):
+        lengths = (lengths + 1) // 2
+    return lengths

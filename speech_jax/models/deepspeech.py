@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from speech_jax import registry
 from speech_jax.errors import UserError
 from speech_jax.models import layers
+from speech_jax.models.conformer import halved
 from speech_jax.ops import convolution, masking, partition, recurrent
 from speech_jax.rules import Rules
 
@@ -94,9 +95,7 @@ class DeepSpeech(nn.Module):
 
     def output_lengths(self, lengths: int | jax.Array) -> int | jax.Array:
         """Hidden frames for `lengths` log-mel frames: each halving rounds up."""
-        for _ in range(self._halvings()):
-            lengths = (lengths + 1) // 2
-        return lengths
+        return halved(lengths, self._halvings())
 
     @nn.compact
     def __call__(

@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from speech_jax.errors import UserError
 from speech_jax.models import layers
-from speech_jax.models.conformer import Subsampling
+from speech_jax.models.conformer import Subsampling, halved, halvings
 from speech_jax.ops import convolution, masking, partition
 from speech_jax.rules import Rules
 
@@ -64,9 +63,7 @@ class WaveNet(nn.Module):
 
     def output_lengths(self, lengths: int | jax.Array) -> int | jax.Array:
         """Hidden frames for `lengths` log-mel frames: each stride-2 convolution rounds up."""
-        for _ in range(self._halvings()):
-            lengths = (lengths + 1) // 2
-        return lengths
+        return halved(lengths, halvings(self.subsampling))
 
     @nn.compact
     def __call__(
@@ -75,7 +72,7 @@ class WaveNet(nn.Module):
         x = Subsampling(
             self.width,
             self.subsampling_channels or self.width,
-            self._halvings(),
+            halvings(self.subsampling),
             dtype=self.dtype,
             name="subsampling",
         )(inputs, lengths)
@@ -100,11 +97,6 @@ class WaveNet(nn.Module):
         if layers_too:
             x, mask = jnp.stack([*each[:-1], x], axis=2), mask[:, :, None]
         return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), lengths
-
-    def _halvings(self) -> int:
-        if self.subsampling not in (4, 8):
-            raise UserError(f"subsampling must be 4 or 8, got {self.subsampling}")
-        return self.subsampling.bit_length() - 1
 
 
 class Layer(nn.Module):

@@ -25,8 +25,6 @@ from speech_jax.ops import augment, masking
 from speech_jax.rules import Rules
 from speech_jax.tasks import Batch, Pytree
 
-POOLING = ("mean", "statistics", "attentive")
-ACTIVATIONS = ("relu", "none")
 # How the head's parameters lie on a mesh; there may be any number of classes.
 RULES: Rules = (
     (r"projector/kernel", ("fsdp", "tensor")),
