@@ -147,6 +147,8 @@ def default() -> ConfigDict:
     arguments.utterances = config_dict.placeholder(int)  # synthetic: how many
     arguments.seed = config_dict.placeholder(int)  # synthetic
     arguments.processes = config_dict.placeholder(int)  # synthetic
+    arguments.language = config_dict.placeholder(str)  # synthetic: what is spoken
+    arguments.translation = config_dict.placeholder(str)  # synthetic: what it is translated into
     data.on_error = "skip"  # utterances that cannot be used: 'skip' (counted, named) or 'raise'
     data.sample_rate = 16_000
     data.min_seconds = 0.1
