@@ -189,8 +189,12 @@ def test_one_class_and_unknown_numbers_of_examples_are_refused():
 
 @pytest.fixture(scope="module")
 def calls(tones, tmp_path_factory):
-    """The tones as a manifest; an utterance's label is its first word, and others have none."""
-    root = tmp_path_factory.mktemp("calls")
+    """The tones as a manifest."""
+    return write_calls(tones, tmp_path_factory.mktemp("calls"))
+
+
+def write_calls(tones, root):
+    """Writes manifests of the tones into `root`; an utterance's label is its first word."""
     for split in ("train", "dev"):
         lines = []
         chapter = tones / split / "1" / "1"
