@@ -82,6 +82,7 @@ RANGES = {
             "model.conv_channels", "model.conv_kernels", "model.conv_strides", "model.conv_bands",
             "model.subsampling_channels", "model.position_groups", "model.cycle", "task.codes",
             "task.groups", "task.negatives", "task.mask_length", "task.scale", "task.cohort",
+            "task.layers", "task.heads", "task.beam", "task.labels_per_frame",
             "lora.alpha",
         ),
         _ABOVE_ZERO,
@@ -97,6 +98,7 @@ RANGES = {
             "checkpoint.watchdog_seconds", "model.position_kernel", "model.feature_gradient",
             "model.lookahead", "model.context", "model.dense_before", "model.dense_after",
             "task.units", "task.balance", "task.margin", "model.adapter", "lora.rank",
+            "task.length_penalty",
         ),
         _FROM_ZERO,
     ),
@@ -113,7 +115,7 @@ RANGES = {
             "train.ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum",
             "model.dropout", "model.attention_dropout", "model.input_dropout",
             "model.layer_drop", "task.feature_dropout", "task.dropout",
-            "task.smoothing",
+            "task.smoothing", "task.ctc_weight",
         ),
         _SHARE_BELOW_ONE,
     ),
@@ -147,6 +149,8 @@ def default() -> ConfigDict:
     arguments.utterances = config_dict.placeholder(int)  # synthetic: how many
     arguments.seed = config_dict.placeholder(int)  # synthetic
     arguments.processes = config_dict.placeholder(int)  # synthetic
+    arguments.language = config_dict.placeholder(str)  # synthetic: what is spoken
+    arguments.translation = config_dict.placeholder(str)  # synthetic: what it is translated into
     data.on_error = "skip"  # utterances that cannot be used: 'skip' (counted, named) or 'raise'
     data.sample_rate = 16_000
     data.min_seconds = 0.1

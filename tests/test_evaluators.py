@@ -1,5 +1,6 @@
 """One contract for all evaluators, a row for each; error rates equal jiwer's on anything."""
 
+import collections
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from speech_jax.data.sources import Utterance
 from speech_jax.errors import UserError
 from speech_jax.evaluators import Evaluator
 from speech_jax.evaluators.accuracy import Accuracy
+from speech_jax.evaluators.bleu import Bleu, compare, main
 from speech_jax.evaluators.errors import ErrorCounts, Errors, count_errors
 from speech_jax.evaluators.masked import Masked
 from speech_jax.evaluators.verification import (
@@ -87,6 +89,48 @@ def _heard(number: int, who: str, degrees: float) -> Given:
     return Utterance(str(number), 1.0, tags={"speaker": who}), {}, prediction
 
 
+_SPELLED = "abcdefghijklmnopqrstuvwxyz "
+_TRANSLATION = Transcript(text.CharacterTokenizer(_SPELLED, "lower"), "target", "translation")
+_SPOKEN = Transcript(text.CharacterTokenizer("AB "))
+
+
+def _translated(
+    number: int, reference: str, hypothesis: str, ended: bool = True, said: str = "A"
+) -> Given:
+    ids = np.asarray(_TRANSLATION.tokenizer.encode(hypothesis), np.int32)
+    prediction = {"target": np.pad(ids, (0, 3)), "target_length": np.int32(len(ids))}
+    prediction |= {"labels": np.asarray([1, 2]), "labels_length": np.int32(1), "ended": ended}
+    tags = {"translation": reference} if reference else {}
+    return Utterance(str(number), 1.0, said, tags), {}, prediction
+
+
+_CORPUS = [
+    ("The cat is on the mat", "the cat sat on the mat"),
+    ("there is a cat here now", "there is a cat here now"),
+    ("a dog barks", "a dog"),
+]
+
+
+def _chrf2(pairs: Sequence[tuple[str, str]]) -> float:
+    """Of runs of 1 to 6 characters without spaces; recall counts four times (Popovic 2015)."""
+    shares = []
+    for n in range(1, 7):
+        runs = [
+            [
+                collections.Counter(t[i : i + n] for i in range(len(t) - n + 1))
+                for t in (text.lower().replace(" ", "") for text in pair)
+            ]
+            for pair in pairs
+        ]
+        same, said, found = (
+            sum((one.total() for one in each), 0)
+            for each in zip(*((a & b, a, b) for a, b in runs), strict=True)
+        )
+        shares.append((same / found, same / said))
+    precision, recall = np.mean(shares, axis=0)
+    return 100 * 5 * precision * recall / (4 * precision + recall)
+
+
 ROWS = {
     "errors": Row(
         lambda: Errors(_TRANSCRIPT),
@@ -141,6 +185,28 @@ ROWS = {
             "no pairs of one speaker and of two",
         ),
         pairs=True,
+    ),
+    "bleu": Row(
+        lambda: Bleu(_TRANSLATION, _SPOKEN),
+        [
+            *(_translated(number, *pair) for number, pair in enumerate(_CORPUS)),
+            _translated(3, "", "a", ended=False, said="B"),
+        ],
+        {
+            # By hand: 13 of 14 words, 9 of 11 pairs, 5 of 8, 3 of 6; 14 words for 15.
+            "bleu": 100 * np.exp(1 - 15 / 14) * (13 / 14 * 9 / 11 * 5 / 8 * 3 / 6) ** 0.25,
+            "chrf2": _chrf2(_CORPUS),
+            "wer": 2 / 15,
+            "transcript_wer": 1 / 4,
+            "no_translation": 1,
+            "unfinished": 1,
+            "translations": 3,
+        },
+        [_translated(0, "", "a", said=""), _translated(1, "", "", said="")],
+        (
+            "BLEU 64.99  chrF2 74.54  transcript CER 25.00%  1 without a translation  1 cut",
+            "no translation to compare with",
+        ),
     ),
 }
 
@@ -251,6 +317,56 @@ def test_a_corpus_is_the_sum_of_its_parts(pairs):
     whole = count_errors(" ".join(r for r, _ in pairs), " ".join(h for _, h in pairs))
     errors = [c.insertions + c.deletions + c.substitutions for c in (whole, total)]
     assert errors[0] <= errors[1]  # an alignment may not reach into the next utterance
+
+
+# ---- Translations ------------------------------------------------------------------------------
+
+
+def _predictions(path, hypotheses: Sequence[str]):
+    rows = [
+        {"id": str(number), "reference": "" if number == 0 else f"the cat is on mat {number}"}
+        | {"hypothesis": one}
+        for number, one in enumerate(hypotheses)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_two_runs_differ_by_what_is_sure(tmp_path, capsys):
+    good = [f"the cat is on mat {number}" for number in range(40)]
+    bad = [f"a cat was on mat {number}" for number in range(40)]
+    one, other = _predictions(tmp_path / "one", bad), _predictions(tmp_path / "other", good)
+    found = compare(one, other)
+    assert found["BLEU"]["after"] == pytest.approx(100)
+    assert found["BLEU"]["before"] < 60
+    assert found["chrF2"]["p"] < 0.01
+    assert found["BLEU"]["utterances"] == 39  # one has no reference
+    assert "bs:1000" in found["BLEU"]["signature"]
+    same = compare(one, one)
+    assert same["BLEU"]["p"] == 1
+    assert main([str(one), str(other)]) == 0
+    assert "BLEU" in capsys.readouterr().out
+    # What cannot be compared is a sentence.
+    assert main([str(one), str(tmp_path / "absent")]) == 1
+    (tmp_path / "bad").write_text('{"id": "1"}\n')
+    with pytest.raises(UserError, match="holds no predictions of translations"):
+        compare(one, tmp_path / "bad")
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(UserError, match="no translated utterance in common"):
+        compare(one, tmp_path / "empty")
+    changed = json.loads(other.read_text().splitlines()[1]) | {"reference": "another"}
+    (tmp_path / "changed").write_text(json.dumps(changed) + "\n")
+    with pytest.raises(UserError, match="two references of 1"):
+        compare(one, tmp_path / "changed")
+
+
+def test_the_page_says_how_sure_both_measures_are():
+    evaluator = ROWS["bleu"].make()
+    lines = [evaluator.add(*one) for one in ROWS["bleu"].given]
+    (section,) = evaluator.sections(lines)
+    assert "tok:13a" in section.body
+    assert f"{evaluator.results()['chrf2']:.4g}" in section.body
+    assert evaluator.sections(lines[3:]) == []
 
 
 # ---- Accuracy ----------------------------------------------------------------------------------

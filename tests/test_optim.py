@@ -1,5 +1,6 @@
 """Schedules at their corners; what learns, how fast and with how much decay."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from configs import quickstart
 from speech_jax import config as defaults
 from speech_jax import models, rules
 from speech_jax.errors import UserError
+from speech_jax.models import layers
 from speech_jax.training import groups, optim, sharding
 
 pytestmark = pytest.mark.optax
@@ -263,6 +265,64 @@ def test_no_gradient_is_taken_of_what_is_frozen():
     assert len(jax.tree.leaves(learned)) == 2
     joined = groups.join(learned, still)
     jax.tree.map(np.testing.assert_array_equal, joined, PARAMS)
+
+
+class Layer(nn.Module):
+    """A batch norm, as a layer that is scanned."""
+
+    @nn.compact
+    def __call__(self, x, mask):
+        return layers.MaskedBatchNorm(momentum=0.5, name="norm")(x, mask, False), None
+
+
+class Normed(nn.Module):
+    """Two layers, stacked, and a head: [B, T, D] to [B, T, D]."""
+
+    @nn.compact
+    def __call__(self, x):
+        mask = jnp.ones(x.shape[:2], bool)
+        x, _ = layers.scan_layers(Layer(name="layers"), 2, False, x, mask)
+        return layers.MaskedBatchNorm(momentum=0.5, name="head")(x, mask, False)
+
+
+def test_statistics_of_what_is_frozen_stand_still_and_are_normalized_by():
+    x = 5 + 3 * jax.random.normal(jax.random.key(0), (4, 6, 2))
+    before = Normed().init(jax.random.key(1), x)
+    params, state = before["params"], {"batch_stats": before["batch_stats"]}
+
+    class Task:
+        def logits(self, params, state, batch):
+            return Normed().apply({"params": params, **state}, batch, mutable=list(state))
+
+        def loss(self, params, state, batch, rng, step):
+            output, state = self.logits(params, state, batch)
+            return output.sum(), output, {"state": state}
+
+    def gradient(task):
+        def function(params, state, batch, rng, step):
+            return jax.grad(lambda p: task.loss(p, state, batch, rng, step)[0])(params), (
+                task.loss(params, state, batch, rng, step),
+                task.logits(params, state, batch)[1],
+            )
+
+        return function
+
+    until = groups.thaw(params, (("layers/.*", 2), ("head/bias", -1)))
+    moved = {}
+    for done in (0, 2):
+        function = groups.gradients(gradient, Task(), until, done)
+        ((_, output, aux), of_logits) = function(params, state, x, None, 0)[1]
+        jax.tree.map(np.testing.assert_array_equal, aux["state"], of_logits)
+        assert jax.tree.structure(aux["state"]) == jax.tree.structure(state)
+        different = lambda a, b: bool((a != b).any())
+        moved[done] = jax.tree.map(different, aux["state"], state)["batch_stats"]
+        if done == 0:  # its layers do as they do in evaluations: mean 0 and variance 1 are known
+            mean = aux["state"]["batch_stats"]["head"]["mean"]
+            np.testing.assert_allclose(mean, 0.5 * x.mean((0, 1)), rtol=1e-3)
+    still, all_move = ({"mean": value, "variance": value} for value in (False, True))
+    # A head of which something learns has statistics that move.
+    assert moved[0] == {"layers": {"norm": still}, "head": all_move}
+    assert moved[2] == {"layers": {"norm": all_move}, "head": all_move}
 
 
 # ---- The state of old --------------------------------------------------------------------------
