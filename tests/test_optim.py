@@ -144,8 +144,8 @@ def test_layer_decay_is_the_same_for_stacked_layers():
     unrolled = {f"layer_{index}": each for index in range(3)}
     stacked = {"layers": jax.tree.map(lambda x: jnp.stack([x] * 3), each)}
     found = []
-    for layers in (unrolled, stacked):
-        params = {"encoder": {**rest, **layers}, "head": {"kernel": jnp.ones(2)}}
+    for kept in (unrolled, stacked):
+        params = {"encoder": {**rest, **kept}, "head": {"kernel": jnp.ones(2)}}
         tx = optim.make_optimizer(
             "sgd", lambda _: 1.0, params, layer_decay=0.5, rates=[("norm/scale", 0.1)]
         )
@@ -300,10 +300,8 @@ def test_statistics_of_what_is_frozen_stand_still_and_are_normalized_by():
 
     def gradient(task):
         def function(params, state, batch, rng, step):
-            return jax.grad(lambda p: task.loss(p, state, batch, rng, step)[0])(params), (
-                task.loss(params, state, batch, rng, step),
-                task.logits(params, state, batch)[1],
-            )
+            aux = task.loss(params, state, batch, rng, step)[2]
+            return params, (aux, task.logits(params, state, batch)[1])
 
         return function
 
@@ -311,12 +309,12 @@ def test_statistics_of_what_is_frozen_stand_still_and_are_normalized_by():
     moved = {}
     for done in (0, 2):
         function = groups.gradients(gradient, Task(), until, done)
-        ((_, output, aux), of_logits) = function(params, state, x, None, 0)[1]
+        aux, of_logits = function(params, state, x, None, 0)[1]
         jax.tree.map(np.testing.assert_array_equal, aux["state"], of_logits)
         assert jax.tree.structure(aux["state"]) == jax.tree.structure(state)
         different = lambda a, b: bool((a != b).any())
         moved[done] = jax.tree.map(different, aux["state"], state)["batch_stats"]
-        if done == 0:  # its layers do as they do in evaluations: mean 0 and variance 1 are known
+        if done == 0:  # the layers do as in evaluations: by a mean of 0 and a variance of 1
             mean = aux["state"]["batch_stats"]["head"]["mean"]
             np.testing.assert_allclose(mean, 0.5 * x.mean((0, 1)), rtol=1e-3)
     still, all_move = ({"mean": value, "variance": value} for value in (False, True))
