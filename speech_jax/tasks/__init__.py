@@ -32,6 +32,7 @@ TASKS = {
     "classify": "speech_jax.tasks.classify:Classify",
     "contrastive": "speech_jax.tasks.contrastive:Contrastive",
     "recognize": "speech_jax.tasks.recognize:Recognize",
+    "transduce": "speech_jax.tasks.transduce:Transduce",
 }
 
 Pytree = Any
