@@ -40,6 +40,7 @@ CHOICES = {
     "robustness.space": SPACES,
     "robustness.norm": NORMS,
     "model.dtype": ("float32", "bfloat16"),
+    "model.subsampling_kind": ("plane", "separable", "time"),
     "checkpoint.mode": ("", "min", "max"),
     "task.pooling": ("mean", "statistics", "attentive"),
     "task.activation": ("relu", "none"),
