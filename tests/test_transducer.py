@@ -39,7 +39,7 @@ def by_paths(arcs, moves, frames, labels):
         outof[t, u] = np.logaddexp(outof[t, u], arcs[a, t, u] + outof[x, y])
         occupancy[a, t, u] = into[t, u] + arcs[a, t, u] + outof[x, y]
     total = into[frames, labels]
-    for a, t, u, x, y in steps:
+    for a, t, u, _, _ in steps:
         occupancy[a, t, u] = np.exp(occupancy[a, t, u] - total) if total > -np.inf else 0
     return total, occupancy
 
@@ -85,7 +85,7 @@ def in_float64(logits, labels, frames, labels_length, values=None, sigma=0.0):
     if values:
         moves = tuple((v, 0) for v in values if v) + tuple((v, 1) for v in values)
     for row, own in enumerate(logits.astype(np.float64)):
-        T, U1, width = own.shape
+        _, U1, width = own.shape
         parts = [slice(0, width - N), slice(width - N, width)] if N else [slice(0, width)]
         log_probs = np.concatenate(
             [own[..., p] - np.log(np.exp(own[..., p]).sum(-1, keepdims=True)) for p in parts], -1
@@ -183,9 +183,12 @@ def test_rows_without_frames_are_infinite_and_have_no_gradient():
         return jnp.where(jnp.isinf(each), 0, each).sum(), each
 
     (_, each), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits)
-    assert np.isinf(each[0]) and each[1] == 0 and np.isfinite(each[2])
+    assert np.isinf(each[0])
+    assert each[1] == 0
+    assert np.isfinite(each[2])
     assert np.isfinite(gradient).all()
-    assert not gradient[:2].any() and gradient[2].any()
+    assert not gradient[:2].any()
+    assert gradient[2].any()
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +248,10 @@ def test_a_band_gives_the_loss_of_the_paths_in_it(parts):
     span = 3
     occupancy = np.random.default_rng(3).random((2, 4, 13, 7)).astype(np.float32)
     starts = np.asarray(transducer.band(occupancy, frames, labels_length, span))
-    assert starts.dtype == np.int32 and (starts[:, 0] == 0).all()
-    assert (np.diff(starts) >= 0).all() and (np.diff(starts) < span).all()
+    assert starts.dtype == np.int32
+    assert (starts[:, 0] == 0).all()
+    assert (np.diff(starts) >= 0).all()
+    assert (np.diff(starts) < span).all()
     for row in range(4):
         assert starts[row, frames[row] - 1] == max(labels_length[row] + 1 - span, 0)
 

@@ -114,7 +114,7 @@ def _lattice(
 
     Where nobody asks for the occupancy, the compiler leaves it out.
     """
-    A, B, T, U1 = arcs.shape
+    _, B, T, U1 = arcs.shape
     live = _live(moves, frames, labels, T, U1)
     weights = _skewed(jnp.where(live, arcs.astype(jnp.float32), -jnp.inf))  # [D, A, B, U1]
     alpha = _forward(moves, weights)
@@ -267,7 +267,7 @@ def joint_log_probs(
     span: int = 0,
     chunk: int = CHUNK,
 ) -> Joint:
-    """log softmax(tanh(encoded + predicted) kernel + bias) at the blank and at the next label.
+    """The log softmax of tanh(encoded + predicted) kernel + bias at the blank and the next label.
 
     It is computed for some frames at a time, and computed again for the gradient: its [B, T, U1, K]
     logits never exist together.
@@ -327,7 +327,7 @@ def joint_log_probs(
 
 @jax.custom_vjp
 def _picked(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log softmax(logits [..., K]) at the blank and at ids [...]."""
+    """The log softmax of logits [..., K] at the blank and at ids [...]."""
     total = jax.nn.logsumexp(logits, axis=-1)
     own = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
     return logits[..., 0] - total, own - total
@@ -357,7 +357,7 @@ _picked.defvjp(_picked_forward, _picked_backward)
 def simple_joint(
     encoded: jax.Array, predicted: jax.Array, labels: jax.Array, lm_scale: float = 0.0
 ) -> Joint:
-    """log softmax(encoded + predicted) at the blank and at the next label, by products of matrices.
+    """The log softmax of encoded + predicted at the blank and the next label, by matrix products.
 
     Args:
       encoded: logits [B, T, K]; predicted: logits [B, U1, K]; labels: int32 [B, U].
