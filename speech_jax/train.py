@@ -125,6 +125,12 @@ class _Data:
     note: str
     evaluation: Evaluation
 
+    def left_out(self, splits: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Why utterances are not used, by their ids, in the training data and in splits."""
+        corpora = {"training": self.corpus}
+        corpora |= {split: self.evaluation.corpus(split) for split in splits}
+        return {name: {**corpus.left_out, **corpus.skipped} for name, corpus in corpora.items()}
+
 
 def _open_data(config: ConfigDict, workdir: Workdir, on_batch: Callable[[], None]) -> _Data:
     mesh = sharding.make_mesh(**config.mesh)
@@ -239,6 +245,7 @@ class _Loop:
         self._pending = position.get("pending", False)
         workdir.record(config)  # all that can fail early has not
         workdir.record_plan(data.plan.buckets, data.corpus.fingerprint(), len(data.corpus))
+        workdir.write_left_out(data.left_out(_splits(config)))
         self.report = _report(config, workdir, data, setup, self._first)
         self.report.from_dict(position.get("totals", {}))
         for line in (*_table(setup), *notes, *_opening(data, setup, self._first)):
@@ -356,6 +363,7 @@ def _results(loop: _Loop, figures: Mapping[str, Any]) -> dict:
     """Writes what a run has come to; returns what results.json then holds."""
     corpus, workdir = loop.data.corpus, loop.workdir
     scores, params = loop.measure()
+    workdir.write_left_out(loop.data.left_out(_splits(loop.config)))
     training = {
         "seconds": loop.seconds,
         "steps": int(loop.state.step),
@@ -449,6 +457,8 @@ def _opening(data: _Data, setup: experiment.Setup, first: int) -> Iterator[str]:
             f"from update {first}",
         ]
     )
+    if count := len(data.corpus.left_out):
+        yield f"{count} training utterances are left out: left_out.json says which, and why"
     yield data.note
     yield from _lost(data.parts, data.source)
 

@@ -419,6 +419,11 @@ def test_a_row_that_cannot_be_classified_is_named_or_counted(calls, finished, tm
     corpus = make()
     assert list(corpus.left_out) == ["odd"]
     assert len(corpus) == 48
+    # All of them are listed.
+    workdir = Workdir(tmp_path / "work")
+    workdir.write_left_out({"training": corpus.left_out, "dev": {}})
+    (listed,) = files.read_json(workdir.left_out)["training"].items()
+    assert listed == ("odd", corpus.left_out["odd"])
 
 
 def test_a_class_that_training_had_not_is_named_or_counted(calls, finished, tmp_path):
