@@ -25,6 +25,14 @@ def recognizer(name, **changes):
     return parameters(task, *inputs(encoder), True)
 
 
+def translator():
+    """The same of a translator: an encoder, a decoder of text and CTC."""
+    encoder = models.make_encoder(**models.settings("conformer", "s"))
+    task = tasks.constructor("translate")(encoder, None, {"labels": 128, "target": 8_000})
+    text = jnp.zeros((1, 4), jnp.int32), jnp.full(1, 4)
+    return parameters(task, *inputs(encoder), *text, True)
+
+
 def pretraining(objective, name, variant):
     """The same of a task of pretraining."""
     encoder = models.make_encoder(**models.settings(name, variant))
@@ -55,6 +63,7 @@ TREES = {
         "wav2vec2_conformer", num_layers=12, attention="rotary_input"
     ),
     "contrastive": lambda: pretraining("contrastive", "wav2vec2", "base"),
+    "translate": translator,
     "best-rq": lambda: pretraining("best_rq", "conformer", "s"),
 }
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "sharding.json"
