@@ -5,11 +5,12 @@
 
 53 minutes of training speech in LibriSpeech layout, splits `train` and `dev`; scores are in
 benchmarks/RESULTS.md. The argument is the encoder: `configs/spoken_digits.py:deepspeech`,
-`wavenet`, or `conformer`, which it is without one.
+`wavenet`, or `conformer`, which it is without one; and behind a `+` the task, if it is not CTC
+alone: `configs/spoken_digits.py:conformer+attend` adds an attention decoder and searches with both.
 """
 
 from speech_jax import config as defaults
-from speech_jax import models
+from speech_jax import models, tasks
 
 # A hidden frame is eight of log-mel: of pieces that are words there are few.
 ENCODERS = {
@@ -20,10 +21,19 @@ ENCODERS = {
     },
     "wavenet": {"subsampling": 8},
 }  # fmt: skip
+# Settings of the task, and of what it decodes with.
+TASKS = {
+    "recognize": ({}, {}),
+    "attend": ({"layers": 2}, {"name": "joint", "width": 8}),
+}
 
 
-def get_config(encoder: str = "conformer"):
+def get_config(model: str = "conformer"):
     config = defaults.default()
+    encoder, task = defaults.encoder_and_task(model, TASKS)
+    settings, decoder = TASKS[task]
+    config.task = tasks.settings(task, **settings)
+    config.decoder.update(decoder)
     config.data.train_splits = "train"
     config.data.eval_splits = "dev"
     config.data.batch_seconds = 15.0
