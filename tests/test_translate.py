@@ -107,7 +107,7 @@ def test_the_loss_is_that_of_both(task, model, loss, batch):
 def test_ctc_leaves_out_what_has_no_transcript_or_no_room(loss, batch):
     whole = loss(batch)
     silent = loss(batch | {"labels_length": np.asarray([4, 0, 3], np.int32)})
-    short = loss(batch | {"audio_length": batch["audio_length"] // np.int32([1, 5, 1])})
+    short = loss(batch | {"audio_length": batch["audio_length"] // np.int32([1, 20, 1])})
     assert (whole["infeasible"], silent["infeasible"], short["infeasible"]) == (0, 0, 1)
     # The decoder learns from all of them.
     assert silent["weight"] == short["weight"] == whole["weight"]

@@ -173,7 +173,7 @@ def compare(before: pathlib.Path, after: pathlib.Path) -> dict[str, dict[str, An
 
 def _lines(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_bytes().decode().split("\n") if line]
         found = {line["id"]: {k: line[k] for k in ("reference", "hypothesis")} for line in lines}
     except OSError as error:
         raise UserError(
