@@ -5,8 +5,9 @@
 
 53 minutes of training speech in LibriSpeech layout, splits `train` and `dev`; scores are in
 benchmarks/RESULTS.md. The argument is the encoder: `configs/spoken_digits.py:deepspeech`,
-`wavenet`, or `conformer`, which it is without one. What follows a plus is the task: CTC without
-one, `conformer+transduce` for a transducer, `conformer+tdt` for one with durations.
+`wavenet`, or `conformer`, which it is without one; and behind a `+` the task, if it is not CTC
+alone: `conformer+attend` adds an attention decoder and searches with both, `conformer+transduce` is
+a transducer, `conformer+tdt` one with durations.
 """
 
 from speech_jax import config as defaults
@@ -21,17 +22,21 @@ ENCODERS = {
     },
     "wavenet": {"subsampling": 8},
 }  # fmt: skip
+# The task, its settings, and those of what it decodes with.
 TASKS = {
-    "recognize": tasks.settings("recognize"),
-    "transduce": tasks.settings("transduce", width=128),
-    "tdt": tasks.settings("transduce", width=128, durations=(0, 1, 2, 3, 4)),
+    "recognize": ("recognize", {}, {}),
+    "attend": ("attend", {"layers": 2}, {"name": "joint", "width": 8}),
+    "transduce": ("transduce", {"width": 128}, {}),
+    "tdt": ("transduce", {"width": 128, "durations": (0, 1, 2, 3, 4)}, {}),
 }
 
 
 def get_config(model: str = "conformer"):
-    encoder, _, task = model.partition("+")
     config = defaults.default()
-    config.task = registry.lookup("task of this recipe", TASKS, task or "recognize")
+    encoder, chosen = defaults.encoder_and_task(model, TASKS)
+    task, settings, decoder = TASKS[chosen]
+    config.task = tasks.settings(task, **settings)
+    config.decoder.update(decoder)
     config.data.train_splits = "train"
     config.data.eval_splits = "dev"
     config.data.batch_seconds = 15.0
