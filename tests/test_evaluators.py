@@ -20,15 +20,16 @@ from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.sources import Utterance
 from speech_jax.errors import UserError
-from speech_jax.evaluators import Evaluator
+from speech_jax.evaluators import Evaluator, verification
 from speech_jax.evaluators.accuracy import Accuracy
 from speech_jax.evaluators.bleu import Bleu, compare, main
 from speech_jax.evaluators.errors import ErrorCounts, Errors, count_errors
 from speech_jax.evaluators.masked import Masked
 from speech_jax.evaluators.verification import (
+    Trial,
     Verification,
-    equal_error_rate,
-    least_cost,
+    error_curve,
+    nearest_scores,
     normalize,
     read_trials,
 )
@@ -401,16 +402,13 @@ def test_two_normal_distributions_have_the_rates_of_the_closed_form(distance):
     places = scipy.stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
     scores = np.concatenate([places, places + distance])
     same = np.arange(len(scores)) >= len(places)
-    assert equal_error_rate(scores, same) == pytest.approx(
-        scipy.stats.norm.sf(distance / 2), abs=1e-4
-    )
+    curve = error_curve(scores, same)
+    assert curve.equal_error_rate == pytest.approx(scipy.stats.norm.sf(distance / 2), abs=1e-4)
     for p in (0.01, 0.05):
         # The best threshold is where the likelihood ratio equals the odds.
         best = distance / 2 + np.log((1 - p) / p) / distance
         cost = p * scipy.stats.norm.cdf(best - distance) + (1 - p) * scipy.stats.norm.sf(best)
-        assert least_cost(scores, same, p) == pytest.approx(
-            min(cost / p, 1.0), abs=(1 - p) / p / 20_000
-        )
+        assert curve.least_cost(p) == pytest.approx(min(cost / p, 1.0), abs=(1 - p) / p / 20_000)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -420,23 +418,58 @@ def test_verification_equals_scikit_learn(seed):
     scores = np.round(rng.normal(same, 1.0), 1)  # with ties
     accepted, found, _ = metrics.roc_curve(same, scores, drop_intermediate=False)
     crossing = scipy.optimize.brentq(lambda x: x - 1 + np.interp(x, accepted, found), 0.0, 1.0)
-    assert equal_error_rate(scores, same) == pytest.approx(crossing, abs=1e-6)
+    curve = error_curve(scores, same)
+    assert curve.equal_error_rate == pytest.approx(crossing, abs=1e-6)
     costs = 0.05 * (1 - found) + 0.95 * accepted
-    assert least_cost(scores, same, 0.05) == pytest.approx(costs.min() / 0.05)
-    assert equal_error_rate(np.exp(3 * scores), same) == equal_error_rate(scores, same)
+    assert curve.least_cost(0.05) == pytest.approx(costs.min() / 0.05)
+    assert error_curve(np.exp(3 * scores), same).equal_error_rate == curve.equal_error_rate
 
 
 def test_scores_without_information_and_perfect_ones():
     same = np.arange(10) < 4
-    assert equal_error_rate(np.zeros(10), same) == 0.5
-    assert least_cost(np.zeros(10), same, 0.01) == 1.0
-    assert equal_error_rate(same * 1.0, same) == least_cost(same * 1.0, same, 0.01) == 0.0
+    blind, perfect = error_curve(np.zeros(10), same), error_curve(same * 1.0, same)
+    assert (blind.equal_error_rate, blind.least_cost(0.01)) == (0.5, 1.0)
+    assert (perfect.equal_error_rate, perfect.least_cost(0.01)) == (0.0, 0.0)
+
+
+def test_pairs_in_blocks_are_all_pairs(monkeypatch):
+    """Each once, whatever is compared at a time, from a list or not; it is measured once."""
+    rng = np.random.default_rng(0)
+    said = [
+        (Utterance(str(n), 1.0, tags={"speaker": str(n % 5)}), {}, {"embedding": one, "cohort": of})
+        for n, (one, of) in enumerate(zip(*rng.normal(size=(2, 23, 8)), strict=True))
+    ]
+    pairs = [(a, b) for a in said for b in said if int(a[0].id) < int(b[0].id)]
+    trials = [Trial(a[0].id, b[0].id, a[0].tags == b[0].tags) for a, b in pairs]
+    scores = [
+        np.dot(a["embedding"], b["embedding"])
+        / np.linalg.norm(a["embedding"])
+        / np.linalg.norm(b["embedding"])
+        for (_, _, a), (_, _, b) in pairs
+    ]
+    expected = error_curve(np.asarray(scores), np.asarray([one.same for one in trials]))
+    normalized = []
+    for block, listed in ((7, ()), (60, ()), (1 << 16, ()), (7, trials), (1 << 16, trials)):
+        monkeypatch.setattr(verification, "_BLOCK", block)
+        evaluator = Verification("speaker", listed, nearest=3)
+        for one in said:
+            evaluator.add(*one)
+        found = evaluator.results()
+        assert (found["pairs"], found["same"]) == (253, sum(one.same for one in trials))
+        assert found["eer"] == pytest.approx(expected.equal_error_rate, abs=1e-6)
+        assert found["min_dcf_0.05"] == pytest.approx(expected.least_cost(0.05), abs=1e-6)
+        normalized.append(found["eer_normalized"])
+        with monkeypatch.context() as patched:
+            patched.setattr(verification, "error_curve", None)
+            assert evaluator.results() == found
+            evaluator.line()
+    np.testing.assert_allclose(normalized, normalized[0], atol=1e-6)
 
 
 def test_the_norm_is_that_of_both_sides():
     cohort = np.array([[0.0, 0.2, 0.4, -1.0], [0.5, 0.5, 0.7, 0.1], [0.0, 0.1, 0.2, 0.3]])
     one, other = np.array([0, 1]), np.array([1, 2])
-    found = normalize(np.array([0.9, 0.3]), one, other, cohort, nearest=2)
+    found = normalize(np.array([0.9, 0.3]), one, other, *nearest_scores(cohort, 2))
     by_hand = (
         ((0.9 - 0.3) / 0.1 + (0.9 - 0.6) / 0.1) / 2,
         ((0.3 - 0.6) / 0.1 + (0.3 - 0.25) / 0.05) / 2,
@@ -444,7 +477,7 @@ def test_the_norm_is_that_of_both_sides():
     np.testing.assert_allclose(found, by_hand)
     # What an utterance adds to all of its scores is taken away.
     shifted = cohort + np.array([[0.3], [0.0], [0.0]])
-    again = normalize(np.array([0.9, 0.3]), one, other, shifted, nearest=2)
+    again = normalize(np.array([0.9, 0.3]), one, other, *nearest_scores(shifted, 2))
     assert again[0] == pytest.approx(found[0] - 0.3 / 0.1 / 2)
 
 

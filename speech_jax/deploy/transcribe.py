@@ -25,7 +25,7 @@ from speech_jax.data import audio, decoders
 from speech_jax.decoding.decoder import Decoder
 from speech_jax.decoding.words import Decoded, Word
 from speech_jax.deploy import pieces
-from speech_jax.deploy.acoustic import Acoustic, open_acoustic
+from speech_jax.deploy.acoustic import Acoustic
 from speech_jax.errors import UserError
 
 # Chunks are padded to one of a few lengths, a square root of 2 apart, so that few programs are
@@ -99,25 +99,6 @@ class Transcription:
             )
             best = heapq.nlargest(most, longer, key=lambda reading: reading[1])
         return tuple((" ".join(filter(None, texts)), score) for texts, score in best)
-
-
-def load(
-    path: str | os.PathLike,
-    *,
-    chunk_seconds: float | None = None,
-    decoder: Mapping[str, Any] | None = None,
-) -> "Model":
-    """Opens a trained model for use.
-
-    Args:
-      path: a workdir, a saved model, a Hugging Face folder or an exported file (.sjx, .onnx).
-      chunk_seconds: the most audio that the acoustic model is given at once, 5 to 300 seconds.
-      decoder: settings of the decoder, such as {"name": "beam", "nbest": 5}; see Model.
-
-    Raises:
-      UserError: there is no model, or one that gives no text; the message says which.
-    """
-    return Model(open_acoustic(path), chunk_seconds=chunk_seconds, decoder=decoder)
 
 
 class Model:
@@ -205,7 +186,7 @@ class Model:
         return getattr(self.acoustic, "target", None) is not None
 
     def _one(self, recording: File | np.ndarray, sample_rate: int | None, hear) -> Transcription:
-        opened = self._opener(recording, sample_rate)
+        opened = open_recording(recording, sample_rate, self.sample_rate)
         found = next(self._transcribe([opened], lambda files, seconds: None, hear))
         if isinstance(found, UserError):
             raise found
@@ -217,7 +198,7 @@ class Model:
         progress: Callable[[float, float], None] = lambda files, seconds: None,
     ) -> Iterator[Transcription | UserError]:
         """As `transcribe_all`, but in another language."""
-        opened = (self._opener(file, None) for file in recordings)
+        opened = (open_recording(file, None, self.sample_rate) for file in recordings)
         return self._transcribe(opened, progress, self._translate)
 
     def transcribe_all(
@@ -230,29 +211,15 @@ class Model:
         Yields what `transcribe` returns or raises for each, in their order, as it becomes ready.
         `progress` is told how many files and how many seconds of audio were read.
         """
-        opened = (self._opener(file, None) for file in recordings)
+        opened = (open_recording(file, None, self.sample_rate) for file in recordings)
         return self._transcribe(opened, progress, self._hear)
 
-    def _opener(self, recording, sample_rate: int | None):
-        """(a name, a context manager that gives what audio.stream does) of a recording.
-
-        A file's errors are raised when that is entered, so that each recording has its own.
-        """
-        if isinstance(recording, (str, os.PathLike, io.IOBase)):
-            if sample_rate is not None:
-                raise TranscriptionError("a file says its own sample rate: leave sample_rate out")
-            if isinstance(recording, (str, os.PathLike)):
-                recording = str(pathlib.Path(recording).expanduser())
-            return audio.name_of(recording), audio.stream(recording, self.sample_rate)
-        rate = self.sample_rate if sample_rate is None else sample_rate
-        low, high = decoders.RATES
-        if not isinstance(rate, numbers.Integral) or not low <= rate <= high:
-            raise TranscriptionError(
-                f"sample_rate={rate!r} must be a whole number of Hz from {low} to {high}"
-            )
-        samples = audio.resample(_to_int16(recording), int(rate), self.sample_rate)
-        opened = iter([samples]), len(samples) / self.sample_rate
-        return "the array", contextlib.nullcontext(opened)
+    def classify(self, *_: Any, **__: Any) -> None:
+        """Raises TranscriptionError: a recognizer names no classes."""
+        raise TranscriptionError(
+            "this model writes down what is said and names no classes: use transcribe, or load one "
+            "that was trained to classify"
+        )
 
     def _transcribe(
         self,
@@ -260,7 +227,7 @@ class Model:
         progress: Callable[[float, float], None],
         hear: "Callable[[list[_Piece]], None]",
     ) -> Iterator[Transcription | UserError]:
-        """What is said in each recording, which `opened` gives as `_opener` does.
+        """What is said in each recording, which `opened` gives as `open_recording` does.
 
         `hear` gives pieces their text, and their memory back.
         """
@@ -315,7 +282,7 @@ class Model:
             ):
                 place = len(piece.logits)
                 piece.logits.append(None)
-                rows[_padded(chunk.stop - chunk.start, self.sample_rate)].append(
+                rows[padded(chunk.stop - chunk.start, self.sample_rate)].append(
                     (piece, place, chunk)
                 )
         for size, members in sorted(rows.items()):
@@ -441,11 +408,35 @@ def _batches(members: list, full: int) -> Iterator[tuple[list, int]]:
             yield from (([member], 1) for member in some)
 
 
-def _padded(length: int, rate: int) -> int:
+def padded(length: int, rate: int) -> int:
     """The length that `length` samples are padded to."""
     shortest = _SHORTEST_SECONDS * rate
     steps = max(0, math.ceil(math.log(length / shortest, _STEP) - 1e-9))
     return math.ceil(shortest * _STEP**steps)
+
+
+def open_recording(
+    recording: File | np.ndarray, sample_rate: int | None, own_rate: int
+) -> tuple[str, Any]:
+    """(a name, a context manager that gives what audio.stream does, at `own_rate`) of a recording.
+
+    A file's errors are raised when that is entered, so that each recording has its own.
+    """
+    if isinstance(recording, (str, os.PathLike, io.IOBase)):
+        if sample_rate is not None:
+            raise TranscriptionError("a file says its own sample rate: leave sample_rate out")
+        if isinstance(recording, (str, os.PathLike)):
+            recording = str(pathlib.Path(recording).expanduser())
+        return audio.name_of(recording), audio.stream(recording, own_rate)
+    rate = own_rate if sample_rate is None else sample_rate
+    low, high = decoders.RATES
+    if not isinstance(rate, numbers.Integral) or not low <= rate <= high:
+        raise TranscriptionError(
+            f"sample_rate={rate!r} must be a whole number of Hz from {low} to {high}"
+        )
+    samples = audio.resample(_to_int16(recording), int(rate), own_rate)
+    opened = iter([samples]), len(samples) / own_rate
+    return "the array", contextlib.nullcontext(opened)
 
 
 def _to_int16(recording: np.ndarray) -> np.ndarray:
