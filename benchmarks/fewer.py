@@ -135,13 +135,20 @@ def _with_transcripts(asked: argparse.Namespace, workdir: pathlib.Path) -> dict[
     if not said.exists():
         text, grams = asked.out / "transcripts.txt", workdir / "transcripts.arpa"
         _transcripts(asked, text)
-        order = "6" if files.read_json(workdir / "config.json")["text"]["tokenizer"] == "characters" else "4"
+        order = (
+            "6"
+            if files.read_json(workdir / "config.json")["text"]["tokenizer"] == "characters"
+            else "4"
+        )
         build = [sys.executable, "-m", "speech_jax.decoding.lm", "build", text, grams]
         subprocess.run([*build, "--order", order, "--model", workdir], check=True)
         flags = _flags(
             {
-                "data.root": asked.root, "data.eval_splits": DEV, "decoder.name": "beam",
-                "decoder.lm": grams, "decoder.width": 16,
+                "data.root": asked.root,
+                "data.eval_splits": DEV,
+                "decoder.name": "beam",
+                "decoder.lm": grams,
+                "decoder.width": 16,
             }  # fmt: skip
         )
         output = _command(workdir, "--mode=tune", *flags, quiet=True)

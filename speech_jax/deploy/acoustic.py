@@ -7,7 +7,7 @@
 import functools
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from speech_jax import bundle, experiment, files
 from speech_jax.data.parts.transcript import Transcript
+from speech_jax.decoding.decoder import OF_TASKS, Settings
 from speech_jax.errors import UserError
 
 # Models that are one file: how its name ends -> "module:function" that opens it.
@@ -33,7 +34,7 @@ class AcousticError(UserError):
 
 
 class Acoustic(Protocol):
-    """A recognizer up to its logits.
+    """A recognizer up to its logits; one that is not exported may have a `search` besides.
 
     Attributes:
       sample_rate: of the samples that it hears, in Hz.
@@ -113,8 +114,33 @@ class BundleAcoustic:
         """As Acoustic says."""
         return jax.device_get(self._logits(self._params, self._state, samples, lengths))
 
+    def search(self, settings: Mapping[str, Any]) -> Callable[..., dict[str, np.ndarray]] | None:
+        """What finds the text of whole pieces, where no decoder of logits does: the task itself.
+
+        Args:
+          settings: of the decoder.
+
+        Returns:
+          A function of samples and lengths, as `logits` takes them, that gives what
+          `Decoder.read` reads, a row each; None where the decoder takes logits.
+
+        Raises:
+          UserError: this model has no such search.
+        """
+        config = self.bundle.config.copy_and_resolve_references()
+        config.decoder.update(settings)
+        task = experiment.make_task(config, self.bundle.parts)
+        if Settings.of(settings).name not in OF_TASKS:
+            return None
+        predict = jax.jit(functools.partial(_predict, task))
+        return lambda *audio: jax.device_get(predict(self._params, self._state, *audio))
+
 
 def _logits(task, params, state, samples, lengths):
     batch = {"audio": samples, "audio_length": lengths}
     logits, frames, _ = task.logits(params, state, batch)
     return logits, frames
+
+
+def _predict(task, params, state, samples, lengths):
+    return task.predict(params, state, {"audio": samples, "audio_length": lengths})
