@@ -11,7 +11,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -40,9 +40,11 @@ CHOICES = {
     "robustness.space": SPACES,
     "robustness.norm": NORMS,
     "model.dtype": ("float32", "bfloat16"),
+    "model.subsampling_kind": ("plane", "separable", "time"),
     "checkpoint.mode": ("", "min", "max"),
     "task.pooling": ("mean", "statistics", "attentive"),
     "task.activation": ("relu", "none"),
+    "task.predictor": ("stateless", "recurrent"),
     "optimizer.name": OPTIMIZERS,
     "optimizer.mu_dtype": ("float32", "bfloat16"),
     "schedule.name": SCHEDULES,
@@ -82,7 +84,8 @@ RANGES = {
             "model.conv_channels", "model.conv_kernels", "model.conv_strides", "model.conv_bands",
             "model.subsampling_channels", "model.position_groups", "model.cycle", "task.codes",
             "task.groups", "task.negatives", "task.mask_length", "task.scale", "task.cohort",
-            "lora.alpha", "task.layers", "task.heads",
+            "task.layers", "task.heads", "task.beam", "task.labels_per_frame",
+            "task.context", "task.width", "task.most", "lora.alpha",
         ),
         _ABOVE_ZERO,
     ),
@@ -96,7 +99,9 @@ RANGES = {
             "checkpoint.patience_epochs", "checkpoint.min_delta", "train.eval_epochs",
             "checkpoint.watchdog_seconds", "model.position_kernel", "model.feature_gradient",
             "model.lookahead", "model.context", "model.dense_before", "model.dense_after",
-            "task.units", "task.balance", "task.margin", "model.adapter", "lora.rank",
+            "task.length_penalty", "task.units", "task.balance", "task.margin", "task.durations",
+            "task.sigma", "task.span",
+            "task.warmup", "model.adapter", "lora.rank",
         ),
         _FROM_ZERO,
     ),
@@ -104,8 +109,7 @@ RANGES = {
         (
             "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
             "model.mask_time", "model.mask_channel", "task.mask_fraction", "task.mixup",
-            "task.ctc_weight",
-            "optimizer.eps", "optimizer.eps_root",
+            "task.omega", "task.ctc_weight", "optimizer.eps", "optimizer.eps_root",
         ),
         _SHARE,
     ),
@@ -114,7 +118,7 @@ RANGES = {
             "train.ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum",
             "model.dropout", "model.attention_dropout", "model.input_dropout",
             "model.layer_drop", "task.feature_dropout", "task.dropout",
-            "task.smoothing",
+            "task.smoothing", "task.ctc",
         ),
         _SHARE_BELOW_ONE,
     ),
@@ -148,6 +152,8 @@ def default() -> ConfigDict:
     arguments.utterances = config_dict.placeholder(int)  # synthetic: how many
     arguments.seed = config_dict.placeholder(int)  # synthetic
     arguments.processes = config_dict.placeholder(int)  # synthetic
+    arguments.language = config_dict.placeholder(str)  # synthetic: what is spoken
+    arguments.translation = config_dict.placeholder(str)  # synthetic: what it is translated into
     data.on_error = "skip"  # utterances that cannot be used: 'skip' (counted, named) or 'raise'
     data.sample_rate = 16_000
     data.min_seconds = 0.1
@@ -282,14 +288,20 @@ def default() -> ConfigDict:
     return config.lock()
 
 
-def encoder_and_task(argument: str, known: Collection[str]) -> tuple[str, str]:
-    """("conformer", "attend") of "conformer+attend", the argument of a recipe.
+def choose_task(
+    config: ConfigDict, argument: str, known: Mapping[str, tuple[Mapping, Mapping]]
+) -> str:
+    """The encoder of a recipe's argument, "ENCODER" or "ENCODER+TASK"; sets the task in `config`.
 
-    Without a task it is recognize; one that is not among `known` is a UserError.
+    Args:
+      known: the recipe's tasks, `recognize` among them, which it is without one: each is a section
+        `task`, and what the section `decoder` has beside its defaults.
     """
-    encoder, _, task = argument.partition("+")
-    registry.lookup("task of this recipe", dict.fromkeys(known), task or "recognize")
-    return encoder, task or "recognize"
+    encoder, _, name = argument.partition("+")
+    task, decoder = registry.lookup("task of this recipe", known, name or "recognize")
+    config.task = dict(task)
+    config.decoder.update(decoder)
+    return encoder
 
 
 def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:

@@ -215,6 +215,8 @@ def evaluation_corpus(
             "utterances (a manifest's rows take an offset and a duration), or raise that setting"
         )
     parts = {name: part.for_evaluation() for name, part in parts.items()}
+    if isinstance(hidden := parts.get("hidden"), Hidden):
+        parts["hidden"] = hidden.of(split)
     return pipeline.make_corpus(source, parts, unusable=unusable, on_error=config.data.on_error)
 
 

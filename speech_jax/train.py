@@ -82,14 +82,15 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     else:  # what a start that failed has left may be of other settings
         parts = experiment.make_parts(config, workdir.folder, source)
     task = experiment.make_task(config, parts)
-    if config.data.cache_hidden:
-        task, parts = hidden.replace_audio(config, task, parts, mesh)
-    corpus = experiment.training_corpus(config, source, parts, task)
-    plan, note = _plan(config, workdir, corpus, task, mesh)
 
     def on_batch() -> None:
         watchdog.beat(busy=True)  # the next batch may have to be compiled
         interruption.check()
+
+    if config.data.cache_hidden:
+        task, parts = hidden.replace_audio(config, task, parts, mesh, source, on_batch)
+    corpus = experiment.training_corpus(config, source, parts, task)
+    plan, note = _plan(config, workdir, corpus, task, mesh)
 
     evaluation = Evaluation(config, task, parts, mesh, on_batch)
     for split in splits:
@@ -281,7 +282,12 @@ def _run_and_compare(
     parts = experiment.restore_parts(config, workdir.folder)
     tallies = getattr(experiment.make_task(config, parts).evaluator(parts), "tallies", None)
     gains = {
-        split: compare.gain(tallies, start.predictions(split), workdir.predictions(split))
+        split: compare.gain(
+            tallies,
+            start.predictions(split),
+            workdir.predictions(split),
+            experiment.open_splits(config, split).utterances,
+        )
         for split in _compared(config)
         if tallies and start.predictions(split).exists()
     }
@@ -291,7 +297,7 @@ def _run_and_compare(
             print(
                 f"{split}: {found['metric']} {100 * found['before']:.2f}% before, "
                 f"{100 * found['after']:.2f}% after, gain {100 * found['gain']:.2f} points "
-                f"(95%: {low:.2f} to {high:.2f})"
+                f"(95% over {found['over']}: {low:.2f} to {high:.2f})"
             )
     return workdir.write_results({}, before=measured, gain=gains)
 

@@ -1,6 +1,7 @@
 """LoRA and adapters: they begin as the base, leave it as it is, and can be kept without it."""
 
 import contextlib
+import dataclasses
 import io
 import shutil
 
@@ -279,6 +280,31 @@ def test_what_thaws_stands_still_until_then(finished, tones, tmp_path):
         after = runs.saved_state(Workdir(tmp_path), step)
         same = [np.array_equal(after[name], before[name]) for name in before if "encoder" in name]
         assert all(same) if step < 3 else not any(same)
+
+
+def test_the_adapters_of_a_base_are_taken(finished, tones, tmp_path):
+    """And those that a base has not are new."""
+    config = runs.tiny_config(tones)
+    config.init.folder = str(finished.workdir.folder)
+    config.model.adapter = 2
+    source = experiment.open_training(config)
+    task = experiment.make_task(config, experiment.make_parts(config, tmp_path, source))
+    batch = {"audio": jnp.zeros((1, 16_000), jnp.int16), "audio_length": jnp.array([16_000])}
+    params, state = jax.jit(task.init)(jax.random.key(1), batch)
+    adapters = {name for name in flatten(params) if "/adapter/" in name}
+    report = start.with_bundle(params, state, config)[2]
+    assert {name.removeprefix("params/") for name in report.new} > adapters != set()
+    base = bundle.open(finished.workdir.folder)
+    theirs = base.config.copy_and_resolve_references()
+    with theirs.unlocked():
+        theirs.model.adapter = 2
+    learned = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, params)
+    bundle.save(dataclasses.replace(base, config=theirs, params=learned), tmp_path / "base")
+    config.init.folder = str(tmp_path / "base")
+    started, _, report = start.with_bundle(params, state, config)
+    for name in adapters:
+        np.testing.assert_array_equal(flatten(started)[name], flatten(learned)[name])
+    assert all("encoder" not in name for name in report.new)
 
 
 def test_the_recipe_takes_all_of_a_model(finished):

@@ -67,7 +67,7 @@ def with_bundle(params: Any, state: Any, config: ConfigDict) -> tuple[Any, Any, 
     for name, value in ours.items():
         if name in wanted and wanted[name].shape == value.shape:
             taken[name] = value.size
-        elif _is_new(config, name) or not _asked(config, name):
+        elif _is_new(config, name) or not _asked(config, name) or _is_added(name, wanted):
             new[name] = value.size
         else:
             shape = wanted[name].shape if name in wanted else None
@@ -162,8 +162,12 @@ def _asked(config: ConfigDict, name: str) -> bool:
 
 
 def _is_new(config: ConfigDict, name: str) -> bool:
-    patterns = (peft.ADDED, *config.init.new)
-    return any(rules.matches(pattern, _short(name)) for pattern in patterns)
+    return any(rules.matches(pattern, _short(name)) for pattern in config.init.new)
+
+
+def _is_added(name: str, theirs: Mapping[str, Any]) -> bool:
+    """Whether a parameter is of LoRA or an adapter that a bundle has not."""
+    return name not in theirs and rules.matches(peft.ADDED, name)
 
 
 def _short(name: str) -> str:

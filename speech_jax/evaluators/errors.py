@@ -122,3 +122,23 @@ class Errors:
     def sections(self, lines: Sequence[Mapping[str, Any]]) -> list[Section]:
         """Confusions of words, and the reliability of their confidence."""
         return words.sections(lines)
+
+
+class Searched(Errors):
+    """The errors of a search that takes steps: how many, and frames cut short by its bound."""
+
+    def __init__(self, transcript: Transcript, decoder: Decoder | None = None):
+        super().__init__(transcript, decoder)
+        self._sums = dict.fromkeys(("steps", "frames", "bounded"), 0)
+
+    def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]:
+        """As `Errors`, with the steps of an utterance."""
+        for name in self._sums:
+            self._sums[name] += int(prediction[name])
+        return super().add(utterance, example, prediction) | {"steps": int(prediction["steps"])}
+
+    def results(self) -> dict[str, float | None]:
+        """As `Errors`, with the steps of all utterances, a frame, and the frames cut short."""
+        steps, frames = self._sums["steps"], self._sums["frames"]
+        found = {"steps": steps, "steps_per_frame": round(steps / max(frames, 1), 4)}
+        return super().results() | found | {"bounded": self._sums["bounded"]}

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from speech_jax.evaluators import figures
+
 
 def shares(weights: jax.Array) -> list[float]:
     """The share of each layer in the sum, the input of the first one first."""
@@ -20,4 +22,4 @@ def draw(shares: Sequence[float], path: pathlib.Path) -> None:
     axes.bar(["input", *map(str, range(1, len(shares)))], shares)
     axes.axhline(1 / len(shares), color="gray", linewidth=1, linestyle=":")
     axes.set(xlabel="layer", ylabel="share")
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path)

@@ -297,7 +297,8 @@ class MaskedBatchNorm(nn.Module):
     """Batch normalization over the valid frames of the global batch (Ioffe & Szegedy 2015).
 
     Under a mesh the sums are global: the mean is over the frames of all devices. The running
-    statistics are in the 'batch_stats' collection.
+    statistics are in the 'batch_stats' collection. Those that are in the collection 'held' too
+    stand still, and are what is normalized by in training as well (training/groups.py).
     """
 
     dtype: Dtype = jnp.float32
@@ -310,7 +311,7 @@ class MaskedBatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (width,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,), jnp.float32)
         running_variance = self.variable("batch_stats", "variance", jnp.ones, (width,), jnp.float32)
-        if deterministic:
+        if deterministic or self.has_variable("held", "mean"):
             mean, variance = running_mean.value, running_variance.value
         else:
             mean, variance = masking.masked_mean_and_variance(x, mask[:, :, None], axes=(0, 1))
@@ -338,7 +339,7 @@ def scan_layers(
 
     run = nn.scan(
         one,
-        variable_axes={"params": 0, "batch_stats": 0},
+        variable_axes={"params": 0, "batch_stats": 0, "held": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, *[0] * len(own)),
         length=count,

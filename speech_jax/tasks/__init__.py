@@ -33,6 +33,8 @@ TASKS = {
     "classify": "speech_jax.tasks.classify:Classify",
     "contrastive": "speech_jax.tasks.contrastive:Contrastive",
     "recognize": "speech_jax.tasks.recognize:Recognize",
+    "translate": "speech_jax.tasks.translate:Translate",
+    "transduce": "speech_jax.tasks.transduce:Transduce",
 }
 
 Pytree = Any
