@@ -6,7 +6,8 @@
 53 minutes of training speech in LibriSpeech layout, splits `train` and `dev`; scores are in
 benchmarks/RESULTS.md. The argument is the encoder: `configs/spoken_digits.py:deepspeech`,
 `wavenet`, or `conformer`, which it is without one. What follows a plus is the task: CTC without
-one, `conformer+transduce` for a transducer, `conformer+tdt` for one with durations.
+one, `conformer+attend` for CTC and an attention decoder together, `conformer+transduce` for a
+transducer, `conformer+tdt` for one with durations.
 """
 
 from speech_jax import config as defaults
@@ -21,17 +22,18 @@ ENCODERS = {
     },
     "wavenet": {"subsampling": 8},
 }  # fmt: skip
+# Settings of the task, and of what it decodes with.
 TASKS = {
-    "recognize": tasks.settings("recognize"),
-    "transduce": tasks.settings("transduce", width=128),
-    "tdt": tasks.settings("transduce", width=128, durations=(0, 1, 2, 3, 4)),
+    "recognize": (tasks.settings("recognize"), {}),
+    "attend": (tasks.settings("attend"), {"name": "joint", "width": 8}),
+    "transduce": (tasks.settings("transduce", width=128), {}),
+    "tdt": (tasks.settings("transduce", width=128, durations=(0, 1, 2, 3, 4)), {}),
 }
 
 
 def get_config(model: str = "conformer"):
-    encoder, _, task = model.partition("+")
     config = defaults.default()
-    config.task = registry.lookup("task of this recipe", TASKS, task or "recognize")
+    encoder = defaults.choose_task(config, model, TASKS)
     config.data.train_splits = "train"
     config.data.eval_splits = "dev"
     config.data.batch_seconds = 15.0

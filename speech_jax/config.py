@@ -109,7 +109,7 @@ RANGES = {
         (
             "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
             "model.mask_time", "model.mask_channel", "task.mask_fraction", "task.mixup",
-            "task.omega", "optimizer.eps", "optimizer.eps_root",
+            "task.omega", "task.ctc_weight", "optimizer.eps", "optimizer.eps_root",
         ),
         _SHARE,
     ),
@@ -118,7 +118,7 @@ RANGES = {
             "train.ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum",
             "model.dropout", "model.attention_dropout", "model.input_dropout",
             "model.layer_drop", "task.feature_dropout", "task.dropout",
-            "task.smoothing", "task.ctc_weight", "task.ctc",
+            "task.smoothing", "task.ctc",
         ),
         _SHARE_BELOW_ONE,
     ),
@@ -247,7 +247,8 @@ def default() -> ConfigDict:
     # How logits become words: fields of Settings in decoding/decoder.py. None: what the model's
     # own record says, or else the default there.
     config.decoder = decoder = ConfigDict()
-    decoder.name = config_dict.placeholder(str)  # greedy, beam or lexicon
+    # Of CTC greedy, beam or lexicon; of the task attend also attention, joint or rescore.
+    decoder.name = config_dict.placeholder(str)
     decoder.width = config_dict.placeholder(int)  # hypotheses of a beam
     decoder.labels = config_dict.placeholder(int)  # of a frame, that a hypothesis is extended by
     decoder.skip = config_dict.placeholder(float)  # frames whose blank is more probable; 1: none
@@ -256,6 +257,8 @@ def default() -> ConfigDict:
     decoder.lm_weight = config_dict.placeholder(float)  # found by --mode=tune, as is the bonus
     decoder.bonus = config_dict.placeholder(float)  # nats for each label (beam) or word (lexicon)
     decoder.lexicon = config_dict.placeholder(str)  # a file of words; empty: those of the .arpa
+    decoder.ctc_weight = config_dict.placeholder(float)  # of joint and rescore
+    decoder.length_penalty = config_dict.placeholder(float)  # of attention and joint
     decoder.calibration = config_dict.placeholder(tuple)  # of confidences, by --mode=tune too
 
     config.train = train = ConfigDict()
@@ -283,6 +286,22 @@ def default() -> ConfigDict:
     mesh.fsdp = 1
     mesh.tensor = 1
     return config.lock()
+
+
+def choose_task(
+    config: ConfigDict, argument: str, known: Mapping[str, tuple[Mapping, Mapping]]
+) -> str:
+    """The encoder of a recipe's argument, "ENCODER" or "ENCODER+TASK"; sets the task in `config`.
+
+    Args:
+      known: the recipe's tasks, `recognize` among them, which it is without one: each is a section
+        `task`, and what the section `decoder` has beside its defaults.
+    """
+    encoder, _, name = argument.partition("+")
+    task, decoder = registry.lookup("task of this recipe", known, name or "recognize")
+    config.task = dict(task)
+    config.decoder.update(decoder)
+    return encoder
 
 
 def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:

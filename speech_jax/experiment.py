@@ -323,6 +323,7 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
     if "decoder" in accepted:
         seconds = frame_seconds(config, arguments["encoder"], arguments["frontend"])
         arguments["decoder"] = Decoder(config.decoder, parts["labels"], seconds)
+        arguments["decoder"].check_task(getattr(constructor, "searches", ()))
     if "counts" in accepted:
         arguments["counts"] = {name: part.count for name, part in parts.items() if part.count}
     if "examples" in accepted:

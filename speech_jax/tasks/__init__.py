@@ -28,6 +28,7 @@ import numpy as np
 from speech_jax import registry
 
 TASKS = {
+    "attend": "speech_jax.tasks.attend:Attend",
     "best_rq": "speech_jax.tasks.best_rq:BestRQ",
     "classify": "speech_jax.tasks.classify:Classify",
     "contrastive": "speech_jax.tasks.contrastive:Contrastive",
