@@ -8,7 +8,7 @@ import functools
 import importlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 from speech_jax import bundle, experiment, files
 from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.transcript import Transcript
+from speech_jax.decoding.decoder import OF_TASKS, Settings
 from speech_jax.decoding.words import Decoded, Word
 from speech_jax.errors import UserError
 
@@ -36,7 +37,7 @@ class AcousticError(UserError):
 
 
 class Acoustic(Protocol):
-    """A recognizer up to its logits.
+    """A recognizer up to its logits; one that is not exported may have a `search` besides.
 
     Attributes:
       sample_rate: of the samples that it hears, in Hz.
@@ -142,6 +143,27 @@ class BundleAcoustic:
             decoded.append(Decoded(text, words, score, ((text, score),)))
         return decoded
 
+    def search(self, settings: Mapping[str, Any]) -> Callable[..., dict[str, np.ndarray]] | None:
+        """What finds the text of whole pieces, where no decoder of logits does: the task itself.
+
+        Args:
+          settings: of the decoder.
+
+        Returns:
+          A function of samples and lengths, as `logits` takes them, that gives what
+          `Decoder.read` reads, a row each; None where the decoder takes logits.
+
+        Raises:
+          UserError: this model has no such search.
+        """
+        config = self.bundle.config.copy_and_resolve_references()
+        config.decoder.update(settings)
+        task = experiment.make_task(config, self.bundle.parts)
+        if Settings.of(settings).name not in OF_TASKS:
+            return None
+        predict = jax.jit(functools.partial(_predict, task))
+        return lambda *audio: jax.device_get(predict(self._params, self._state, *audio))
+
 
 def _spread(words: list[str], seconds: float, sure: float) -> tuple[Word, ...]:
     """Words over so many seconds, each as long as its letters are many."""
@@ -152,11 +174,11 @@ def _spread(words: list[str], seconds: float, sure: float) -> tuple[Word, ...]:
     )
 
 
-def _predict(task, params, state, samples, lengths):
-    return task.predict(params, state, {"audio": samples, "audio_length": lengths})
-
-
 def _logits(task, params, state, samples, lengths):
     batch = {"audio": samples, "audio_length": lengths}
     logits, frames, _ = task.logits(params, state, batch)
     return logits, frames
+
+
+def _predict(task, params, state, samples, lengths):
+    return task.predict(params, state, {"audio": samples, "audio_length": lengths})

@@ -142,6 +142,10 @@ class Model:
         settings = {**acoustic.decoder, **(decoder or {})}
         self._decoder = Decoder(settings, acoustic.transcript, acoustic.frame_seconds)
         self._decoder.settings.check_files()
+        search = getattr(acoustic, "search", None)
+        self._search = search(settings) if search else None
+        if not self._search:
+            self._decoder.check_task(())
         platform = jax.default_backend()
         self._batch_seconds = _BATCH_SECONDS.get(platform, _BATCH_SECONDS_ELSEWHERE)
 
@@ -275,6 +279,34 @@ class Model:
 
     def _hear(self, pool: "list[_Piece]") -> None:
         """Decodes pieces, and gives the memory of their samples back."""
+        if self._search:
+            self._write(pool)
+        else:
+            self._listen(pool)
+        for piece in pool:
+            piece.samples, piece.logits = None, []
+
+    def _write(self, pool: "list[_Piece]") -> None:
+        """Finds the text of pieces, each as a whole."""
+        shortest = self.acoustic.frame_seconds * self.sample_rate
+        rows = collections.defaultdict(list)
+        for piece in pool:
+            if len(piece.samples) >= shortest:
+                rows[_padded(len(piece.samples), self.sample_rate)].append(piece)
+        for size, members in sorted(rows.items()):
+            full = max(1, int(self._batch_seconds * self.sample_rate / size))
+            for some, count in _batches(members, full):
+                samples, lengths = np.zeros((count, size), np.int16), np.zeros(count, np.int32)
+                for row, piece in enumerate(some):
+                    samples[row, : len(piece.samples)] = piece.samples
+                    lengths[row] = len(piece.samples)
+                found = self._search(samples, lengths)
+                for row, piece in enumerate(some):
+                    own = {name: array[row] for name, array in found.items()}
+                    piece.decoded = self._decoder.read(own)
+
+    def _listen(self, pool: "list[_Piece]") -> None:
+        """Decodes the logits of pieces, of which a model hears a chunk at a time."""
         rows = collections.defaultdict(list)
         for piece in pool:
             for chunk in pieces.chunks(
@@ -295,8 +327,6 @@ class Model:
         )
         for some, count in _batches(spoken, _DECODED_TOGETHER):
             self._decode(some, count)
-        for piece in pool:
-            piece.samples, piece.logits = None, []
 
     def _translate(self, pool: "list[_Piece]") -> None:
         """Translates pieces, each whole, and gives the memory of their samples back."""
