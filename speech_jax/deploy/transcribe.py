@@ -292,7 +292,7 @@ class Model:
         rows = collections.defaultdict(list)
         for piece in pool:
             if len(piece.samples) >= shortest:
-                rows[_padded(len(piece.samples), self.sample_rate)].append(piece)
+                rows[padded(len(piece.samples), self.sample_rate)].append(piece)
         for size, members in sorted(rows.items()):
             full = max(1, int(self._batch_seconds * self.sample_rate / size))
             for some, count in _batches(members, full):
@@ -338,7 +338,7 @@ class Model:
         rows = collections.defaultdict(list)
         for piece in pool:
             if self.acoustic.frames(len(piece.samples)):
-                rows[_padded(len(piece.samples), self.sample_rate)].append(piece)
+                rows[padded(len(piece.samples), self.sample_rate)].append(piece)
         for size, members in sorted(rows.items()):
             full = max(1, int(self._batch_seconds * self.sample_rate / size))
             for some, count in _batches(members, full):
