@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import stepwise
 from speech_jax import models, rules
+from speech_jax.errors import UserError
+from speech_jax.models import deepspeech
+from speech_jax.models import stepwise as pieces
 
 SMALL = {"width": 16, "num_layers": 2, "heads": 2, "kernel": 5, "dropout": 0.1}
 WAVEFORM = {
@@ -273,17 +277,103 @@ def test_scan_and_remat_change_nothing():
         )
 
 
-def test_bfloat16_computes_in_it_and_stays_close():
-    settings = {**SMALL, "scan": False}
-    exact = Case("conformer", "tiny", settings)
-    coarse = models.make_encoder(
-        **models.settings("conformer", "tiny", **settings, dtype="bfloat16")
-    )
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("deepspeech", {}),  # in several chunks, the last of which is not whole
+        ("deepspeech-lookahead-batch", {}),
+        ("wavenet", {}),
+    ],
+)
+def test_remat_changes_nothing(name, changes, monkeypatch):
+    monkeypatch.setattr(deepspeech, "CHUNK", 7)
+    kind, variant, settings = CASES[name]
+    case, key = make_case(name), jax.random.key(1)
+    again = Case(kind, variant, {**settings, "remat": True})
+    found, expected = (each.gradient(case.params, key) for each in (again, case))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", ["conformer", "deepspeech", "wavenet"])
+def test_bfloat16_computes_in_it_and_stays_close(name):
+    kind, variant, settings = CASES[name]
+    exact = make_case(name)
+    coarse = models.make_encoder(**models.settings(kind, variant, **settings, dtype="bfloat16"))
     apply = jax.jit(coarse.apply, static_argnums=3)
     hidden, _ = apply({"params": exact.params}, exact.inputs, exact.lengths, True)
     assert hidden.dtype == jnp.bfloat16
     expected = exact.apply(exact.params, exact.inputs, exact.lengths)[0]
     assert np.abs(hidden.astype(jnp.float32) - expected).mean() < 0.05 * np.abs(expected).mean()
+
+
+@pytest.mark.parametrize("name", ["deepspeech-lookahead-batch", "wavenet-causal-8"])
+def test_no_frame_hears_more_of_the_future_than_it_says(name):
+    """By the gradient of a frame: of what comes later than its delay there is none."""
+    case, frame = make_case(name), 2
+    delay, each = getattr(case.encoder, "delay", 0), case.encoder.subsampling
+
+    def output(inputs):
+        hidden = case.apply(case.params, inputs, case.lengths)[0]
+        return hidden[0, frame] @ jnp.cos(jnp.arange(hidden.shape[2], dtype=hidden.dtype))
+
+    heard = np.abs(jax.grad(output)(case.inputs)[0]).max(axis=-1) > 0
+    known = (frame + delay + 1) * each  # frames of log-mel that there must be
+    assert heard[known - each : known].any()
+    assert not heard[known:].any()
+    assert heard[: each * frame].all()
+
+
+STREAMS = {
+    "lookahead": {
+        "cell": "gru", "lookahead": 3, "norm": "batch", "conv_kernels": (6, 5), "adapter": 3,
+    },
+    "odd lags": {
+        "subsampling": 2, "conv_channels": (4, 4, 4), "conv_kernels": (8, 3, 2),
+        "conv_bands": (3, 3, 3),
+    },
+    "original": {
+        "conv_channels": (), "conv_kernels": (), "conv_bands": (), "context": 4, "subsampling": 2,
+        "cell": "simple", "residual": False, "dense_before": 1, "dense_after": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", STREAMS.values(), ids=STREAMS)
+def test_pieces_give_what_the_whole_gives(settings):
+    small = {"width": 12, "num_layers": 2, "conv_channels": (4, 4), "bidirectional": False}
+    case = Case("deepspeech", "tiny", small | settings)
+    valid, each = jnp.ones((3, case.size), bool), case.encoder.subsampling
+    whole, _ = case.apply(case.params, case.inputs, jnp.full(3, case.size))
+    stepwise.check(
+        case.encoder, case.params, (case.inputs, valid), whole,
+        state=case.state, reads=(40,), sizes=(each, 6 * each),
+    )  # fmt: skip
+    # Rows that end in the middle of a piece, with noise behind them.
+    valid = jnp.arange(case.size)[None, :] < case.lengths[:, None]
+    variables = {"params": case.params, **case.state}
+    outputs = jax.jit(
+        lambda inputs: pieces.run(
+            case.encoder, variables, case.encoder.start(3, 40), (inputs, valid), 6 * each
+        )
+    )(case.inputs)
+    whole, _ = case.apply(case.params, case.inputs, case.lengths)
+    np.testing.assert_allclose(outputs, whole, atol=1e-5)
+
+
+def test_what_hears_all_of_the_future_has_no_pieces():
+    with pytest.raises(UserError, match="bidirectional=False"):
+        make_case("deepspeech").encoder.start(1, 40)
+
+
+def test_a_piece_is_of_whole_hidden_frames():
+    case = make_case("deepspeech-lookahead-batch")
+    piece = jnp.zeros((1, 3, 40)), jnp.ones((1, 3), bool)
+    with pytest.raises(UserError, match="3 log-mel frames is no multiple of subsampling=2"):
+        case.encoder.apply(
+            {"params": case.params, **case.state},
+            case.encoder.start(1, 40), piece, method="advance",
+        )  # fmt: skip
 
 
 def test_published_sizes():
