@@ -86,12 +86,14 @@ def make_parts(config: ConfigDict, folder: pathlib.Path, source: sources.Source)
       PartError: `source` lacks what a part learns from.
       UserError: the folder cannot be written.
     """
-    for name, constructor, settings in _parts(config, making=True):
-        if jax.process_index() == 0:
+
+    def make() -> None:
+        for name, constructor, settings in _parts(config, making=True):
             part = constructor.make(source, name, **settings)
             with files.writing(folder):
                 part.save(folder)
-    sharding.barrier("parts")
+
+    sharding.from_first(make)
     return restore_parts(config, folder)
 
 
