@@ -30,6 +30,8 @@ PEAK = {"tiny": 2e-3, "s": 2e-3, "m": 1.5e-3, "l": 1e-3}
 TASKS = {
     "recognize": (tasks.settings("recognize"), {}),
     "attend": (tasks.settings("attend", layers=4), {"name": "joint", "width": 10}),
+    # Characters and pieces are many: the joint is computed where they are said.
+    "transduce": (tasks.settings("transduce", span=5), {"name": "transducer"}),
 }
 
 

@@ -111,17 +111,19 @@ def test_a_wide_beam_finds_the_best_labels_of_all():
     found, said = jax.jit(lambda *given: searches.beam(made, *given, width=width, nbest=3))(
         encoded, lengths
     )
+    advance = jax.jit(lambda labels: made.advance(made.start(len(labels)), labels)[0])
     for row, length in enumerate(lengths):
+        paths = np.asarray(list(itertools.product(range(K), repeat=int(length))))  # [P, T]
+        texts = [(*(int(label) for label in path if label),) for path in paths]
+        before = np.asarray([(0, *text, *[0] * (4 - len(text))) for text in texts], np.int32)
+        place = np.cumsum(paths > 0, axis=1) - (paths > 0)  # what was said before each frame
+        predicted = np.take_along_axis(np.asarray(advance(before)), place[..., None], 1)
+        logits = made.join(encoded[row, : int(length)][None], predicted)
+        log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        scores = np.take_along_axis(log_probs, paths[..., None], 2).sum((1, 2))
         totals = {}
-        for path in itertools.product(range(K), repeat=int(length)):
-            labels = [0, *filter(None, path)]
-            after, _ = made.advance(made.start(1), jnp.asarray([labels], jnp.int32))
-            place = np.cumsum([0, *(label > 0 for label in path[:-1])])
-            logits = made.join(encoded[row, : int(length)], after[0, place])
-            log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
-            score = log_probs[np.arange(int(length)), list(path)].sum()
-            key = tuple(labels[1:])
-            totals[key] = np.logaddexp(totals.get(key, -np.inf), score)
+        for text, score in zip(texts, scores, strict=True):
+            totals[text] = np.logaddexp(totals.get(text, -np.inf), score)
         best = sorted(totals, key=totals.get, reverse=True)[:3]
         ours = [tuple(found.labels[row, n, : int(found.count[row, n])].tolist()) for n in range(3)]
         assert ours == best

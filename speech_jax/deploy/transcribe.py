@@ -283,11 +283,9 @@ class Model:
 
     def _write(self, pool: "list[_Piece]") -> None:
         """Finds the text of pieces, each as a whole."""
-        shortest = self.acoustic.frame_seconds * self.sample_rate
         rows = collections.defaultdict(list)
         for piece in pool:
-            if len(piece.samples) >= shortest:
-                rows[_padded(len(piece.samples), self.sample_rate)].append(piece)
+            rows[_padded(len(piece.samples), self.sample_rate)].append(piece)
         for size, members in sorted(rows.items()):
             full = max(1, int(self._batch_seconds * self.sample_rate / size))
             for some, count in _batches(members, full):
@@ -297,8 +295,9 @@ class Model:
                     lengths[row] = len(piece.samples)
                 found = self._search(samples, lengths)
                 for row, piece in enumerate(some):
-                    own = {name: array[row] for name, array in found.items()}
-                    piece.decoded = self._decoder.read(own)
+                    if found["frames"][row]:
+                        own = {name: array[row] for name, array in found.items()}
+                        piece.decoded = self._decoder.read(own)
 
     def _listen(self, pool: "list[_Piece]") -> None:
         """Decodes the logits of pieces, of which a model hears a chunk at a time."""
