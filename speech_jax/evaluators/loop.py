@@ -96,6 +96,13 @@ class Evaluation:
             self._corpora[split] = found
         return self._corpora[split]
 
+    def check(self, split: str) -> None:
+        """Raises UserError where an utterance of a split lacks what it is measured by."""
+        corpus = self.corpus(split)
+        check = getattr(self.task.evaluator(self._parts), "check", lambda utterance: None)
+        for index in corpus.index:
+            check(corpus.source.utterances[index])
+
     def check_memory(self, split: str, params: Any, state: Any, fits: int) -> None:
         """Raises UserError where the longest utterances of a split do not fit in memory.
 
@@ -180,6 +187,25 @@ class Evaluation:
                 waiting.popleft().result()
         sharding.from_first(reader.check)
         return reader.heard
+
+
+def measure(
+    evaluation: Evaluation,
+    params: Any,
+    state: Any,
+    splits: Iterable[str],
+    workdir: Workdir,
+    say: Callable[[str], None],
+) -> dict[str, dict]:
+    """results.json's entry of each split; details go to the workdir's predictions."""
+    results = {}
+    decoder = getattr(evaluation.task, "decoder", None)
+    how = {"decoder": str(decoder.settings)} if decoder else {}
+    for split in splits:
+        score = evaluation.run(params, state, split, workdir.predictions(split))
+        results[split] = score.results | how
+        say(f"{split}: {score.line}")
+    return results
 
 
 class _Reader:
