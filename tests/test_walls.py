@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
         "decoder": {"name": "joint", "width": 2},
     },
     "transduce": {
-        "task": {"width": 8, "span": 2, "warmup": 4},
+        "task": {"width": 8, "span": 2, "warmup": 0},
         "model": {"width": 8, "num_layers": 1, "heads": 2, "subsampling_channels": 4},
         "peak": 1e-2,
         "decoder": {"name": "transducer"},
