@@ -40,6 +40,8 @@ MODELS = {
 TASKS = {
     "recognize": (tasks.settings("recognize"), {}),
     "attend": (tasks.settings("attend", layers=4), {"name": "joint", "width": 10}),
+    # Characters and pieces are many: the joint is computed where they are said.
+    "transduce": (tasks.settings("transduce", span=5), {"name": "transducer"}),
 }
 
 

@@ -247,7 +247,8 @@ def default() -> ConfigDict:
     # How logits become words: fields of Settings in decoding/decoder.py. None: what the model's
     # own record says, or else the default there.
     config.decoder = decoder = ConfigDict()
-    # Of CTC greedy, beam or lexicon; of the task attend also attention, joint or rescore.
+    # Of CTC greedy, beam or lexicon; of the task attend also attention, joint or rescore; of the
+    # task transduce also transducer or transducer_beam.
     decoder.name = config_dict.placeholder(str)
     decoder.width = config_dict.placeholder(int)  # hypotheses of a beam
     decoder.labels = config_dict.placeholder(int)  # of a frame, that a hypothesis is extended by

@@ -24,7 +24,9 @@ _STATUS = """exit status: 0, all is transcribed; 1, something failed: it is name
 with the reason, and the rest is done; 2, the command line is wrong."""
 # What follows is known elsewhere too; --help and a wrong flag answer at once, without libraries.
 _FORMATS = ("text", "json", "srt", "vtt", "ctm", "textgrid", "tsv")
-_DECODERS = ("greedy", "beam", "lexicon", "attention", "joint", "rescore")
+_DECODERS = (
+    "greedy", "beam", "lexicon", "attention", "joint", "rescore", "transducer", "transducer_beam",
+)  # fmt: skip
 _CHUNK_SECONDS, _WIDTHS, _DEFAULT_WIDTH, _DEFAULT_LM_WEIGHT = (5, 300), (1, 1024), 16, 0.5
 
 
