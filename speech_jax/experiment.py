@@ -233,7 +233,7 @@ def training_plan(
         buckets = corpus.buckets(
             along=task.along,
             count=data.buckets,
-            budget=int(data.batch_seconds * _rate(config, corpus)),
+            budget=int(data.batch_seconds * rate(config, corpus)),
             rows_multiple=sharding.batch_shards(mesh) * config.train.accumulate,
             round_to=_round_to(config, task),
             speeds=data.speeds,
@@ -264,7 +264,7 @@ def training_batches(config: ConfigDict, corpus: pipeline.Corpus, plan: Plan, st
 def evaluation_plan(config: ConfigDict, corpus: pipeline.Corpus, task: Task, mesh: Mesh) -> Plan:
     """One pass over a corpus, by length."""
     data = config.data
-    budget = data.batch_seconds * _rate(config, corpus)
+    budget = data.batch_seconds * rate(config, corpus)
     if "samples" in corpus.lengths:
         budget = max(budget, corpus.lengths["samples"].max())
     buckets = corpus.buckets(
@@ -292,7 +292,7 @@ def evaluation_batches(
     )
 
 
-def _rate(config: ConfigDict, corpus: pipeline.Corpus) -> float:
+def rate(config: ConfigDict, corpus: pipeline.Corpus) -> float:
     """How much of what batches are measured in there is in a second of audio."""
     hidden = corpus.parts.get("hidden")
     return hidden.rate if isinstance(hidden, Hidden) else config.data.sample_rate
@@ -367,11 +367,12 @@ def make_frontend(config: ConfigDict, encoder, parts: Mapping[str, Part]) -> Fro
 def frozen(config: ConfigDict) -> tuple[tuple[str, int], ...]:
     """What stands still, and for how many updates: rules of `groups.thaw`.
 
-    They are config.optimizer.frozen; LoRA and adapters are learned in any case, and the encoder
-    that they are added to stands still where no rule says otherwise.
+    They are config.optimizer.frozen; LoRA and adapters are learned, unless a rule is of
+    `peft.ADDED`, and the encoder that they are added to stands still where no rule says otherwise.
     """
     rules = tuple(config.optimizer.get("frozen", ()))
-    if config.lora.rank or config.model.get("adapter"):
+    held = any(pattern == peft.ADDED for pattern, _ in rules)
+    if not held and (config.lora.rank or config.model.get("adapter")):
         rules = ((peft.ADDED, 0), *rules, ("encoder/.*", groups.FOREVER))
     return rules
 

@@ -82,6 +82,8 @@ def replace_audio(
 ) -> tuple[Task, dict[str, Part]]:
     """The task and its parts with hidden states in the place of audio, which are made if need be.
 
+    Both are as they were where config.data.cache_hidden is off.
+
     Args:
       source: the training data.
       on_batch: is called after every batch; what it raises ends this.
@@ -90,6 +92,8 @@ def replace_audio(
       UserError: something learns or is random where the states are taken from, the task has no
         use for them, or they cannot be written.
     """
+    if not config.data.cache_hidden:
+        return task, dict(parts)
     check(config)
     if not hasattr(task, "encode"):
         raise UserError(

@@ -200,12 +200,13 @@ ROWS = {
             "wer": 2 / 15,
             "transcript_wer": 1 / 4,
             "no_translation": 1,
-            "unfinished": 1,
+            "cut": 1,
             "translations": 3,
         },
         [_translated(0, "", "a", said=""), _translated(1, "", "", said="")],
         (
-            "BLEU 64.99  chrF2 74.54  transcript CER 25.00%  1 without a translation  1 cut",
+            "BLEU 64.99  chrF2 74.54  transcript CER 25.00%  (1 have no translation)  "
+            "(1 translations did not end, and were cut)",
             "no translation to compare with",
         ),
     ),

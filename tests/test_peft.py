@@ -13,7 +13,7 @@ import pytest
 
 import runs
 import test_encoders
-from configs import finetune_lora
+from configs import finetune_lora, librispeech
 from speech_jax import bundle, experiment, train
 from speech_jax import config as defaults
 from speech_jax.bundle import base, format, start
@@ -24,7 +24,7 @@ from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.text import CharacterTokenizer
 from speech_jax.errors import UserError
 from speech_jax.models import layers
-from speech_jax.training import costs, peft, sharding
+from speech_jax.training import costs, groups, peft, sharding
 from speech_jax.workdir import Workdir
 
 pytestmark = pytest.mark.optax
@@ -305,6 +305,34 @@ def test_the_adapters_of_a_base_are_taken(finished, tones, tmp_path):
     for name in adapters:
         np.testing.assert_array_equal(flatten(started)[name], flatten(learned)[name])
     assert all("encoder" not in name for name in report.new)
+
+
+def test_the_recipe_learns_and_keeps_less_than_three_percent(tmp_path):
+    """Of conformer_tiny with the letters of English."""
+    config = librispeech.get_config("conformer_tiny")
+    config.features.normalize = "utterance"
+    labels = Transcript(CharacterTokenizer("abcdefghijklmnopqrstuvwxyz' "), "labels")
+    parts = {"audio": Audio(), "labels": labels}
+
+    def zeros(config):
+        task = experiment.make_task(config, parts)
+        batch = {"audio": jnp.zeros((1, 16_000), jnp.int16), "audio_length": jnp.array([16_000])}
+        shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), batch))
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+    params, state = zeros(config)
+    bundle.save(bundle.Bundle(config, parts, params, state), tmp_path / "whole")
+    tuning = finetune_lora.get_config(str(tmp_path / "whole"))
+    params, state = zeros(tuning)
+    learned, _ = groups.split(params, groups.trainable(params, experiment.frozen(tuning)))
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert size(learned) < 0.03 * size(params)
+    flat = {name: leaf for name, leaf in flatten(learned).items() if leaf is not None}
+    small = flax.traverse_util.unflatten_dict(flat, sep="/")
+    base = {"folder": str(tmp_path / "whole"), "digest": "x" * 64}
+    bundle.save(bundle.Bundle(tuning, parts, small, state, base), tmp_path / "small")
+    size = lambda name: sum(path.stat().st_size for path in (tmp_path / name).iterdir())
+    assert size("small") < 0.03 * size("whole")
 
 
 def test_the_recipe_takes_all_of_a_model(finished):

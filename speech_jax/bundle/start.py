@@ -111,16 +111,22 @@ def start_from(config: ConfigDict, folder: str, take: str = "encoder") -> None:
     Raises:
       UserError: there is no model in the folder.
     """
-    path = files.expand(folder)
-    run = Workdir(path)
-    theirs = run.recorded() if run.config.exists() and run.checkpoints.is_dir() else None
-    theirs = theirs or bundle.open(path).config
+    theirs = settings_of(folder)
     config.init.folder = str(folder)
     config.init.take = take
     config.data.sample_rate = theirs.data.sample_rate
     sections = ("model", "features") + (("task", "text", "parts") if take == "model" else ())
     for section in sections:
         config[section] = theirs[section].copy_and_resolve_references()
+
+
+def settings_of(folder: str) -> ConfigDict:
+    """What a model was trained with; UserError where there is none in the folder."""
+    path = files.expand(folder)
+    run = Workdir(path)
+    if run.config.exists() and run.checkpoints.is_dir():
+        return run.recorded()
+    return bundle.open(path).config
 
 
 def parts(config: ConfigDict, folder: pathlib.Path) -> dict[str, Part]:

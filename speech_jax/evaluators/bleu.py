@@ -45,12 +45,12 @@ class Bleu:
         self._target, self._transcript = target, transcript
         self._pairs: list[tuple[str, str]] = []  # reference, hypothesis
         self._words, self._spoken = ErrorCounts(), ErrorCounts()
-        self._lacking = self._unfinished = 0
+        self._lacking = self._cut = 0
 
     def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]:
         """Keeps one utterance; its line has both texts, and the transcript where there is one.
 
-        It says `unfinished` of a translation that was cut at its longest.
+        It says `cut` of a translation that did not end by itself.
         """
         del example
         reference, hypothesis = self._target.text(utterance), self._target.read(prediction)
@@ -61,8 +61,8 @@ class Bleu:
         else:
             self._lacking += 1
         if not prediction["ended"]:
-            self._unfinished += 1
-            line["unfinished"] = True
+            self._cut += 1
+            line["cut"] = True
         if self._transcript:
             said = self._transcript.text(utterance)
             line |= {"said": said, "transcript": self._transcript.read(prediction)}
@@ -83,7 +83,7 @@ class Bleu:
         measured["wer"] = self._words.wer
         if self._transcript:
             measured |= {"transcript_wer": self._spoken.wer, "transcript_cer": self._spoken.cer}
-        counts = {"no_translation": self._lacking, "unfinished": self._unfinished}
+        counts = {"no_translation": self._lacking, "cut": self._cut}
         return {**measured, **counts, "translations": len(self._pairs)}
 
     def line(self) -> str:
@@ -94,8 +94,10 @@ class Bleu:
         said = f"BLEU {found['bleu']:.2f}  chrF2 {found['chrf2']:.2f}"
         if found.get("transcript_cer") is not None:
             said += f"  transcript CER {100 * found['transcript_cer']:.2f}%"
-        for name, what in (("no_translation", "without a translation"), ("unfinished", "cut")):
-            said += f"  {found[name]} {what}" if found[name] else ""
+        if self._lacking:
+            said += f"  ({self._lacking} have no translation)"
+        if self._cut:
+            said += f"  ({self._cut} translations did not end, and were cut)"
         return said
 
     def tallies(self, line: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -171,7 +173,7 @@ def compare(before: pathlib.Path, after: pathlib.Path) -> dict[str, dict[str, An
 
 def _lines(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_bytes().decode().split("\n") if line]
         found = {line["id"]: {k: line[k] for k in ("reference", "hypothesis")} for line in lines}
     except OSError as error:
         raise UserError(

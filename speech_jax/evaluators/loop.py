@@ -182,6 +182,25 @@ class Evaluation:
         return reader.heard
 
 
+def measure(
+    evaluation: Evaluation,
+    params: Any,
+    state: Any,
+    splits: Iterable[str],
+    workdir: Workdir,
+    say: Callable[[str], None],
+) -> dict[str, dict]:
+    """results.json's entry of each split; details go to the workdir's predictions."""
+    results = {}
+    decoder = getattr(evaluation.task, "decoder", None)
+    how = {"decoder": str(decoder.settings)} if decoder else {}
+    for split in splits:
+        score = evaluation.run(params, state, split, workdir.predictions(split))
+        results[split] = score.results | how
+        say(f"{split}: {score.line}")
+    return results
+
+
 class _Reader:
     """Brings predictions to the host and hands them on, on the first process."""
 

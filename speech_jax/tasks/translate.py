@@ -16,46 +16,17 @@ import numpy as np
 
 from speech_jax.decoding import ctc as decoding
 from speech_jax.decoding import generate
+from speech_jax.errors import UserError
 from speech_jax.evaluators.bleu import Bleu
 from speech_jax.models.decoder import TextDecoder
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc
-from speech_jax.ops.masking import length_mask
 from speech_jax.rules import Rules
-from speech_jax.tasks import Batch, Pytree
-from speech_jax.tasks.recognize import RULES
+from speech_jax.tasks import Batch, Pytree, writing
+from speech_jax.tasks.recognize import Recognize
 
 # Labels that a translation may have of no frame at all: short utterances are not cut.
 _SPARE = 10
-
-
-class TranslationModel(nn.Module):
-    """An encoder, whose hidden frames a linear layer and a decoder of text look at."""
-
-    encoder: nn.Module
-    decoder: TextDecoder
-    vocabulary_size: int
-
-    @nn.compact
-    def hear(
-        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(hidden [B, T', D], logits of CTC float32 [B, T', vocabulary_size], frames [B])."""
-        hidden, lengths = self.encoder(inputs, lengths, deterministic)
-        head = nn.Dense(self.vocabulary_size, dtype=hidden.dtype, name="head")
-        return hidden, head(hidden).astype(jnp.float32), lengths
-
-    def __call__(
-        self,
-        inputs: jax.Array,
-        lengths: jax.Array,
-        symbols: jax.Array,
-        count: jax.Array,
-        deterministic: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(logits behind each of `symbols` [B, U, V], those of CTC, frames)."""
-        hidden, logits, frames = self.hear(inputs, lengths, deterministic)
-        return self.decoder(symbols, count, hidden, frames, deterministic), logits, frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +36,7 @@ class Translate:
     Attributes:
       layers, heads, dropout: of the decoder, whose width is that of the encoder.
       smoothing: the share of a target's probability that all symbols have.
-      ctc_weight: of CTC's nats in the loss; the decoder's have the rest.
+      ctc_weight: of CTC in the loss, and the rest the decoder's. With 0 there is no CTC.
       beam: hypotheses of the search; 1: greedy.
       length_penalty: see decoding/generate.py; more of it makes longer translations.
       labels_per_frame: of a frame of the encoder, how many labels a translation has at most.
@@ -90,11 +61,11 @@ class Translate:
     @property
     def rules(self) -> Rules:
         """How the parameters lie on a mesh."""
-        return (*self.encoder.rules, *TextDecoder.rules, *RULES)
+        return (*self.encoder.rules, *writing.RULES)
 
     @property
-    def decoder_of_text(self) -> TextDecoder:
-        """The decoder; its parameters are params["decoder"]."""
+    def writer(self) -> TextDecoder:
+        """The decoder of text; its parameters are params["decoder"]."""
         return TextDecoder(
             self.counts["target"],
             width=self.encoder.width,
@@ -105,16 +76,38 @@ class Translate:
         )
 
     @property
-    def model(self) -> TranslationModel:
+    def model(self) -> writing.WritingModel:
         """All of it; its parameters are {"encoder": ..., "head": ..., "decoder": ...}."""
-        return TranslationModel(self.encoder, self.decoder_of_text, self.counts["labels"])
+        classes = self.counts["labels"] if self.ctc_weight else 0
+        return writing.WritingModel(self.encoder, self.writer, classes)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Parameters (float32) and model state (empty without batch norm)."""
-        inputs, lengths = self.frontend(batch)
-        variables = self.model.init(rng, inputs, lengths, *self._symbols(batch)[:2], True)
+        texts = batch["target"], batch["target_length"]
+        variables = self.model.init(rng, *self.frontend(batch), *texts, True)
         params = variables.pop("params")
         return params, variables
+
+    def logits(
+        self,
+        params: Pytree,
+        state: Pytree,
+        batch: Batch,
+        rng: jax.Array | None = None,
+        step: jax.Array | int = 0,
+    ) -> tuple[jax.Array, jax.Array, Pytree]:
+        """(logits of CTC [B, T', K], frames [B], new state); trains where there is a key.
+
+        Raises:
+          UserError: there is no CTC.
+        """
+        if not self.ctc_weight:
+            raise UserError(
+                "this model has no CTC (config.task.ctc_weight=0), so that it gives no transcript: "
+                "have it translate, or train with more weight"
+            )
+        recognizer = Recognize(self.encoder, self.frontend, self.counts)
+        return recognizer.logits(params, state, batch, rng, step)
 
     def loss(
         self,
@@ -124,95 +117,69 @@ class Translate:
         rng: jax.Array | None = None,
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        """Both losses of rows with weight; CTC's leaves out what has no transcript or no room."""
+        """Both losses of rows with weight; a row without a translation has none of the decoder's.
+
+        CTC's leaves out a row without a transcript, and one that does not fit, which is counted.
+        """
         train = rng is not None
         keys = jax.random.split(rng) if train else (None, None)
         inputs, lengths = self.frontend(batch, keys[0], step)
-        symbols, count, targets = self._symbols(batch)
+        target, count = batch["target"], batch["target_length"]
         (logits, heard, frames), state = self.model.apply(
             {"params": params, **state},
             inputs,
             lengths,
-            symbols,
+            target,
             count,
             not train,
             rngs={"dropout": keys[1]} if train else None,
             mutable=list(state),
         )
-        inside = length_mask(count, symbols.shape[1]) * batch["weight"][:, None]  # [B, U]
-        nats, right = _cross_entropy(logits, targets, self.smoothing)
-        written, weight = (nats * inside).sum(), inside.sum()
-        spoken, sums = _spoken_nats(heard, frames, batch)
-        sums |= {"written": written, "right": (right * inside).sum()}
-        total = (1 - self.ctc_weight) * written + self.ctc_weight * spoken
-        return total, weight, {"state": state, "sums": sums}
-
-    def _symbols(self, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the decoder reads [B, U], how much of it [B], and what it is to write then [B, U].
-
-        A row without a translation has none.
-        """
-        labels, length = batch["target"], batch["target_length"]
-        ends = jnp.full((len(labels), 1), self.decoder_of_text.begin, labels.dtype)
-        read = jnp.concatenate([ends, labels], axis=1)
-        written = jnp.concatenate([labels, ends], axis=1)
-        last = jnp.arange(written.shape[1])[None] == length[:, None]
-        written = jnp.where(last, ends, written)
-        return read, jnp.where(length > 0, length + 1, 0), written
-
-    def logits(
-        self, params: Pytree, state: Pytree, batch: Batch
-    ) -> tuple[jax.Array, jax.Array, Pytree]:
-        """(logits of CTC [B, T', K], frames [B], state)."""
-        _, logits, frames = self._hear(params, state, batch)
-        return logits, frames, state
-
-    def _hear(self, params: Pytree, state: Pytree, batch: Batch) -> tuple[jax.Array, ...]:
-        inputs, lengths = self.frontend(batch)
-        model = {"params": params, **state}
-        return self.model.apply(model, inputs, lengths, True, method="hear")
+        nats, right = writing.cross_entropy(logits, target, count, self.smoothing)
+        weight = jnp.where(count > 0, batch["weight"], 0.0)
+        symbols = (weight * (count + 1).astype(jnp.float32)).sum()
+        written = (nats * weight).sum()
+        sums = {"written": written, "right": (right * weight).sum()}
+        total = (1 - self.ctc_weight) * written
+        if self.ctc_weight:
+            spoken, more = _spoken_nats(heard, frames, batch)
+            total, sums = total + self.ctc_weight * spoken, sums | more
+        return total, symbols, {"state": state, "sums": sums}
 
     def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
         """The translation: {"target": int32 [B, S], "target_length", "ended": bool [B]}.
 
         One that has not ended by itself is cut at `longest`. {"labels", "labels_length"} are the
-        transcript, of CTC.
+        transcript, where there is CTC.
         """
-        hidden, logits, frames = self._hear(params, state, batch)
-        found = self._write(params["decoder"], hidden, frames)
-        labels, count = decoding.greedy(logits, frames)
-        return {
-            "target": found.labels[:, 0],
-            "target_length": found.count[:, 0],
-            "ended": found.ended[:, 0],
-            "labels": labels,
-            "labels_length": count,
-        }
-
-    def _write(self, params: Pytree, hidden: jax.Array, frames: jax.Array) -> generate.Texts:
-        decoder = self.decoder_of_text
-        run = lambda *arguments, method: decoder.apply(
-            {"params": params}, *arguments, method=method
+        inputs, lengths = self.frontend(batch)
+        hidden, logits, frames = self.model.apply(
+            {"params": params, **state}, inputs, lengths, True, method="hear"
         )
-        longest = int(self.longest(hidden.shape[1]))
-        carry = run(len(hidden) * self.beam, hidden, frames, longest + 1, method="start")
-        limits = {
-            "begin": decoder.begin,
-            "limit": self.longest(frames).astype(jnp.int32),
-            "longest": longest,
+        texts = self._search(params["decoder"], hidden, frames)
+        found = {
+            "target": texts.labels[:, 0],
+            "target_length": texts.count[:, 0],
+            "ended": texts.ended[:, 0],
         }
+        if logits is None:
+            return found
+        labels, count = decoding.greedy(logits, frames)
+        return found | {"labels": labels, "labels_length": count}
+
+    def _search(self, params: Pytree, hidden: jax.Array, frames: jax.Array) -> generate.Texts:
+        longest = int(self.longest(hidden.shape[1]))
+        advance, carry = writing.stepwise(
+            self.writer, params, hidden, frames, width=self.beam, longest=longest
+        )
+        limits = {"limit": self.longest(frames).astype(jnp.int32), "longest": longest}
         if self.beam == 1:
-            advance = lambda carry, symbols: run(carry, symbols, method="advance")
-            return generate.greedy(advance, carry, **limits)
-
-        def advance(carry, symbols):
-            logits, carry = run(carry, symbols, method="advance")
-            return jax.nn.log_softmax(logits), carry
-
+            return generate.greedy(advance, carry, begin=self.writer.begin, **limits)
         return generate.beam(
             advance,
             carry,
-            pick=decoder.pick,
+            pick=self.writer.pick,
+            begin=self.writer.begin,
             width=self.beam,
             length_penalty=self.length_penalty,
             **limits,
@@ -237,15 +204,20 @@ class Translate:
         }
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The loss and the decoder's alone, in nats a symbol, its accuracy, CTC's nats a label."""
+        """The loss and the decoder's own in nats a symbol, the share of symbols that it finds.
+
+        Where there is CTC, also its nats a label, and the utterances that did not fit.
+        """
         weight = max(sums["weight"], 1.0)
-        return {
+        found = {
             "loss_per_label": sums["loss"] / weight,
             "accuracy": sums["right"] / weight,
             "decoder_nats": sums["written"] / weight,
-            "ctc_nats": sums["spoken"] / max(sums["labels"], 1.0),
-            "infeasible": sums["infeasible"],
         }
+        if "spoken" in sums:
+            found["ctc_nats"] = sums["spoken"] / max(sums["labels"], 1.0)
+            found["infeasible"] = sums["infeasible"]
+        return found
 
     def check(self, figures: Mapping[str, float], step: int) -> None:
         """Nothing that is logged says that going on is of no use."""
@@ -253,21 +225,8 @@ class Translate:
     def evaluator(self, parts: Mapping[str, Any]) -> Bleu:
         """BLEU and chrF2, and the errors of the transcript where one is spoken of."""
         spoken = parts["labels"]
-        return Bleu(parts["target"], None if spoken.tag else spoken)
-
-
-def _cross_entropy(
-    logits: jax.Array, targets: jax.Array, smoothing: float
-) -> tuple[jax.Array, jax.Array]:
-    """Nats [B, U] with label smoothing (Szegedy et al. 2016), and whether the best one is right.
-
-    All symbols but label 0, which is never written, share `smoothing`.
-    """
-    log_probs = jax.nn.log_softmax(logits)  # [B, U, V]
-    chosen = jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)[:, :, 0]
-    shared = log_probs[:, :, 1:].mean(-1)
-    nats = -(1 - smoothing) * chosen - smoothing * shared
-    return nats, (logits.argmax(-1) == targets).astype(jnp.float32)
+        said = bool(self.ctc_weight) and not spoken.tag
+        return Bleu(parts["target"], spoken if said else None)
 
 
 def _spoken_nats(
