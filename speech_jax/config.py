@@ -446,7 +446,8 @@ def check(config: ConfigDict) -> None:
         )
     Adversary(**config.adversarial)
     changed = _changed(config)
-    listens, of_log_mel = models.listens(config.model.name), config.task.name == "best_rq"
+    listens = models.listens(config.model.name)
+    of_log_mel = config.task.name == "best_rq" or config.task.get("mel", False)
     # A recipe for several encoders may say more than one of them heeds.
     for name, cure in frontend.unused(listens, changed, log_mel_targets=of_log_mel).items():
         logging.warning(

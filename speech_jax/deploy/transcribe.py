@@ -168,11 +168,42 @@ class Model:
           AudioError: the file cannot be read.
           TranscriptionError: the array is not audio.
         """
+        return self._one(recording, sample_rate, self._hear)
+
+    def translate(
+        self, recording: File | np.ndarray, sample_rate: int | None = None
+    ) -> Transcription:
+        """Writes down in another language what is said in a recording of any length.
+
+        It takes what `transcribe` takes. Each piece between two pauses is translated by itself; the
+        times of words within one are a guess.
+
+        Raises:
+          AudioError: the file cannot be read.
+          TranscriptionError: the array is not audio, or the model does not translate.
+        """
+        return self._one(recording, sample_rate, self._translate)
+
+    @property
+    def translates(self) -> bool:
+        """Whether `translate` can be used."""
+        return getattr(self.acoustic, "target", None) is not None
+
+    def _one(self, recording: File | np.ndarray, sample_rate: int | None, hear) -> Transcription:
         opened = open_recording(recording, sample_rate, self.sample_rate)
-        found = next(self._transcribe([opened], lambda files, seconds: None))
+        found = next(self._transcribe([opened], lambda files, seconds: None, hear))
         if isinstance(found, UserError):
             raise found
         return found
+
+    def translate_all(
+        self,
+        recordings: Iterable[File],
+        progress: Callable[[float, float], None] = lambda files, seconds: None,
+    ) -> Iterator[Transcription | UserError]:
+        """As `transcribe_all`, but in another language."""
+        opened = (open_recording(file, None, self.sample_rate) for file in recordings)
+        return self._transcribe(opened, progress, self._translate)
 
     def transcribe_all(
         self,
@@ -185,7 +216,7 @@ class Model:
         `progress` is told how many files and how many seconds of audio were read.
         """
         opened = (open_recording(file, None, self.sample_rate) for file in recordings)
-        return self._transcribe(opened, progress)
+        return self._transcribe(opened, progress, self._hear)
 
     def classify(self, *_: Any, **__: Any) -> None:
         """Raises TranscriptionError: a recognizer names no classes."""
@@ -195,9 +226,15 @@ class Model:
         )
 
     def _transcribe(
-        self, opened: Iterable[tuple[str, Any]], progress: Callable[[float, float], None]
+        self,
+        opened: Iterable[tuple[str, Any]],
+        progress: Callable[[float, float], None],
+        hear: "Callable[[list[_Piece]], None]",
     ) -> Iterator[Transcription | UserError]:
-        """What is said in each recording, which `opened` gives as `open_recording` does."""
+        """What is said in each recording, which `opened` gives as `open_recording` does.
+
+        `hear` gives pieces their text, and their memory back.
+        """
         waiting: collections.deque[_Recording] = collections.deque()
         pool: list[_Piece] = []
         most = _POOL_BATCHES * self._batch_seconds * self.sample_rate
@@ -207,13 +244,13 @@ class Model:
             waiting.append(recording)
             for share in self._read(recording, opener, pool):
                 if sum(len(piece.samples) for piece in pool) >= most:
-                    self._hear(pool)
+                    hear(pool)
                     pool.clear()
                     yield from self._ready(waiting)
                 progress(number + share, before + recording.samples / self.sample_rate)
             before += recording.samples / self.sample_rate
             progress(number + 1, before)
-        self._hear(pool)
+        hear(pool)
         yield from self._ready(waiting)
 
     def _read(self, recording: "_Recording", opener: Any, pool: "list[_Piece]") -> Iterator[float]:
@@ -248,6 +285,17 @@ class Model:
             self._listen(pool)
         for piece in pool:
             piece.samples, piece.logits = None, []
+
+    def _translate(self, pool: "list[_Piece]") -> None:
+        """Translates pieces, and gives the memory of their samples back."""
+        if not self.translates:
+            raise TranscriptionError(
+                "this model does not translate: use transcribe, or load one that was trained with "
+                "config.task.name='translate'"
+            )
+        self._by_pieces(pool, self.acoustic.translate)
+        for piece in pool:
+            piece.samples = None
 
     def _read_all(self, samples: np.ndarray, lengths: np.ndarray) -> list[Decoded]:
         """What the model's own search finds in recordings int16 [B, S] of lengths [B]."""
