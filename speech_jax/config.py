@@ -118,7 +118,7 @@ RANGES = {
             "train.ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum",
             "model.dropout", "model.attention_dropout", "model.input_dropout",
             "model.layer_drop", "task.feature_dropout", "task.dropout",
-            "task.smoothing", "task.ctc",
+            "task.smoothing",
         ),
         _SHARE_BELOW_ONE,
     ),

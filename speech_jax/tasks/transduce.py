@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speech_jax.decoding import transducer as searches
+from speech_jax.decoding import transducer as search
 from speech_jax.decoding.decoder import Decoder
 from speech_jax.errors import UserError
 from speech_jax.evaluators.errors import Errors, Searched
@@ -282,10 +282,10 @@ class Transduce:
         scale = lambda ends: ends[0] + (ends[1] - ends[0]) * ramp
         return scale(_BAND) * nats + scale(_SIMPLE) * simple
 
-    def searched(self, params: Pytree) -> searches.Transducer:
+    def searched(self, params: Pytree) -> search.Transducer:
         """What a search asks of the model; it is given what `encode` gives."""
         model, variables = self.model, {"params": params}
-        return searches.Transducer(
+        return search.Transducer(
             start=model.predictor.start,
             advance=lambda *given: model.apply(variables, *given, method="advance"),
             join=lambda *given: model.apply(variables, *given, method="join"),
@@ -300,13 +300,13 @@ class Transduce:
         model, others = self.searched(params), {}
         if self._search == "transducer_beam":
             width, nbest = self.decoder.settings.width, self.decoder.settings.nbest
-            found, said = searches.beam(model, encoded, lengths, width=width, nbest=nbest)
+            found, said = search.beam(model, encoded, lengths, width=width, nbest=nbest)
             if nbest > 1:
                 names = ("nbest", "nbest_length", "nbest_score")
                 others = dict(zip(names, found, strict=True))
         else:
-            begun = searches.start(model, len(encoded))
-            said, _ = searches.greedy(model, begun, encoded, lengths, self.most)
+            begun = search.start(model, len(encoded))
+            said, _ = search.greedy(model, begun, encoded, lengths, self.most)
         return others | {
             "labels": said.labels,
             "labels_length": said.count,
