@@ -245,7 +245,7 @@ def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict
         parts = {path.name: path.read_text("utf-8") for path in pathlib.Path(folder).iterdir()}
     data = config.data
     decoder = files.plain(config)["decoder"]
-    if decoder["name"] in OF_TASKS:  # what is exported are logits, that a decoder of CTC reads
+    if decoder["name"] in OF_TASKS:  # what is exported are logits, which a decoder of CTC reads
         decoder["name"] = "greedy"
     return {
         "format": "speech_jax",
