@@ -243,6 +243,7 @@ def training_plan(
         seed=config.seed,
         speeds=tuple(data.speeds),
         stretched=corpus.stretched,
+        short_first=data.short_first,
     )
 
 
@@ -350,13 +351,17 @@ def make_frontend(config: ConfigDict, encoder, parts: Mapping[str, Part]) -> Fro
     settings = dict(config.features)
     normalize = settings.pop("normalize")
     masks = dict(config.spec_augment)
-    start = masks.pop("start_step")
+    begin = {
+        "spec_augment_start": masks.pop("start_step"),
+        "spec_augment_ramp": masks.pop("ramp"),
+        "vocal_tract": masks.pop("vocal_tract"),
+    }
     return FrontEnd(
         listens=encoder.listens,
         log_mel={"sample_rate": config.data.sample_rate, **settings},
         normalize=normalize,
         spec_augment=masks,
-        spec_augment_start=start,
+        **begin,
         **(parts["audio"].statistics or {}),
     )
 

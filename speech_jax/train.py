@@ -312,7 +312,9 @@ def _head_alone(config: ConfigDict) -> ConfigDict | None:
     with alone.unlocked():
         alone.optimizer.frozen = (frozen,)
         alone.data.update({"cache_hidden": True, "speeds": (1.0,), "noise_root": ""})
-        alone.spec_augment.update({"time_masks": 0, "frequency_masks": 0, "time_warp": 0})
+        alone.spec_augment.update(
+            {"time_masks": 0, "frequency_masks": 0, "time_warp": 0, "vocal_tract": 0.0}
+        )
         alone.adversarial.method = "none"
         alone.lora.rank = 0
         alone.task.mixup = 0.0
