@@ -11,7 +11,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -44,6 +44,7 @@ CHOICES = {
     "checkpoint.mode": ("", "min", "max"),
     "task.pooling": ("mean", "statistics", "attentive"),
     "task.activation": ("relu", "none"),
+    "task.predictor": ("stateless", "recurrent"),
     "optimizer.name": OPTIMIZERS,
     "optimizer.mu_dtype": ("float32", "bfloat16"),
     "schedule.name": SCHEDULES,
@@ -83,7 +84,8 @@ RANGES = {
             "model.conv_channels", "model.conv_kernels", "model.conv_strides", "model.conv_bands",
             "model.subsampling_channels", "model.position_groups", "model.cycle", "task.codes",
             "task.groups", "task.negatives", "task.mask_length", "task.scale", "task.cohort",
-            "lora.alpha",
+            "task.layers", "task.heads", "task.beam", "task.labels_per_frame",
+            "task.context", "task.width", "task.most", "lora.alpha",
         ),
         _ABOVE_ZERO,
     ),
@@ -99,7 +101,9 @@ RANGES = {
             "checkpoint.patience_epochs", "checkpoint.min_delta", "train.eval_epochs",
             "checkpoint.watchdog_seconds", "model.position_kernel", "model.feature_gradient",
             "model.lookahead", "model.context", "model.dense_before", "model.dense_after",
-            "task.units", "task.balance", "task.margin", "model.adapter", "lora.rank",
+            "task.length_penalty", "task.units", "task.balance", "task.margin", "task.durations",
+            "task.sigma", "task.span",
+            "task.warmup", "model.adapter", "lora.rank",
         ),
         _FROM_ZERO,
     ),
@@ -107,7 +111,8 @@ RANGES = {
         (
             "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
             "model.mask_time", "model.mask_channel", "task.mask_fraction", "task.mixup",
-            "optimizer.eps", "optimizer.eps_root", "task.inter_ctc",
+            "task.ctc_weight", "task.omega", "optimizer.eps", "optimizer.eps_root",
+            "task.inter_ctc",
         ),
         _SHARE,
     ),
@@ -116,7 +121,7 @@ RANGES = {
             "train.ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum",
             "model.dropout", "model.attention_dropout", "model.input_dropout",
             "model.layer_drop", "task.feature_dropout", "task.dropout",
-            "task.smoothing", "spec_augment.vocal_tract",
+            "task.smoothing", "task.ctc", "spec_augment.vocal_tract",
         ),
         _SHARE_BELOW_ONE,
     ),
@@ -150,6 +155,8 @@ def default() -> ConfigDict:
     arguments.utterances = config_dict.placeholder(int)  # synthetic: how many
     arguments.seed = config_dict.placeholder(int)  # synthetic
     arguments.processes = config_dict.placeholder(int)  # synthetic
+    arguments.language = config_dict.placeholder(str)  # synthetic: what is spoken
+    arguments.translation = config_dict.placeholder(str)  # synthetic: what it is translated into
     data.on_error = "skip"  # utterances that cannot be used: 'skip' (counted, named) or 'raise'
     data.sample_rate = 16_000
     data.min_seconds = 0.1
@@ -246,7 +253,8 @@ def default() -> ConfigDict:
     # How logits become words: fields of Settings in decoding/decoder.py. None: what the model's
     # own record says, or else the default there.
     config.decoder = decoder = ConfigDict()
-    decoder.name = config_dict.placeholder(str)  # greedy, beam or lexicon
+    # Of CTC greedy, beam or lexicon; of the task attend also attention, joint or rescore.
+    decoder.name = config_dict.placeholder(str)
     decoder.width = config_dict.placeholder(int)  # hypotheses of a beam
     decoder.labels = config_dict.placeholder(int)  # of a frame, that a hypothesis is extended by
     decoder.skip = config_dict.placeholder(float)  # frames whose blank is more probable; 1: none
@@ -255,6 +263,8 @@ def default() -> ConfigDict:
     decoder.lm_weight = config_dict.placeholder(float)  # found by --mode=tune, as is the bonus
     decoder.bonus = config_dict.placeholder(float)  # nats for each label (beam) or word (lexicon)
     decoder.lexicon = config_dict.placeholder(str)  # a file of words; empty: those of the .arpa
+    decoder.ctc_weight = config_dict.placeholder(float)  # of joint and rescore
+    decoder.length_penalty = config_dict.placeholder(float)  # of attention and joint
     decoder.calibration = config_dict.placeholder(tuple)  # of confidences, by --mode=tune too
 
     config.train = train = ConfigDict()
@@ -282,6 +292,16 @@ def default() -> ConfigDict:
     mesh.fsdp = 1
     mesh.tensor = 1
     return config.lock()
+
+
+def encoder_and_task(argument: str, known: Collection[str]) -> tuple[str, str]:
+    """("conformer", "attend") of "conformer+attend", the argument of a recipe.
+
+    Without a task it is recognize; one that is not among `known` is a UserError.
+    """
+    encoder, _, task = argument.partition("+")
+    registry.lookup("task of this recipe", dict.fromkeys(known), task or "recognize")
+    return encoder, task or "recognize"
 
 
 def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:

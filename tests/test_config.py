@@ -22,6 +22,8 @@ RECIPES = {
     "pretrain_best_rq": ("pretrain_best_rq", []),
     "speaker_id": ("speaker_id", []),
     "verification": ("verification", []),
+    "translate_quickstart": ("translate_quickstart", ["en-de"]),
+    "mboshi": ("mboshi", []),
     "finetune_wav2vec2_10m": ("finetune_wav2vec2", ["10m"]),
 }
 

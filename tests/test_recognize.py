@@ -46,8 +46,8 @@ def params(batch):
     return jax.tree.map(lambda p: p + 0.3 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), found)
 
 
-def loss(task, params, batch, rng=jax.random.key(5), step=0):
-    return jax.jit(task.loss)(params, {}, batch, rng, step)
+def loss(task, params, batch, step=0, train=True):
+    return jax.jit(task.loss)(params, {}, batch, jax.random.key(5) if train else None, step)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -70,7 +70,7 @@ def test_the_middle_layer_has_its_part_of_the_loss(scan, batch, params):
     assert abs(float(middle - last)) > 0.1
     assert total == pytest.approx(float(0.3 * middle + 0.7 * last), rel=1e-5)
     # It is not for evaluation.
-    assert loss(task, tree, batch, None)[0] == pytest.approx(float(last), rel=1e-5)
+    assert loss(task, tree, batch, train=False)[0] == pytest.approx(float(last), rel=1e-5)
 
 
 def test_views_that_are_alike_are_one(batch, params):
@@ -90,7 +90,8 @@ def test_two_views_are_pulled_together(batch, params):
     logits, frames, _ = read(params, {}, batch, rng, 0)
     apart = recognize.inconsistency(logits, frames, batch["weight"])
     assert whole - none == pytest.approx(0.2 * float(apart), rel=1e-3)
-    assert loss(task, params, batch, None)[0] == loss(make_task(), params, batch, None)[0]
+    expected = loss(make_task(), params, batch, train=False)[0]
+    assert loss(task, params, batch, train=False)[0] == expected
 
 
 def test_inconsistency_is_both_divergences_and_pulls_one_to_the_other():

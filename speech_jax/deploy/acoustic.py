@@ -7,6 +7,7 @@
 import functools
 import importlib
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from speech_jax import bundle, experiment, files
+from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.errors import UserError
 
@@ -62,19 +64,24 @@ class Acoustic(Protocol):
         ...
 
 
+def path_of(path: str | os.PathLike) -> pathlib.Path:
+    """The path of a model, a folder or a file of `FILES`; AcousticError where there is neither."""
+    path = files.expand(path)
+    if not path.exists():
+        raise AcousticError(f"{path} does not exist: {_WANTED}")
+    if path.suffix.lower() not in FILES and not path.is_dir():
+        raise AcousticError(f"{path} is not a model: {_WANTED}")
+    return path
+
+
 def open_acoustic(path: str | os.PathLike) -> Acoustic:
     """Opens a model for transcription.
 
     Raises:
       UserError: there is no model at `path`, or one that gives no text; the message says which.
     """
-    path = files.expand(path)
-    if not path.exists():
-        raise AcousticError(f"{path} does not exist: {_WANTED}")
-    opener = FILES.get(path.suffix.lower())
-    if not opener and not path.is_dir():
-        raise AcousticError(f"{path} is not a model: {_WANTED}")
-    if opener:
+    path = path_of(path)
+    if opener := FILES.get(path.suffix.lower()):
         module, _, function = opener.partition(":")
         return getattr(importlib.import_module(module), function)(path)
     return BundleAcoustic(bundle.open(path))
@@ -94,9 +101,12 @@ class BundleAcoustic:
         task = model.task()
         labels = model.parts.get("labels")
         if not isinstance(labels, Transcript) or "audio" not in model.parts:
+            cure = "load one that was trained to recognize speech"
+            if isinstance(model.parts.get("target"), Category):
+                cure = "python -m speech_jax.classify names the class of a recording"
             raise AcousticError(
                 f"this model is of the task {model.config.task.name!r} and gives no text of audio: "
-                "load one that was trained to recognize speech"
+                f"{cure}"
             )
         self.bundle = model
         self.transcript = labels

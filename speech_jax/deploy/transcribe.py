@@ -25,7 +25,7 @@ from speech_jax.data import audio, decoders
 from speech_jax.decoding.decoder import Decoder
 from speech_jax.decoding.words import Decoded, Word
 from speech_jax.deploy import pieces
-from speech_jax.deploy.acoustic import Acoustic, open_acoustic
+from speech_jax.deploy.acoustic import Acoustic
 from speech_jax.errors import UserError
 
 # Chunks are padded to one of a few lengths, a square root of 2 apart, so that few programs are
@@ -101,25 +101,6 @@ class Transcription:
         return tuple((" ".join(filter(None, texts)), score) for texts, score in best)
 
 
-def load(
-    path: str | os.PathLike,
-    *,
-    chunk_seconds: float | None = None,
-    decoder: Mapping[str, Any] | None = None,
-) -> "Model":
-    """Opens a trained model for use.
-
-    Args:
-      path: a workdir, a saved model, a Hugging Face folder or an exported file (.sjx, .onnx).
-      chunk_seconds: the most audio that the acoustic model is given at once, 5 to 300 seconds.
-      decoder: settings of the decoder, such as {"name": "beam", "nbest": 5}; see Model.
-
-    Raises:
-      UserError: there is no model, or one that gives no text; the message says which.
-    """
-    return Model(open_acoustic(path), chunk_seconds=chunk_seconds, decoder=decoder)
-
-
 class Model:
     """A trained model, ready for use. `speech_jax.load` makes one.
 
@@ -183,7 +164,7 @@ class Model:
           AudioError: the file cannot be read.
           TranscriptionError: the array is not audio.
         """
-        opened = self._opener(recording, sample_rate)
+        opened = open_recording(recording, sample_rate, self.sample_rate)
         found = next(self._transcribe([opened], lambda files, seconds: None))
         if isinstance(found, UserError):
             raise found
@@ -199,33 +180,20 @@ class Model:
         Yields what `transcribe` returns or raises for each, in their order, as it becomes ready.
         `progress` is told how many files and how many seconds of audio were read.
         """
-        return self._transcribe((self._opener(file, None) for file in recordings), progress)
+        opened = (open_recording(file, None, self.sample_rate) for file in recordings)
+        return self._transcribe(opened, progress)
 
-    def _opener(self, recording, sample_rate: int | None):
-        """(a name, a context manager that gives what audio.stream does) of a recording.
-
-        A file's errors are raised when that is entered, so that each recording has its own.
-        """
-        if isinstance(recording, (str, os.PathLike, io.IOBase)):
-            if sample_rate is not None:
-                raise TranscriptionError("a file says its own sample rate: leave sample_rate out")
-            if isinstance(recording, (str, os.PathLike)):
-                recording = str(pathlib.Path(recording).expanduser())
-            return audio.name_of(recording), audio.stream(recording, self.sample_rate)
-        rate = self.sample_rate if sample_rate is None else sample_rate
-        low, high = decoders.RATES
-        if not isinstance(rate, numbers.Integral) or not low <= rate <= high:
-            raise TranscriptionError(
-                f"sample_rate={rate!r} must be a whole number of Hz from {low} to {high}"
-            )
-        samples = audio.resample(_to_int16(recording), int(rate), self.sample_rate)
-        opened = iter([samples]), len(samples) / self.sample_rate
-        return "the array", contextlib.nullcontext(opened)
+    def classify(self, *_: Any, **__: Any) -> None:
+        """Raises TranscriptionError: a recognizer names no classes."""
+        raise TranscriptionError(
+            "this model writes down what is said and names no classes: use transcribe, or load one "
+            "that was trained to classify"
+        )
 
     def _transcribe(
         self, opened: Iterable[tuple[str, Any]], progress: Callable[[float, float], None]
     ) -> Iterator[Transcription | UserError]:
-        """What is said in each recording, which `opened` gives as `_opener` does."""
+        """What is said in each recording, which `opened` gives as `open_recording` does."""
         waiting: collections.deque[_Recording] = collections.deque()
         pool: list[_Piece] = []
         most = _POOL_BATCHES * self._batch_seconds * self.sample_rate
@@ -277,7 +245,7 @@ class Model:
             ):
                 place = len(piece.logits)
                 piece.logits.append(None)
-                rows[_padded(chunk.stop - chunk.start, self.sample_rate)].append(
+                rows[padded(chunk.stop - chunk.start, self.sample_rate)].append(
                     (piece, place, chunk)
                 )
         for size, members in sorted(rows.items()):
@@ -378,11 +346,35 @@ def _batches(members: list, full: int) -> Iterator[tuple[list, int]]:
             yield from (([member], 1) for member in some)
 
 
-def _padded(length: int, rate: int) -> int:
+def padded(length: int, rate: int) -> int:
     """The length that `length` samples are padded to."""
     shortest = _SHORTEST_SECONDS * rate
     steps = max(0, math.ceil(math.log(length / shortest, _STEP) - 1e-9))
     return math.ceil(shortest * _STEP**steps)
+
+
+def open_recording(
+    recording: File | np.ndarray, sample_rate: int | None, own_rate: int
+) -> tuple[str, Any]:
+    """(a name, a context manager that gives what audio.stream does, at `own_rate`) of a recording.
+
+    A file's errors are raised when that is entered, so that each recording has its own.
+    """
+    if isinstance(recording, (str, os.PathLike, io.IOBase)):
+        if sample_rate is not None:
+            raise TranscriptionError("a file says its own sample rate: leave sample_rate out")
+        if isinstance(recording, (str, os.PathLike)):
+            recording = str(pathlib.Path(recording).expanduser())
+        return audio.name_of(recording), audio.stream(recording, own_rate)
+    rate = own_rate if sample_rate is None else sample_rate
+    low, high = decoders.RATES
+    if not isinstance(rate, numbers.Integral) or not low <= rate <= high:
+        raise TranscriptionError(
+            f"sample_rate={rate!r} must be a whole number of Hz from {low} to {high}"
+        )
+    samples = audio.resample(_to_int16(recording), int(rate), own_rate)
+    opened = iter([samples]), len(samples) / own_rate
+    return "the array", contextlib.nullcontext(opened)
 
 
 def _to_int16(recording: np.ndarray) -> np.ndarray:

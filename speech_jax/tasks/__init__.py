@@ -28,10 +28,13 @@ import numpy as np
 from speech_jax import registry
 
 TASKS = {
+    "attend": "speech_jax.tasks.attend:Attend",
     "best_rq": "speech_jax.tasks.best_rq:BestRQ",
     "classify": "speech_jax.tasks.classify:Classify",
     "contrastive": "speech_jax.tasks.contrastive:Contrastive",
     "recognize": "speech_jax.tasks.recognize:Recognize",
+    "translate": "speech_jax.tasks.translate:Translate",
+    "transduce": "speech_jax.tasks.transduce:Transduce",
 }
 
 Pytree = Any
