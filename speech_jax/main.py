@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
     # Only now, so that --help and a wrong flag answer at once.
     import jax
 
-    from speech_jax import config, train
+    from speech_jax import compiled, config, files, train
+    from speech_jax.data import sources
     from speech_jax.workdir import Workdir
 
     logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not the user's
@@ -82,6 +83,8 @@ def main(argv: list[str]) -> None:
         _join_processes(jax)
         if _backend(jax) == "cpu":
             _keep_memory()
+        cache = _CONFIG.value.data.cache
+        compiled.keep(files.expand(cache) if cache else sources.default_cache())
         workdir = Workdir(_WORKDIR.value)
         if _MODE.value != "train" and jax.process_index() == 0:
             for line in _unheeded(_CONFIG.value, workdir, sys.argv):

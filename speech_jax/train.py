@@ -1,6 +1,7 @@
 """Training: what a run is made of, the loop, and its results, in the order in which they run."""
 
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from speech_jax import bundle, experiment, files, hidden, tasks, versions
 from speech_jax.bundle import runs, start
 from speech_jax.config import split_names
+from speech_jax.data.batch import signature
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.pipeline import Corpus
@@ -58,6 +60,17 @@ def run(config: ConfigDict, workdir: Workdir) -> dict | None:
 
 
 def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> dict | None:
+    with contextlib.ExitStack() as stack:
+        return _train(config, workdir, interruption, stack)
+
+
+def _train(
+    config: ConfigDict,
+    workdir: Workdir,
+    interruption: Interruption,
+    stack: contextlib.ExitStack,
+) -> dict | None:
+    """`stack` closes what works beside the loop."""
     started = time.monotonic()
     frozen = experiment.frozen(config)
     if frozen and not config.init.folder:
@@ -98,12 +111,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
 
     # ---- Step ----------------------------------------------------------------------------------
     setup = experiment.make_setup(config, task, corpus.fields, mesh, plan.buckets[0])
-    programs = setup.compile(plan.buckets)
-    longest = plan.buckets[-1].size(task.along)
-    for split in splits:
-        evaluation.check_memory(split, setup.abstract.params, setup.abstract.model_state, longest)
-    peak = costs.peak_flops() * jax.device_count()
-    interruption.check()
+    peak = costs.peak_flops() * jax.device_count()  # while nothing else is computed
 
     # ---- Restore -------------------------------------------------------------------------------
     watched = _watched(config, eval_splits[0], task, parts) if eval_splits else None
@@ -116,12 +124,26 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
     epochs = Epochs(plan.count)
     checkpoints = Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, watched=watched)
     restored = checkpoints.restore(setup.abstract)
-    if restored is None:
-        (state, started_from), data = _first_state(setup), {"next_batch": 0, "seconds": 0.0}
-    else:
-        state, started_from, data = restored.state, (), restored.data
-        note = stopper.from_dict(restored.stopper) or note
+    data = restored.data if restored else {"next_batch": 0, "seconds": 0.0}
     first, seconds = data["next_batch"], data["seconds"]
+    if first < steps:
+        loaded = experiment.training_batches(config, corpus, plan, first)
+        stack.callback(loaded.close)
+        batch = next(loaded)
+        batches = itertools.chain([batch], loaded)
+        programs = setup.compile(plan.buckets, soonest=batch)
+        stack.callback(programs.close)
+    longest = plan.buckets[-1].size(task.along)
+    for split in splits:
+        evaluation.check_memory(split, setup.abstract.params, setup.abstract.model_state, longest)
+    interruption.check()
+    if restored is None:
+        state, started_from = _first_state(setup)
+    else:
+        state, started_from = restored.state, ()
+        note = stopper.from_dict(restored.stopper) or note
+    if first < steps:
+        programs.at(first + 1, signature(batch))
     workdir.record(config)  # all that can fail early has not
     workdir.record_plan(plan.buckets, corpus.fingerprint(), len(corpus))
     report = Report(
@@ -190,8 +212,7 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
             return step == steps or epochs.passed(step, config.train.eval_epochs)
         return step == steps or step % config.train.eval_every == 0
 
-    batches = experiment.training_batches(config, corpus, plan, first)
-    with checkpoints, report, watchdog, contextlib.closing(batches):
+    with checkpoints, report, watchdog:
         if data.get("pending"):  # the run left before this evaluation was done
             with report.pause():
                 save(first, evaluate(first))
@@ -199,7 +220,11 @@ def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> di
             if stopper.should_stop:
                 break
             batch = next(batches)
-            program = programs.at(step, batch)
+            shape = signature(batch)
+            if not programs.has(step, shape):  # it is still being compiled
+                with report.pause(), watchdog.busy():
+                    programs.at(step, shape)
+            program = programs.at(step, shape)
             state, sums, finite = program.run(state, sharding.put_batch(batch, mesh))
             report.step(step, sums, finite, batch["index"], program.flops)
             _check(report, config.train.max_skipped, task)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 
 def shares(weights: jax.Array) -> list[float]:
@@ -15,6 +14,8 @@ def shares(weights: jax.Array) -> list[float]:
 
 def draw(shares: Sequence[float], path: pathlib.Path) -> None:
     """Draws them as bars."""
+    from matplotlib.figure import Figure  # takes half a second, and most runs need none
+
     figure = Figure(figsize=(3 + 0.3 * len(shares), 3), layout="constrained")
     axes = figure.subplots()
     axes.bar(["input", *map(str, range(1, len(shares)))], shares)
