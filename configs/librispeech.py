@@ -11,24 +11,31 @@
 
 The argument is the model: conformer_s (9 M parameters), conformer_m (27 M) or conformer_l (111 M),
 for accelerators. Without one it is conformer_tiny (1.6 M), with batches and a schedule for a few
-hours of speech on two cores. Splits that the root lacks are downloaded. Trained by 8 accelerators
-of 200 TFLOP/s, S is a matter of a day; published figures of comparable CTC models are WER 3.4 (S),
-3.0 (M) and 2.7 (L) on test-clean without a language model. Not yet run to its end by us; what
-conformer_tiny reaches is in benchmarks/RESULTS.md. Then:
+hours of speech on two cores. Behind a `+` stands the task, if it is not CTC alone:
+conformer_tiny+attend adds an attention decoder and searches with both. Splits that the root lacks
+are downloaded. Trained by 8 accelerators of 200 TFLOP/s, S is a matter of a day; published figures
+of comparable CTC models are WER 3.4 (S), 3.0 (M) and 2.7 (L) on test-clean without a language
+model. Not yet run to its end by us; what conformer_tiny reaches is in benchmarks/RESULTS.md. Then:
 
   python -m speech_jax.transcribe recording.flac --model=runs/s
   python -m speech_jax.deploy.export runs/s s.sjx
 """
 
 from speech_jax import config as defaults
-from speech_jax import models
+from speech_jax import models, tasks
 
 PEAK = {"tiny": 2e-3, "s": 2e-3, "m": 1.5e-3, "l": 1e-3}
+
+# Settings of the task, and of what it decodes with.
+TASKS = {
+    "recognize": (tasks.settings("recognize"), {}),
+    "attend": (tasks.settings("attend", layers=4), {"name": "joint", "width": 10}),
+}
 
 
 def get_config(model: str = "conformer_tiny"):
     config = defaults.default()
-    size = model.removeprefix("conformer_")
+    size = defaults.choose_task(config, model, TASKS).removeprefix("conformer_")
     config.data.train_splits = "train-clean-100,train-clean-360,train-other-500"
     config.data.eval_splits = "dev-clean,dev-other"
     config.data.speeds = (0.9, 1.0, 1.1)

@@ -5,11 +5,13 @@
 
 53 minutes of training speech in LibriSpeech layout, splits `train` and `dev`; scores are in
 benchmarks/RESULTS.md. The argument is the encoder: `configs/spoken_digits.py:deepspeech`,
-`wavenet`, or `conformer`, which it is without one.
+`wavenet`, or `conformer`, which it is without one. What follows a plus is the task: CTC without
+one, `conformer+attend` for CTC and an attention decoder together, `conformer+transduce` for a
+transducer, `conformer+tdt` for one with durations.
 """
 
 from speech_jax import config as defaults
-from speech_jax import models
+from speech_jax import models, registry, tasks
 
 # A hidden frame is eight of log-mel: of pieces that are words there are few.
 ENCODERS = {
@@ -20,10 +22,18 @@ ENCODERS = {
     },
     "wavenet": {"subsampling": 8},
 }  # fmt: skip
+# Settings of the task, and of what it decodes with.
+TASKS = {
+    "recognize": (tasks.settings("recognize"), {}),
+    "attend": (tasks.settings("attend"), {"name": "joint", "width": 8}),
+    "transduce": (tasks.settings("transduce", width=128), {}),
+    "tdt": (tasks.settings("transduce", width=128, durations=(0, 1, 2, 3, 4)), {}),
+}
 
 
-def get_config(encoder: str = "conformer"):
+def get_config(model: str = "conformer"):
     config = defaults.default()
+    encoder = defaults.choose_task(config, model, TASKS)
     config.data.train_splits = "train"
     config.data.eval_splits = "dev"
     config.data.batch_seconds = 15.0
@@ -37,7 +47,8 @@ def get_config(encoder: str = "conformer"):
     config.text.update(
         {"tokenizer": "sentencepiece", "vocabulary_size": 27, "normalizer": "english"}
     )
-    config.model = models.settings(encoder, "tiny", **ENCODERS[encoder])
+    settings = registry.lookup("encoder of this recipe", ENCODERS, encoder)
+    config.model = models.settings(encoder, "tiny", **settings)
     config.optimizer.weight_decay = 1e-2
     config.schedule = {"name": "cosine", "peak": 2e-3, "warmup": 250}
     # Narrow and few: a mask over a whole word of a string without grammar cannot be learned from.

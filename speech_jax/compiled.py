@@ -14,6 +14,7 @@ import platform
 from speech_jax import files
 
 LIMIT = 2 << 30  # bytes of all programs; the oldest go
+CPUS = pathlib.Path("/proc/cpuinfo")
 
 
 def keep(cache: pathlib.Path) -> None:
@@ -41,7 +42,7 @@ def _processor() -> str:
     """A digest of the processor's kind, cores and instructions, as far as the system tells them."""
     told = [platform.machine(), platform.processor(), str(os.cpu_count())]
     with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        lines = CPUS.read_text().split("\n\n")[0].splitlines()
         kinds = ("vendor", "cpu family", "model", "stepping", "flags", "features", "cpu ")
         told += [line for line in lines if line.lower().startswith(kinds) and "MHz" not in line]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]

@@ -40,9 +40,11 @@ CHOICES = {
     "robustness.space": SPACES,
     "robustness.norm": NORMS,
     "model.dtype": ("float32", "bfloat16"),
+    "model.subsampling_kind": ("plane", "separable", "time"),
     "checkpoint.mode": ("", "min", "max"),
     "task.pooling": ("mean", "statistics", "attentive"),
     "task.activation": ("relu", "none"),
+    "task.predictor": ("stateless", "recurrent"),
     "optimizer.name": OPTIMIZERS,
     "optimizer.mu_dtype": ("float32", "bfloat16"),
     "schedule.name": SCHEDULES,
@@ -82,7 +84,8 @@ RANGES = {
             "model.conv_channels", "model.conv_kernels", "model.conv_strides", "model.conv_bands",
             "model.subsampling_channels", "model.position_groups", "model.cycle", "task.codes",
             "task.groups", "task.negatives", "task.mask_length", "task.scale", "task.cohort",
-            "lora.alpha",
+            "task.layers", "task.heads", "task.beam", "task.labels_per_frame",
+            "task.context", "task.width", "task.most", "lora.alpha",
         ),
         _ABOVE_ZERO,
     ),
@@ -96,7 +99,9 @@ RANGES = {
             "checkpoint.patience_epochs", "checkpoint.min_delta", "train.eval_epochs",
             "checkpoint.watchdog_seconds", "model.position_kernel", "model.feature_gradient",
             "model.lookahead", "model.context", "model.dense_before", "model.dense_after",
-            "task.units", "task.balance", "task.margin", "model.adapter", "lora.rank",
+            "task.length_penalty", "task.units", "task.balance", "task.margin", "task.durations",
+            "task.sigma", "task.span",
+            "task.warmup", "model.adapter", "lora.rank",
         ),
         _FROM_ZERO,
     ),
@@ -104,7 +109,7 @@ RANGES = {
         (
             "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
             "model.mask_time", "model.mask_channel", "task.mask_fraction", "task.mixup",
-            "optimizer.eps", "optimizer.eps_root",
+            "task.omega", "task.ctc_weight", "optimizer.eps", "optimizer.eps_root",
         ),
         _SHARE,
     ),
@@ -147,6 +152,8 @@ def default() -> ConfigDict:
     arguments.utterances = config_dict.placeholder(int)  # synthetic: how many
     arguments.seed = config_dict.placeholder(int)  # synthetic
     arguments.processes = config_dict.placeholder(int)  # synthetic
+    arguments.language = config_dict.placeholder(str)  # synthetic: what is spoken
+    arguments.translation = config_dict.placeholder(str)  # synthetic: what it is translated into
     data.on_error = "skip"  # utterances that cannot be used: 'skip' (counted, named) or 'raise'
     data.sample_rate = 16_000
     data.min_seconds = 0.1
@@ -240,7 +247,8 @@ def default() -> ConfigDict:
     # How logits become words: fields of Settings in decoding/decoder.py. None: what the model's
     # own record says, or else the default there.
     config.decoder = decoder = ConfigDict()
-    decoder.name = config_dict.placeholder(str)  # greedy, beam or lexicon
+    # Of CTC greedy, beam or lexicon; of the task attend also attention, joint or rescore.
+    decoder.name = config_dict.placeholder(str)
     decoder.width = config_dict.placeholder(int)  # hypotheses of a beam
     decoder.labels = config_dict.placeholder(int)  # of a frame, that a hypothesis is extended by
     decoder.skip = config_dict.placeholder(float)  # frames whose blank is more probable; 1: none
@@ -249,6 +257,8 @@ def default() -> ConfigDict:
     decoder.lm_weight = config_dict.placeholder(float)  # found by --mode=tune, as is the bonus
     decoder.bonus = config_dict.placeholder(float)  # nats for each label (beam) or word (lexicon)
     decoder.lexicon = config_dict.placeholder(str)  # a file of words; empty: those of the .arpa
+    decoder.ctc_weight = config_dict.placeholder(float)  # of joint and rescore
+    decoder.length_penalty = config_dict.placeholder(float)  # of attention and joint
     decoder.calibration = config_dict.placeholder(tuple)  # of confidences, by --mode=tune too
 
     config.train = train = ConfigDict()
@@ -276,6 +286,22 @@ def default() -> ConfigDict:
     mesh.fsdp = 1
     mesh.tensor = 1
     return config.lock()
+
+
+def choose_task(
+    config: ConfigDict, argument: str, known: Mapping[str, tuple[Mapping, Mapping]]
+) -> str:
+    """The encoder of a recipe's argument, "ENCODER" or "ENCODER+TASK"; sets the task in `config`.
+
+    Args:
+      known: the recipe's tasks, `recognize` among them, which it is without one: each is a section
+        `task`, and what the section `decoder` has beside its defaults.
+    """
+    encoder, _, name = argument.partition("+")
+    task, decoder = registry.lookup("task of this recipe", known, name or "recognize")
+    config.task = dict(task)
+    config.decoder.update(decoder)
+    return encoder
 
 
 def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
@@ -420,7 +446,8 @@ def check(config: ConfigDict) -> None:
         )
     Adversary(**config.adversarial)
     changed = _changed(config)
-    listens, of_log_mel = models.listens(config.model.name), config.task.name == "best_rq"
+    listens = models.listens(config.model.name)
+    of_log_mel = config.task.name == "best_rq" or config.task.get("mel", False)
     # A recipe for several encoders may say more than one of them heeds.
     for name, cure in frontend.unused(listens, changed, log_mel_targets=of_log_mel).items():
         logging.warning(

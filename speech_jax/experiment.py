@@ -216,7 +216,12 @@ def evaluation_corpus(
             "utterances (a manifest's rows take an offset and a duration), or raise that setting"
         )
     parts = {name: part.for_evaluation() for name, part in parts.items()}
-    return pipeline.make_corpus(source, parts, unusable=unusable, on_error=config.data.on_error)
+    if isinstance(hidden := parts.get("hidden"), Hidden):
+        parts["hidden"] = hidden.of(split)
+    try:
+        return pipeline.make_corpus(source, parts, unusable=unusable, on_error=config.data.on_error)
+    except pipeline.CorpusError as error:
+        raise pipeline.CorpusError(f"{split}: {error}") from error
 
 
 def training_plan(
@@ -232,7 +237,7 @@ def training_plan(
         buckets = corpus.buckets(
             along=task.along,
             count=data.buckets,
-            budget=int(data.batch_seconds * _rate(config, corpus)),
+            budget=int(data.batch_seconds * rate(config, corpus)),
             rows_multiple=sharding.batch_shards(mesh) * config.train.accumulate,
             round_to=_round_to(config, task),
             speeds=data.speeds,
@@ -263,7 +268,7 @@ def training_batches(config: ConfigDict, corpus: pipeline.Corpus, plan: Plan, st
 def evaluation_plan(config: ConfigDict, corpus: pipeline.Corpus, task: Task, mesh: Mesh) -> Plan:
     """One pass over a corpus, by length."""
     data = config.data
-    budget = data.batch_seconds * _rate(config, corpus)
+    budget = data.batch_seconds * rate(config, corpus)
     if "samples" in corpus.lengths:
         budget = max(budget, corpus.lengths["samples"].max())
     buckets = corpus.buckets(
@@ -291,7 +296,7 @@ def evaluation_batches(
     )
 
 
-def _rate(config: ConfigDict, corpus: pipeline.Corpus) -> float:
+def rate(config: ConfigDict, corpus: pipeline.Corpus) -> float:
     """How much of what batches are measured in there is in a second of audio."""
     hidden = corpus.parts.get("hidden")
     return hidden.rate if isinstance(hidden, Hidden) else config.data.sample_rate
@@ -322,6 +327,7 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
     if "decoder" in accepted:
         seconds = frame_seconds(config, arguments["encoder"], arguments["frontend"])
         arguments["decoder"] = Decoder(config.decoder, parts["labels"], seconds)
+        arguments["decoder"].check_task(getattr(constructor, "searches", ()))
     if "counts" in accepted:
         arguments["counts"] = {name: part.count for name, part in parts.items() if part.count}
     if "examples" in accepted:
@@ -365,11 +371,12 @@ def make_frontend(config: ConfigDict, encoder, parts: Mapping[str, Part]) -> Fro
 def frozen(config: ConfigDict) -> tuple[tuple[str, int], ...]:
     """What stands still, and for how many updates: rules of `groups.thaw`.
 
-    They are config.optimizer.frozen; LoRA and adapters are learned in any case, and the encoder
-    that they are added to stands still where no rule says otherwise.
+    They are config.optimizer.frozen; LoRA and adapters are learned, unless a rule is of
+    `peft.ADDED`, and the encoder that they are added to stands still where no rule says otherwise.
     """
     rules = tuple(config.optimizer.get("frozen", ()))
-    if config.lora.rank or config.model.get("adapter"):
+    held = any(pattern == peft.ADDED for pattern, _ in rules)
+    if not held and (config.lora.rank or config.model.get("adapter")):
         rules = ((peft.ADDED, 0), *rules, ("encoder/.*", groups.FOREVER))
     return rules
 

@@ -12,19 +12,23 @@ from typing import Any
 from speech_jax.errors import UserError
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes `text` in UTF-8 to `path`, which is never seen half-written; makes its folder.
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes bytes, or text in UTF-8, to `path`, which is never seen half-written.
+
+    It makes the folder of `path`.
 
     The file gets the rights that the process's umask gives. Raises OSError, and UnicodeError for
     text that UTF-8 cannot hold; whatever stood at `path` is then as it was.
     """
+    if isinstance(content, str):
+        content = content.encode()
     if is_remote(path):
-        path.write_bytes(text.encode())  # an object of a bucket appears whole or not at all
+        path.write_bytes(content)  # an object of a bucket appears whole or not at all
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(text, "utf-8")
+        scratch.write_bytes(content)
         scratch.replace(path)
     finally:
         with contextlib.suppress(OSError):

@@ -1,11 +1,11 @@
 """The hidden states of a frozen encoder, computed once: training a head then takes seconds.
 
-    task, parts = hidden.replace_audio(config, task, parts, mesh)
+    task, parts = hidden.replace_audio(config, task, parts, mesh, source, on_batch)
 
 gives the task on batches that hold hidden states in the place of audio. They are in the cache of
-the data, under a digest of the encoder, its front end, and the utterances and their files. Nothing
-random is done to the input then: no noise, speeds, SpecAugment or adversary, and no dropout or
-masks within the encoder.
+the data, a folder for the training data and one for each split that is evaluated, under a digest of
+the encoder, its front end, and the utterances and their audio. Nothing random is done to the input
+then: no noise, speeds, SpecAugment or adversary, and no dropout or masks within the encoder.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,12 +25,14 @@ from ml_collections import ConfigDict
 from speech_jax import experiment, files, models, rules
 from speech_jax.bundle import start
 from speech_jax.config import split_names
+from speech_jax.data.audio import File, Segment
 from speech_jax.data.parts import Part
 from speech_jax.data.parts import hidden as kept
 from speech_jax.data.pipeline import Corpus
-from speech_jax.data.sources import default_cache
+from speech_jax.data.sources import Source, Utterance, default_cache
 from speech_jax.errors import UserError
-from speech_jax.evaluators.loop import by_utterance
+from speech_jax.evaluators import Row
+from speech_jax.evaluators.loop import Evaluation
 from speech_jax.tasks import Pytree, Task
 from speech_jax.training import groups, sharding
 
@@ -52,53 +54,69 @@ class OnHidden:
         return self._task.init(rng, _silence(self._rate))
 
     def unusable(self, sizes: Any) -> dict[int, str]:
-        """None: of what is too short there are no states."""
+        """None: of what is too short to learn from there are no states."""
         del sizes
         return {}
 
 
+class _Encoding:
+    """What predicts the hidden states of audio: [B, T', ...] float32 and their lengths."""
+
+    along = "samples"
+
+    def __init__(self, task: Task):
+        self._task = task
+
+    def predict(self, params: Pytree, state: Pytree, batch: Any) -> dict[str, jax.Array]:
+        states, lengths = self._task.encode(params, state, batch)
+        return {"states": states.astype(jnp.float32), "frames": lengths}
+
+
 def replace_audio(
-    config: ConfigDict, task: Task, parts: Mapping[str, Part], mesh: Mesh
+    config: ConfigDict,
+    task: Task,
+    parts: Mapping[str, Part],
+    mesh: Mesh,
+    source: Source,
+    on_batch: Callable[[], None],
 ) -> tuple[Task, dict[str, Part]]:
     """The task and its parts with hidden states in the place of audio, which are made if need be.
+
+    Both are as they were where config.data.cache_hidden is off.
+
+    Args:
+      source: the training data.
+      on_batch: is called after every batch; what it raises ends this.
 
     Raises:
       UserError: something learns or is random where the states are taken from, the task has no
         use for them, or they cannot be written.
     """
+    if not config.data.cache_hidden:
+        return task, dict(parts)
     check(config)
-    if jax.process_count() > 1:
-        raise UserError("config.data.cache_hidden is for one process: set it to False")
     if not hasattr(task, "encode"):
         raise UserError(
             f"config.data.cache_hidden: the task {config.task.name!r} does not end in a head on "
             "hidden states; set it to False"
         )
-    task_init = lambda: task.init(jax.random.key(config.seed), _silence(config.data.sample_rate))
-    params, state = jax.jit(task_init, out_shardings=sharding.replicated(mesh))()
-    learns = groups.trainable(params, experiment.frozen(config))
-    moving = [n for n in rules.names(groups.split(params, learns)[0]) if n.startswith("encoder/")]
-    if moving:
-        raise UserError(
-            f"config.data.cache_hidden needs an encoder that is frozen for ever, and {moving[0]} "
-            "learns: set config.optimizer.frozen to (('encoder/.*', -1),)"
-        )
-    if config.init.folder:
-        params, state, _ = start.with_bundle(params, state, config)
-    encode = jax.jit(lambda batch: task.encode(params, state, batch))
+    params, state = _weights(config, task, mesh)
     own = _digest(config, task, params["encoder"], state)
-    folders, seconds = [], 0.0
-    for names in dict.fromkeys(_splits(config)):
-        corpus = experiment.evaluation_corpus(
-            config, names, {"audio": parts["audio"]}, task.unusable
-        )
-        seconds += corpus.seconds
-        folders.append(_folder(config, own, corpus))
-        if not kept.is_there(folders[-1]):
-            with files.writing(folders[-1]):
-                _write(config, task, mesh, corpus, encode, folders[-1])
-    frames, size = kept.shape(folders)
-    part = kept.Hidden(tuple(folders), size, frames / seconds)
+    audio = {"audio": parts["audio"]}
+    evaluation = Evaluation(config, _Encoding(task), audio, mesh, on_batch)
+    corpora = {kept.TRAINING: experiment.training_corpus(config, source, audio, task)}
+    for split in _evaluated(config):
+        corpora[split] = evaluation.corpus(split)
+    cache = files.expand(config.data.cache) if config.data.cache else default_cache()
+    folders = {}
+    for split, corpus in corpora.items():
+        name = sharding.from_first(lambda corpus=corpus: _audio_digest(own, corpus))
+        folders[split] = folder = cache / "hidden" / name[:24]
+        if not sharding.from_first(lambda folder=folder: kept.is_there(folder)):
+            _write(evaluation, params, state, corpus, folder)
+    counts, sizes = zip(*map(kept.shape, folders.values()), strict=True)
+    seconds = sum(corpus.seconds for corpus in corpora.values())
+    part = kept.Hidden(folders, sizes[0], sum(counts) / seconds)
     rest = {name: part for name, part in parts.items() if name != "audio"}
     return OnHidden(task, config.data.sample_rate), {"hidden": part, **rest}
 
@@ -123,14 +141,30 @@ def check(config: ConfigDict) -> None:
             )
 
 
+def _weights(config: ConfigDict, task: Task, mesh: Mesh) -> tuple[Pytree, Pytree]:
+    """Parameters and state of a task whose encoder is frozen for ever, as a run begins with."""
+    init = lambda: task.init(jax.random.key(config.seed), _silence(config.data.sample_rate))
+    params, state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
+    learns = groups.trainable(params, experiment.frozen(config))
+    moving = [n for n in rules.names(groups.split(params, learns)[0]) if n.startswith("encoder/")]
+    if moving:
+        raise UserError(
+            f"config.data.cache_hidden needs an encoder that is frozen for ever, and {moving[0]} "
+            "learns: set config.optimizer.frozen to (('encoder/.*', -1),)"
+        )
+    if config.init.folder:
+        params, state, _ = start.with_bundle(params, state, config)
+    return params, state
+
+
 def _silence(rate: int) -> dict[str, jax.Array]:
     """A batch of one second."""
     return {"audio": jnp.zeros((1, rate), jnp.int16), "audio_length": jnp.full(1, rate, jnp.int32)}
 
 
-def _splits(config: ConfigDict) -> list[str]:
-    names = (config.data.train_splits, config.data.eval_splits, config.data.test_splits)
-    return [name for listed in names for name in split_names(listed)]
+def _evaluated(config: ConfigDict) -> list[str]:
+    names = split_names(config.data.eval_splits) + split_names(config.data.test_splits)
+    return list(dict.fromkeys(names))
 
 
 def _digest(config: ConfigDict, task: Task, encoder: Any, state: Any) -> str:
@@ -138,7 +172,7 @@ def _digest(config: ConfigDict, task: Task, encoder: Any, state: Any) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path({"params": encoder, "state": state}):
         digest.update(rules.path_name(path).encode() + np.asarray(leaf).tobytes())
-    settings = [files.plain(config[name]) for name in ("model", "features")]
+    settings = [files.plain(config[name]) for name in ("model", "features", "lora")]
     described = [*settings, config.data.sample_rate, getattr(task, "layer_sum", False)]
     digest.update(json.dumps(described, sort_keys=True).encode())
     for values in (task.frontend.mean, task.frontend.std):
@@ -146,31 +180,44 @@ def _digest(config: ConfigDict, task: Task, encoder: Any, state: Any) -> str:
     return digest.hexdigest()
 
 
-def _folder(config: ConfigDict, own: str, corpus: Corpus) -> pathlib.Path:
-    digest = hashlib.sha256(own.encode())
-    digest.update(corpus.fingerprint().encode())
+def _audio_digest(own: str, corpus: Corpus) -> str:
+    """Of the utterances of a corpus and what they are heard in, behind `own`.
+
+    A file is known by its size and when it changed, bytes by themselves.
+    """
+    digest = hashlib.sha256(f"{own} {corpus.fingerprint()}".encode())
     for index in corpus.index:
-        file = corpus.source.open(int(index))
-        with contextlib.suppress(OSError, TypeError, AttributeError):  # bytes: no file to ask
-            path = os.fspath(getattr(file, "path", file))
-            status = os.stat(path)
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    cache = files.expand(config.data.cache) if config.data.cache else default_cache()
-    return cache / "hidden" / digest.hexdigest()[:24]
+        digest.update(_identity(corpus.source, int(index)))
+    return digest.hexdigest()
+
+
+def _identity(source: Source, index: int) -> bytes:
+    try:
+        file, place = source.open(index), ""
+        if isinstance(file, Segment):
+            file, place = file.file, f"{file.offset!r} {file.duration!r}"
+        return f"{_of_file(file)} {place}\0".encode("utf-8", "surrogatepass")
+    except (OSError, UserError) as error:  # it is named where it is read
+        return f"{error}\0".encode("utf-8", "surrogatepass")
+
+
+def _of_file(file: File) -> str:
+    if isinstance(file, str | os.PathLike):
+        status = os.stat(file)
+        return f"{os.fspath(file)} {status.st_size} {status.st_mtime_ns}"
+    with contextlib.closing(file) as opened:
+        return hashlib.sha256(opened.read()).hexdigest()
 
 
 def _write(
-    config: ConfigDict, task: Task, mesh: Mesh, corpus: Corpus, encode: Any, folder: pathlib.Path
+    evaluation: Evaluation, params: Pytree, state: Pytree, corpus: Corpus, folder: pathlib.Path
 ) -> None:
-    plan = experiment.evaluation_plan(config, corpus, task, mesh)
-    found: dict[str, np.ndarray] = {}
-    with contextlib.closing(experiment.evaluation_batches(config, corpus, plan)) as batches:
-        for batch in batches:
-            with jax.set_mesh(mesh):
-                hidden, lengths = encode(sharding.put_batch(batch, mesh))
-            rows = {"hidden": np.asarray(hidden), "length": np.asarray(lengths)}
-            for utterance, _, row in by_utterance(corpus, batch, rows):
-                found[utterance.id] = np.asarray(row["hidden"][: row["length"]], np.float32)
-    if not found:
-        raise UserError("config.data.cache_hidden: no utterance of a split could be read")
-    kept.write(folder, found, [corpus.source.utterances[index].id for index in corpus.index])
+    """Writes the states of a corpus; the first process does, with the help of all of them."""
+    with kept.Writer(folder) if not jax.process_index() else contextlib.nullcontext() as writer:
+
+        def add(utterance: Utterance, example: Row, row: Row) -> None:
+            del example
+            writer.add(utterance.id, row["states"][: row["frames"]])
+
+        evaluation.each(params, state, corpus, add)
+        sharding.from_first(lambda: writer.finish({**corpus.left_out, **corpus.skipped}))

@@ -1,6 +1,7 @@
 """Training: what a run is made of, the loop, and its results, in the order in which they run."""
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 import time
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from speech_jax import bundle, experiment, files, hidden, tasks, versions
+from speech_jax import bundle, experiment, files, gain, hidden, versions
 from speech_jax.bundle import runs, start
 from speech_jax.config import split_names
 from speech_jax.data.batch import signature
@@ -22,8 +23,8 @@ from speech_jax.data.pipeline import Corpus
 from speech_jax.data.plan import Epochs, Plan
 from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
-from speech_jax.evaluators import compare, layer_weights
-from speech_jax.evaluators.loop import Evaluation, alone
+from speech_jax.evaluators import layer_weights
+from speech_jax.evaluators.loop import Evaluation, alone, measure
 from speech_jax.evaluators.report import write_report
 from speech_jax.tasks import Task
 from speech_jax.training import costs, groups, sharding
@@ -33,6 +34,9 @@ from speech_jax.training.step import TrainState
 from speech_jax.training.stopping import EarlyStopping, Interrupted, Interruption, Watched
 from speech_jax.training.watchdog import Watchdog
 from speech_jax.workdir import Workdir
+
+# What is called with the state that a run begins with: (evaluation, state, say).
+AtStart = Callable[[Evaluation, TrainState, Callable[[str], None]], None]
 
 
 class TrainingError(UserError):
@@ -50,301 +54,108 @@ def run(config: ConfigDict, workdir: Workdir) -> dict | None:
         finite; what it writes cannot be written.
     """
     with Interruption() as interruption, workdir.locked():
+
+        def train(
+            config: ConfigDict, workdir: Workdir, at_start: AtStart = lambda *_: None
+        ) -> dict | None:
+            return _run(config, workdir, interruption, at_start)
+
         try:
             if config.train.compare:
-                return _run_and_compare(config, workdir, interruption)
-            return _run(config, workdir, interruption)
+                return gain.run(config, workdir, train)
+            return train(config, workdir)
         except Interrupted:
             print("left before it was done; the same command goes on from there", file=sys.stderr)
             return None
 
 
-def _run(config: ConfigDict, workdir: Workdir, interruption: Interruption) -> dict | None:
-    with contextlib.ExitStack() as stack:
-        return _train(config, workdir, interruption, stack)
-
-
-def _train(
-    config: ConfigDict,
-    workdir: Workdir,
-    interruption: Interruption,
-    stack: contextlib.ExitStack,
+def _run(
+    config: ConfigDict, workdir: Workdir, interruption: Interruption, at_start: AtStart
 ) -> dict | None:
-    """`stack` closes what works beside the loop."""
     started = time.monotonic()
-    frozen = experiment.frozen(config)
-    if frozen and not config.init.folder:
-        raise TrainingError(
-            f"random weights would be held still (config.optimizer.frozen={frozen}; LoRA and "
-            "adapters freeze the encoder): name what to start from in config.init.folder"
-        )
-    eval_splits = split_names(config.data.eval_splits)
-    splits = dict.fromkeys(eval_splits + split_names(config.data.test_splits))
+    _check_frozen(config)
     workdir.check(config)
-    workdir.prepare(splits)
-    steps = config.train.steps
+    workdir.prepare(_splits(config))
     watchdog = Watchdog(config.checkpoint.watchdog_seconds)
-
-    # ---- Data ----------------------------------------------------------------------------------
-    mesh = sharding.make_mesh(**config.mesh)
-    source = experiment.open_training(config)
-    if workdir.config.exists():
-        parts = experiment.restore_parts(config, workdir.folder)
-    elif config.init.folder and config.init.take == "model":
-        parts = start.parts(config, workdir.folder)
-    else:  # what a start that failed has left may be of other settings
-        parts = experiment.make_parts(config, workdir.folder, source)
-    task = experiment.make_task(config, parts)
-    if config.data.cache_hidden:
-        task, parts = hidden.replace_audio(config, task, parts, mesh)
-    corpus = experiment.training_corpus(config, source, parts, task)
-    plan, note = _plan(config, workdir, corpus, task, mesh)
 
     def on_batch() -> None:
         watchdog.beat(busy=True)  # the next batch may have to be compiled
         interruption.check()
 
-    evaluation = Evaluation(config, task, parts, mesh, on_batch)
-    for split in splits:
-        evaluation.corpus(split)  # what is missing is said before the training, not after it
+    data = _open_data(config, workdir, on_batch)
     interruption.check()
+    costs.peak_flops()  # measured while nothing else is computed
+    with contextlib.ExitStack() as stack:
+        loop = _Loop(config, workdir, data, started, watchdog, interruption, stack)
+        if loop.begins:
+            at_start(data.evaluation, loop.state, loop.report.say)
+        with loop.checkpoints, loop.report, watchdog:
+            figures = loop.run()
+    if figures is None:
+        return None
+    return _results(loop, figures)
 
-    # ---- Step ----------------------------------------------------------------------------------
-    setup = experiment.make_setup(config, task, corpus.fields, mesh, plan.buckets[0])
-    peak = costs.peak_flops() * jax.device_count()  # while nothing else is computed
 
-    # ---- Restore -------------------------------------------------------------------------------
-    watched = _watched(config, eval_splits[0], task, parts) if eval_splits else None
-    stopper = EarlyStopping(
-        config.checkpoint.patience,
-        watched,
-        min_delta=config.checkpoint.min_delta,
-        patience_epochs=config.checkpoint.patience_epochs,
-    )
-    epochs = Epochs(plan.count)
-    checkpoints = Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, watched=watched)
-    restored = checkpoints.restore(setup.abstract)
-    data = restored.data if restored else {"next_batch": 0, "seconds": 0.0}
-    first, seconds = data["next_batch"], data["seconds"]
-    if first < steps:
-        loaded = experiment.training_batches(config, corpus, plan, first)
-        stack.callback(loaded.close)
-        batch = next(loaded)
-        batches = itertools.chain([batch], loaded)
-        programs = setup.compile(plan.buckets, soonest=batch)
-        stack.callback(programs.close)
-    longest = plan.buckets[-1].size(task.along)
-    for split in splits:
-        evaluation.check_memory(split, setup.abstract.params, setup.abstract.model_state, longest)
-    interruption.check()
-    if restored is None:
-        state, started_from = _first_state(setup)
-    else:
-        state, started_from = restored.state, ()
-        note = stopper.from_dict(restored.stopper) or note
-    if first < steps:
-        programs.at(first + 1, signature(batch))
-    workdir.record(config)  # all that can fail early has not
-    workdir.record_plan(plan.buckets, corpus.fingerprint(), len(corpus))
-    report = Report(
-        workdir.metrics,
-        workdir.tensorboard,
-        steps=steps,
-        first=first,
-        log_every=config.train.log_every,
-        sample_rate=parts["hidden"].rate if config.data.cache_hidden else config.data.sample_rate,
-        peak_flops=peak,
-        learning_rate=setup.schedule,
-        figures=task.figures,
-        name=lambda index: source.utterances[index].id,
-        unreadable=lambda: len(corpus.skipped),
-    )
-    report.from_dict(data.get("totals", {}))
-    opening = _opening(corpus, parts, setup, first)
-    for line in (*_table(setup), *started_from, opening, note, *_lost(parts, source)):
-        if line:
-            report.say(line)
-
-    if restored is None and config.train.compare:
-        untouched = workdir.before("untouched")
-        scores = measure(
-            evaluation,
-            state.params,
-            state.model_state,
-            _compared(config),
-            untouched,
-            lambda line: report.say(f"before, {line}"),
+def _check_frozen(config: ConfigDict) -> None:
+    """Raises TrainingError where random weights would stand still."""
+    if (frozen := experiment.frozen(config)) and not config.init.folder:
+        raise TrainingError(
+            f"random weights would be held still (config.optimizer.frozen={frozen}; LoRA and "
+            "adapters freeze the encoder): name what to start from in config.init.folder"
         )
-        untouched.write_results(scores)
-
-    # ---- Loop ----------------------------------------------------------------------------------
-    def save(step: int, scores: dict[str, float | None], pending: bool = False) -> None:
-        position = {"next_batch": step, "seconds": seconds + time.monotonic() - started}
-        with watchdog.busy():
-            checkpoints.save(
-                step,
-                state,
-                data=position | {"totals": report.to_dict(), "pending": pending},
-                stopper=stopper.to_dict(),
-                config=files.plain(config),
-                metrics=scores,
-            )
-
-    def evaluate(step: int) -> dict[str, float | None]:
-        """The scores of the first split, or Interrupted."""
-        found = {}
-        for split in eval_splits:
-            found[split] = evaluation.run(state.evaluated, state.model_state, split)
-        rates = {
-            split: {name: value for name, value in score.rates.items() if value is not None}
-            for split, score in found.items()
-        }
-        report.scores(step, rates, {split: score.line for split, score in found.items()})
-        first = found[eval_splits[0]]
-        stopper.update(first.results, epochs.after(step))
-        return first.rates | {watched.metric: first.results[watched.metric]}
-
-    def is_due(step: int) -> bool:
-        """Whether an evaluation is to be made after an update."""
-        if not eval_splits:
-            return False
-        if config.train.eval_epochs:
-            return step == steps or epochs.passed(step, config.train.eval_epochs)
-        return step == steps or step % config.train.eval_every == 0
-
-    with checkpoints, report, watchdog:
-        if data.get("pending"):  # the run left before this evaluation was done
-            with report.pause():
-                save(first, evaluate(first))
-        for step in range(first + 1, steps + 1):
-            if stopper.should_stop:
-                break
-            batch = next(batches)
-            shape = signature(batch)
-            if not programs.has(step, shape):  # it is still being compiled
-                with report.pause(), watchdog.busy():
-                    programs.at(step, shape)
-            program = programs.at(step, shape)
-            state, sums, finite = program.run(state, sharding.put_batch(batch, mesh))
-            report.step(step, sums, finite, batch["index"], program.flops)
-            _check(report, config.train.max_skipped, task)
-            checkpoints.check()
-            watchdog.beat()
-
-            due = is_due(step)
-            leave = interruption.asked()
-            if due or leave or step % config.checkpoint.every == 0 or step == steps:
-                with report.pause():
-                    scores = {}
-                    if due and not leave:
-                        try:
-                            watchdog.beat(busy=True)
-                            scores = evaluate(step)
-                        except Interrupted:
-                            leave = True
-                    save(step, scores, pending=due and leave)
-            if leave:
-                with watchdog.busy():
-                    checkpoints.wait()
-                report.say(f"saved update {step}; the same command goes on from there")
-                return None
-        figures = report.finish()
-        _check(report, config.train.max_skipped, task)
-
-    # ---- Results -------------------------------------------------------------------------------
-    # As it was trained, LoRA beside the kernels: nothing has to be compiled again.
-    params, model_state = bundle.on_mesh(runs.open_workdir(workdir.folder), mesh)
-    with watchdog:
-        scores = measure(evaluation, params, model_state, splits, workdir, report.say)
-    training = {
-        "seconds": seconds + time.monotonic() - started,
-        "steps": int(state.step),
-        "parameters": setup.parameters,
-        "left_out": len(corpus.left_out),
-        "unreadable": len(corpus.skipped),
-        **figures,
-    }
-    if "layer_weights" in params:  # what is where in the encoder (tasks/classify.py)
-        training["layer_weights"] = layer_weights.shares(params["layer_weights"])
-        if jax.process_index() == 0:
-            with files.writing(workdir.layer_weights):
-                layer_weights.draw(training["layer_weights"], workdir.layer_weights)
-    return workdir.write_results(
-        scores,
-        training=training,
-        config=files.plain(config),
-        versions=versions.versions() | {"device": _device()},
-    )
 
 
-def _run_and_compare(
-    config: ConfigDict, workdir: Workdir, interruption: Interruption
-) -> dict | None:
-    """As `_run`, and what has been gained: over the head alone, or over the start as it was.
-
-    The head alone is fitted in a run of its own, on the hidden states of the encoder as it is.
-    """
-    before = {"untouched": workdir.before("untouched")}
-    alone = _head_alone(config)
-    if alone is not None:
-        before["head"] = workdir.before("head")
-        if not before["head"].results.exists():
-            print("the head alone:", flush=True)
-            with before["head"].locked():
-                if _run(alone, before["head"], interruption) is None:
-                    return None
-        print("all that learns:", flush=True)
-    results = _run(config, workdir, interruption)
-    if results is None:
-        return None
-    start = before.get("head", before["untouched"])
-    measured = {
-        name: files.read_json(one.results)["splits"]
-        for name, one in before.items()
-        if one.results.exists()
-    }
-    parts = experiment.restore_parts(config, workdir.folder)
-    tallies = getattr(experiment.make_task(config, parts).evaluator(parts), "tallies", None)
-    gains = {
-        split: compare.gain(tallies, start.predictions(split), workdir.predictions(split))
-        for split in _compared(config)
-        if tallies and start.predictions(split).exists()
-    }
-    for split, found in gains.items():
-        if found["interval"]:
-            low, high = (100 * value for value in found["interval"])
-            print(
-                f"{split}: {found['metric']} {100 * found['before']:.2f}% before, "
-                f"{100 * found['after']:.2f}% after, gain {100 * found['gain']:.2f} points "
-                f"(95%: {low:.2f} to {high:.2f})"
-            )
-    return workdir.write_results({}, before=measured, gain=gains)
+def _splits(config: ConfigDict) -> list[str]:
+    """All splits that a run evaluates, each once."""
+    names = split_names(config.data.eval_splits) + split_names(config.data.test_splits)
+    return list(dict.fromkeys(names))
 
 
-def _compared(config: ConfigDict) -> list[str]:
-    """The splits on which the start is measured: those of the test, or else of the evaluations."""
-    return split_names(config.data.test_splits) or split_names(config.data.eval_splits)
+# ---- Data --------------------------------------------------------------------------------------
 
 
-def _head_alone(config: ConfigDict) -> ConfigDict | None:
-    """The run that fits the head alone on what this one starts from; None where this one does."""
-    frozen = ("encoder/.*", -1)
-    task = tasks.constructor(config.task.name)
-    held = [tuple(rule) for rule in config.optimizer.get("frozen", ())]
-    if not hasattr(task, "encode") or not config.init.folder or frozen in held:
-        return None
-    alone = config.copy_and_resolve_references()
-    with alone.unlocked():
-        alone.optimizer.frozen = (frozen,)
-        alone.data.update({"cache_hidden": True, "speeds": (1.0,), "noise_root": ""})
-        alone.spec_augment.update({"time_masks": 0, "frequency_masks": 0, "time_warp": 0})
-        alone.adversarial.method = "none"
-        alone.lora.rank = 0
-        alone.task.mixup = 0.0
-        if "adapter" in alone.model:
-            alone.model.adapter = 0
-        alone.train.compare = False
-    return alone.lock()
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """What a run learns from, in which order, and is measured on; `note` is said of the plan."""
+
+    mesh: Mesh
+    source: Source
+    parts: Mapping[str, Part]
+    task: Task
+    corpus: Corpus
+    plan: Plan
+    note: str
+    evaluation: Evaluation
+
+    def left_out(self, splits: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Why utterances are not used, by their ids, in the training data and in splits."""
+        corpora = {"training": self.corpus}
+        corpora |= {split: self.evaluation.corpus(split) for split in splits}
+        return {name: {**corpus.left_out, **corpus.skipped} for name, corpus in corpora.items()}
+
+
+def _open_data(config: ConfigDict, workdir: Workdir, on_batch: Callable[[], None]) -> _Data:
+    mesh = sharding.make_mesh(**config.mesh)
+    source = experiment.open_training(config)
+    parts = _parts(config, workdir, source)
+    task = experiment.make_task(config, parts)
+    task, parts = hidden.replace_audio(config, task, parts, mesh, source, on_batch)
+    corpus = experiment.training_corpus(config, source, parts, task)
+    plan, note = _plan(config, workdir, corpus, task, mesh)
+    evaluation = Evaluation(config, task, parts, mesh, on_batch)
+    for split in _splits(config):
+        evaluation.check(split)  # what is missing is said before the training, not after it
+    return _Data(mesh, source, parts, task, corpus, plan, note, evaluation)
+
+
+def _parts(config: ConfigDict, workdir: Workdir, source: Source) -> dict[str, Part]:
+    """The parts of a run: those of its first start, those of its base, or new ones."""
+    if workdir.config.exists():
+        return experiment.restore_parts(config, workdir.folder)
+    if config.init.folder and config.init.take == "model":
+        return start.parts(config, workdir.folder)
+    # What a start that failed has left may be of other settings.
+    return experiment.make_parts(config, workdir.folder, source)
 
 
 def _plan(
@@ -374,7 +185,223 @@ def _plan(
     return plan, f"{note}: from here on the order of the data is another"
 
 
-def _watched(config: ConfigDict, split: str, task: Task, parts: Mapping[str, Part]) -> Watched:
+# ---- The loop ----------------------------------------------------------------------------------
+
+
+class _Loop:
+    """The updates of a run from where it left off, with its evaluations and checkpoints.
+
+    Attributes:
+      state: what the updates change.
+      begins: whether there was no checkpoint to go on from.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Workdir,
+        data: _Data,
+        started: float,
+        watchdog: Watchdog,
+        interruption: Interruption,
+        stack: contextlib.ExitStack,
+    ):
+        """Restores what there is, and makes the workdir one of this run.
+
+        `started` is a time; `stack` ends what works beside the loop: loading and compiling.
+        """
+        self.config, self.workdir, self.data = config, workdir, data
+        self.setup = setup = experiment.make_setup(
+            config, data.task, data.corpus.fields, data.mesh, data.plan.buckets[0]
+        )
+        self._started, self._watchdog, self._interruption = started, watchdog, interruption
+        self._splits = split_names(config.data.eval_splits)
+        self._watched = _watched(config, self._splits[0], data) if self._splits else None
+        settings = config.checkpoint
+        self.stopper = EarlyStopping(
+            settings.patience,
+            self._watched,
+            min_delta=settings.min_delta,
+            patience_epochs=settings.patience_epochs,
+        )
+        self.checkpoints = Checkpoints(
+            workdir.checkpoints, keep=settings.keep, watched=self._watched
+        )
+        self._epochs = Epochs(data.plan.count)
+        restored = self.checkpoints.restore(setup.abstract)
+        self.begins = restored is None
+        position = restored.data if restored else {"next_batch": 0, "seconds": 0.0}
+        self._first, self._before = position["next_batch"], position["seconds"]
+        self._pending = position.get("pending", False)
+        self._batches, self._programs = iter(()), None
+        if self._first < config.train.steps:
+            self._compile(stack)
+        self._check_memory()
+        if restored is None:
+            self.state, notes = _first_state(setup)
+        else:
+            self.state, notes = restored.state, (self.stopper.from_dict(restored.stopper),)
+        interruption.check()
+        if self._programs:
+            self._programs.at(self._first + 1, self._shape)
+        workdir.record(config)  # all that can fail early has not
+        workdir.record_plan(data.plan.buckets, data.corpus.fingerprint(), len(data.corpus))
+        workdir.write_left_out(data.left_out(_splits(config)))
+        self.report = _report(config, workdir, data, setup, self._first)
+        self.report.from_dict(position.get("totals", {}))
+        for line in (*_table(setup), *notes, *_opening(data, setup, self._first)):
+            if line:
+                self.report.say(line)
+
+    def _compile(self, stack: contextlib.ExitStack) -> None:
+        """Begins to load and to compile; the first batch says which step is compiled first."""
+        data = self.data
+        loaded = experiment.training_batches(self.config, data.corpus, data.plan, self._first)
+        stack.callback(loaded.close)
+        batch = next(loaded)
+        self._batches, self._shape = itertools.chain([batch], loaded), signature(batch)
+        self._programs = self.setup.compile(data.plan.buckets, soonest=batch)
+        stack.callback(self._programs.close)
+
+    def _check_memory(self) -> None:
+        """Raises UserError where evaluations do not fit; they are compiled if they must be."""
+        shapes, data = self.setup.abstract, self.data
+        longest = data.plan.buckets[-1].size(data.task.along)
+        for split in _splits(self.config):
+            data.evaluation.check_memory(split, shapes.params, shapes.model_state, longest)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has worked, in all of its processes."""
+        return self._before + time.monotonic() - self._started
+
+    def run(self) -> dict[str, Any] | None:
+        """Trains to the end; the figures of it, or None where the run was told to leave."""
+        steps = self.config.train.steps
+        if self._pending:  # the run left before this evaluation was done
+            with self.report.pause():
+                self._save(self._first, self._evaluate(self._first))
+        for step in range(self._first + 1, steps + 1):
+            if self.stopper.should_stop:
+                break
+            self._update(step, next(self._batches))
+            if self._pause(step):
+                return self._leave(step)
+        figures = self.report.finish()
+        _check(self.report, self.config.train.max_skipped, self.data.task)
+        return figures
+
+    def _update(self, step: int, batch: Any) -> None:
+        shape = signature(batch)
+        if not self._programs.has(step, shape):  # it is still being compiled
+            with self.report.pause(), self._watchdog.busy():
+                self._programs.at(step, shape)
+        program = self._programs.at(step, shape)
+        self.state, sums, finite = program.run(
+            self.state, sharding.put_batch(batch, self.data.mesh)
+        )
+        self.report.step(step, sums, finite, batch["index"], program.flops)
+        _check(self.report, self.config.train.max_skipped, self.data.task)
+        self.checkpoints.check()
+        self._watchdog.beat()
+
+    def _pause(self, step: int) -> bool:
+        """Evaluates and saves where it is time for it; returns whether the run must leave."""
+        last = step == self.config.train.steps
+        due = bool(self._splits) and (last or self._is_due(step))
+        leave = self._interruption.asked()
+        if not (due or leave or last or step % self.config.checkpoint.every == 0):
+            return False
+        with self.report.pause():
+            scores = {}
+            if due and not leave:
+                try:
+                    self._watchdog.beat(busy=True)
+                    scores = self._evaluate(step)
+                except Interrupted:
+                    leave = True
+            self._save(step, scores, pending=due and leave)
+        return leave
+
+    def _is_due(self, step: int) -> bool:
+        """Whether an evaluation is to be made after an update, which is not the last."""
+        settings = self.config.train
+        if settings.eval_epochs:
+            return self._epochs.passed(step, settings.eval_epochs)
+        return step % settings.eval_every == 0
+
+    def _evaluate(self, step: int) -> dict[str, float | None]:
+        """The scores of the first split, or Interrupted."""
+        evaluate = self.data.evaluation.run
+        found = {
+            split: evaluate(self.state.evaluated, self.state.model_state, split)
+            for split in self._splits
+        }
+        rates = {
+            split: {name: value for name, value in score.rates.items() if value is not None}
+            for split, score in found.items()
+        }
+        self.report.scores(step, rates, {split: score.line for split, score in found.items()})
+        first, metric = found[self._splits[0]], self._watched.metric
+        self.stopper.update(first.results, self._epochs.after(step))
+        return first.rates | {metric: first.results[metric]}
+
+    def _save(self, step: int, scores: dict[str, float | None], pending: bool = False) -> None:
+        data = {
+            "next_batch": step,
+            "seconds": self.seconds,
+            "totals": self.report.to_dict(),
+            "pending": pending,
+        }
+        with self._watchdog.busy():
+            self.checkpoints.save(
+                step,
+                self.state,
+                data=data,
+                stopper=self.stopper.to_dict(),
+                config=files.plain(self.config),
+                metrics=scores,
+            )
+
+    def _leave(self, step: int) -> None:
+        with self._watchdog.busy():
+            self.checkpoints.wait()
+        self.report.say(f"saved update {step}; the same command goes on from there")
+
+    def measure(self) -> tuple[dict[str, dict], Any]:
+        """The scores of the best checkpoint on all splits, and its parameters."""
+        # As it was trained, LoRA beside the kernels: nothing has to be compiled again.
+        model = runs.open_workdir(self.workdir.folder)
+        params, state = bundle.on_mesh(model, self.data.mesh)
+        splits, evaluation = _splits(self.config), self.data.evaluation
+        with self._watchdog:
+            scores = measure(evaluation, params, state, splits, self.workdir, self.report.say)
+        return scores, params
+
+
+def _results(loop: _Loop, figures: Mapping[str, Any]) -> dict:
+    """Writes what a run has come to; returns what results.json then holds."""
+    corpus, workdir = loop.data.corpus, loop.workdir
+    scores, params = loop.measure()
+    workdir.write_left_out(loop.data.left_out(_splits(loop.config)))
+    training = {
+        "seconds": loop.seconds,
+        "steps": int(loop.state.step),
+        "parameters": loop.setup.parameters,
+        "left_out": len(corpus.left_out),
+        "unreadable": len(corpus.skipped),
+        **figures,
+        **layer_weights.found(params, workdir.layer_weights),
+    }
+    return workdir.write_results(
+        scores,
+        training=training,
+        config=files.plain(loop.config),
+        versions=versions.versions() | {"device": _device()},
+    )
+
+
+def _watched(config: ConfigDict, split: str, data: _Data) -> Watched:
     """What picks the best checkpoint: what the configuration names, or the task.
 
     Raises:
@@ -382,8 +409,8 @@ def _watched(config: ConfigDict, split: str, task: Task, parts: Mapping[str, Par
     """
     settings = config.checkpoint
     if not settings.metric:
-        return Watched(split, *task.best)
-    measured = task.evaluator(parts).results()
+        return Watched(split, *data.task.best)
+    measured = data.task.evaluator(data.parts).results()
     known = [name for name, value in measured.items() if not isinstance(value, Mapping)]
     if settings.metric not in known:
         raise TrainingError(
@@ -409,6 +436,25 @@ def _first_state(setup: experiment.Setup) -> tuple[TrainState, Iterable[str]]:
     return state.replace(params=params, model_state=stats, ema=ema), tuple(report.lines())
 
 
+def _report(
+    config: ConfigDict, workdir: Workdir, data: _Data, setup: experiment.Setup, first: int
+) -> Report:
+    """What is said and logged of a run, from the update `first` on."""
+    return Report(
+        workdir.metrics,
+        workdir.tensorboard,
+        steps=config.train.steps,
+        first=first,
+        log_every=config.train.log_every,
+        sample_rate=experiment.rate(config, data.corpus),
+        peak_flops=costs.peak_flops() * jax.device_count(),
+        learning_rate=setup.schedule,
+        figures=data.task.figures,
+        name=lambda index: data.source.utterances[index].id,
+        unreadable=lambda: len(data.corpus.skipped),
+    )
+
+
 def _table(setup: experiment.Setup) -> list[str]:
     """What learns, how fast and with how much decay."""
     optimizer = setup.config.optimizer
@@ -419,18 +465,22 @@ def _table(setup: experiment.Setup) -> list[str]:
     return groups.shown(groups.table(setup.abstract.params, frozen=frozen, **settings))
 
 
-def _opening(corpus: Corpus, parts: Mapping[str, Part], setup: experiment.Setup, first: int) -> str:
-    """What is trained on what, in a line."""
-    counts = [f"{part.count} {name}" for name, part in parts.items() if part.count]
-    return ", ".join(
+def _opening(data: _Data, setup: experiment.Setup, first: int) -> Iterator[str]:
+    """What is trained on what, and what is lost of it."""
+    counts = [f"{part.count} {name}" for name, part in data.parts.items() if part.count]
+    yield ", ".join(
         [
-            f"{corpus.seconds / 3600:.2f} h of speech in {len(corpus)} utterances",
+            f"{data.corpus.seconds / 3600:.2f} h of speech in {len(data.corpus)} utterances",
             *counts,
             f"{setup.parameters / 1e6:.2f} M parameters",
             _device(),
             f"from update {first}",
         ]
     )
+    if count := len(data.corpus.left_out):
+        yield f"{count} training utterances are left out: left_out.json says which, and why"
+    yield data.note
+    yield from _lost(data.parts, data.source)
 
 
 def _lost(parts: Mapping[str, Part], source: Source) -> Iterator[str]:
@@ -492,22 +542,3 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
         if write_report(workdir, task.evaluator(model.parts), corpora, results):
             say(f"report: {workdir.report}")
         return results
-
-
-def measure(
-    evaluation: Evaluation,
-    params: Any,
-    state: Any,
-    splits: Iterable[str],
-    workdir: Workdir,
-    say: Callable[[str], None],
-) -> dict[str, dict]:
-    """results.json's entry of each split; details go to the workdir's predictions."""
-    results = {}
-    decoder = getattr(evaluation.task, "decoder", None)
-    how = {"decoder": str(decoder.settings)} if decoder else {}
-    for split in splits:
-        score = evaluation.run(params, state, split, workdir.predictions(split))
-        results[split] = score.results | how
-        say(f"{split}: {score.line}")
-    return results

@@ -1,4 +1,4 @@
-"""Writes down what is said in recordings.
+"""Writes down what is said in recordings, or its translation where the model translates.
 
   python -m speech_jax.transcribe talk.flac --model=runs/quickstart
   python -m speech_jax.transcribe calls/ 'more/*.m4a' --model=runs/quickstart --format=srt --out=subtitles
@@ -11,35 +11,21 @@ soon as it is ready; with --out, to a file for each recording.
 """  # noqa: E501
 
 import argparse
-import contextlib
-import glob
-import io
 import os
-import pathlib
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from speech_jax import files
+from speech_jax import files, recordings
 from speech_jax.errors import UserError
 
 _STATUS = """exit status: 0, all is transcribed; 1, something failed: it is named on standard error,
 with the reason, and the rest is done; 2, the command line is wrong."""
 # What follows is known elsewhere too; --help and a wrong flag answer at once, without libraries.
 _FORMATS = ("text", "json", "srt", "vtt", "ctm", "textgrid", "tsv")
-_DECODERS = ("greedy", "beam", "lexicon")
+_DECODERS = ("greedy", "beam", "lexicon", "attention", "joint", "rescore")
 _CHUNK_SECONDS, _WIDTHS, _DEFAULT_WIDTH, _DEFAULT_LM_WEIGHT = (5, 300), (1, 1024), 16, 0.5
-
-
-class Input(NamedTuple):
-    """A recording, and where in the output folder its transcription goes, without a suffix.
-
-    No two recordings have the same place.
-    """
-
-    file: str
-    place: pathlib.PurePath
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,20 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if wrong := _wrong(chosen):
         parser.error(wrong)
-    failures: list[str] = []
-    inputs = list(_inputs(chosen.paths, failures))
-    if inputs:
-        try:
-            _transcribe(chosen, inputs, failures, parser.error)
-        except UserError as error:  # of the model, or of the place that all is written to
-            message = str(error)
-            if chosen.lm is not None:  # a user of flags knows no sections
-                message = message.replace("config.decoder.lm=", "--lm=")
-            _fail(failures, message)
-        except BrokenPipeError:  # nobody reads on
-            _forget_output()
-            return 1
-    return int(bool(failures))
+    # A user of flags knows no sections.
+    flag = "--lm=" if chosen.lm is not None else "config.decoder.lm="
+    return recordings.each(
+        chosen.paths,
+        lambda *given: _transcribe(chosen, *given, parser.error),
+        lambda message: message.replace("config.decoder.lm=", flag),
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,6 +160,13 @@ def _wrong_for(chosen: argparse.Namespace, own: Mapping[str, Any]) -> str:
     return ""
 
 
+def _of_logits(chosen: argparse.Namespace) -> str:
+    """The first flag that says something of logits and their decoder, or nothing."""
+    names = ("decoder", "beam", "nbest", "lm", "lm_weight", "chunk")
+    given = [name for name in names if getattr(chosen, name) is not None]
+    return given[0].replace("_", "-") if given else ""
+
+
 def _decoder(chosen: argparse.Namespace) -> dict[str, object]:
     """The settings of the decoder that flags ask for."""
     given = {
@@ -194,70 +180,12 @@ def _decoder(chosen: argparse.Namespace) -> dict[str, object]:
     return {"name": name, **given} if name else {}
 
 
-# ---- What there is to transcribe ---------------------------------------------------------------
-
-
-def _inputs(paths: list[str], failures: list[str]) -> Iterator[Input]:
-    """The recordings that paths name, each once; a path that names none is a failure."""
-    seen, taken = set(), set()
-    for path in paths:
-        found = _found(path)
-        if isinstance(found, str):
-            _fail(failures, found)
-            continue
-        for file, place in found:
-            if (real := os.path.realpath(file)) in seen:
-                continue
-            seen.add(real)
-            yield Input(file, _free(place, taken))
-
-
-def _found(path: str) -> list[tuple[str, pathlib.PurePath]] | str:
-    """(file, place among the outputs) of what a path names, or why it names nothing."""
-    if path == "-":
-        return [("-", pathlib.PurePath("standard_input"))]
-    expanded = os.path.expanduser(path)
-    if os.path.isdir(expanded):
-        found = [(str(file), file.relative_to(expanded)) for file in _audio_below(expanded)]
-        return found or f"{path}: the folder holds no audio files: name another one, or a file"
-    matches = [expanded]
-    if not os.path.exists(expanded):
-        if not glob.has_magic(path):
-            return f"{path}: no such file or folder: correct the path"
-        matches = [
-            name for name in sorted(glob.glob(expanded, recursive=True)) if os.path.isfile(name)
-        ]
-    found = [(name, pathlib.PurePath(os.path.basename(name))) for name in matches]
-    return found or f"{path}: no file matches the pattern: correct it"
-
-
-def _audio_below(folder: str) -> Iterator[pathlib.Path]:
-    from speech_jax.data.decoders import EXTENSIONS
-
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            suffix = os.path.splitext(name)[1].lower().removeprefix(".")
-            if suffix in EXTENSIONS and not name.startswith("."):
-                yield pathlib.Path(parent, name)
-
-
-def _free(place: pathlib.PurePath, taken: set[pathlib.PurePath]) -> pathlib.PurePath:
-    """A place that no other recording has: a.wav and a.flac are in one folder, or two folders."""
-    free, number = place.with_suffix("") if place.suffix else place, 1
-    while free in taken:
-        free = place if number == 1 else place.with_name(f"{place.name}-{number}")
-        number += 1
-    taken.add(free)
-    return free
-
-
 # ---- The work ----------------------------------------------------------------------------------
 
 
 def _transcribe(
     chosen: argparse.Namespace,
-    inputs: list[Input],
+    inputs: list[recordings.Input],
     failures: list[str],
     refuse: Callable[[str], None],
 ) -> None:
@@ -265,7 +193,8 @@ def _transcribe(
     from speech_jax import compiled
     from speech_jax.data import sources
     from speech_jax.deploy import formats
-    from speech_jax.deploy.transcribe import Model, open_acoustic
+    from speech_jax.deploy.acoustic import open_acoustic
+    from speech_jax.deploy.transcribe import Model
 
     compiled.keep(sources.default_cache())
     format = formats.FORMATS[chosen.format]
@@ -275,22 +204,25 @@ def _transcribe(
     if wrong := _wrong_for(chosen, acoustic.decoder):
         refuse(wrong)
     model = Model(acoustic, chunk_seconds=chosen.chunk, decoder=_decoder(chosen))
+    if model.translates and (given := _of_logits(chosen)):
+        refuse(f"--{given} does nothing with a model that translates: leave it out")
     folder = None
     if chosen.out:
         folder = files.expand(chosen.out)
         with files.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
     if not folder:
-        _print(format.header)
-    with _progress(len(inputs)) as (progress, write):
-        found = model.transcribe_all((_opened(one.file) for one in inputs), progress)
+        recordings.say(format.header)
+    with recordings.progress(len(inputs), "Transcribing") as (progress, write):
+        write_down = model.translate_all if model.translates else model.transcribe_all
+        found = write_down((recordings.opened(one.file) for one in inputs), progress)
         for one, transcription in zip(inputs, found, strict=True):
-            name = "standard input" if one.file == "-" else one.file
+            name = one.name
             if isinstance(transcription, UserError):
-                _fail(failures, str(transcription))
+                recordings.fail(failures, str(transcription))
                 continue
             if transcription.trouble:  # nothing was heard: an empty text would look like a result
-                _fail(failures, f"{name}: {transcription.trouble}")
+                recordings.fail(failures, f"{name}: {transcription.trouble}")
                 continue
             called = one.place.as_posix() if format.by_place else name
             rendered = format.render(called, transcription, chosen.words)
@@ -300,91 +232,13 @@ def _transcribe(
                     with files.writing(path):
                         files.write_atomically(path, format.header + rendered)
                 except UserError as error:
-                    _fail(failures, str(error))
+                    recordings.fail(failures, str(error))
             elif chosen.format == "text" and len(inputs) > 1:
                 write("".join(f"{name}: {line}\n" for line in rendered.splitlines()))
             else:
                 write(rendered)
 
 
-def _opened(file: str) -> str | io.BytesIO:
-    """A file as audio is read from: standard input is read whole, for it cannot seek."""
-    if file != "-":
-        return file
-    stream = io.BytesIO(sys.stdin.buffer.read())
-    stream.name = "standard input"
-    return stream
-
-
-@contextlib.contextmanager
-def _progress(
-    total: int,
-) -> Iterator[tuple[Callable[[float, float], None], Callable[[str], None]]]:
-    """A bar on standard error, if that is a terminal.
-
-    Gives what tells it how far things are, and what writes to standard output beside it.
-    """
-    if not sys.stderr.isatty():
-        yield lambda files, seconds: None, _print
-        return
-    import rich.console
-    import rich.progress
-
-    columns = (
-        rich.progress.TextColumn("Transcribing"),
-        rich.progress.BarColumn(),
-        rich.progress.TextColumn(
-            "{task.fields[done]} of {task.total} files, {task.fields[minutes]}"
-        ),
-        rich.progress.TimeRemainingColumn(),
-    )
-    console = rich.console.Console(stderr=True)
-    bar = rich.progress.Progress(*columns, console=console, transient=True, redirect_stdout=False)
-    write = _print
-    if sys.stdout.isatty():  # above the bar, and long lines as they are
-        write = lambda text: console.out(text, end="", highlight=False)
-    with bar:
-        task = bar.add_task("", total=total, done=0, minutes="")
-        tell = lambda files, seconds: bar.update(
-            task, completed=files, done=int(files), minutes=f"{seconds / 60:.1f} minutes of audio"
-        )
-        yield tell, write
-
-
-def _print(text: str) -> None:
-    """Writes to standard output at once; a UserError where that cannot be written."""
-    try:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _forget_output()
-        raise UserError(
-            f"cannot write standard output ({error.strerror or error}): make room, then run the "
-            "same command again"
-        ) from error
-
-
-def _forget_output() -> None:
-    """Has what is still to be written go nowhere: the interpreter writes it when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(failures: list[str], message: str) -> None:
-    failures.append(message)
-    print(f"error: {message}", file=sys.stderr, flush=True)
-
-
-def _leave(*_: object) -> None:
-    """Ends the process at once; what was written is whole."""
-    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    os.write(2, f"{show_cursor}interrupted\n".encode())
-    os._exit(130)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGINT, recordings.leave)
     sys.exit(main())

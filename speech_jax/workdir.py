@@ -78,6 +78,7 @@ class Workdir:
         self.report = self.folder / "report.html"
         self.robustness = self.folder / "robustness.json"
         self.decoder = self.folder / "decoder.json"  # its settings, as --mode=tune found them
+        self.left_out = self.folder / "left_out.json"  # why utterances are not used, by split
         self.layer_weights = self.folder / "layer_weights.png"
         self.lock = self.folder / "lock"
 
@@ -260,6 +261,17 @@ class Workdir:
             with self._writes(self.results):
                 files.write_atomically(self.results, files.dump_json(results))
         return results
+
+    def write_left_out(self, reasons: Mapping[str, Mapping[str, str]]) -> None:
+        """Lists the utterances that are not used, by split and id with the reason, if any are.
+
+        Raises:
+          WorkdirError: it cannot be written.
+        """
+        listed = {split: dict(of) for split, of in reasons.items() if of}
+        if jax.process_index() == 0 and (listed or self.left_out.exists()):
+            with self._writes(self.left_out):
+                files.write_atomically(self.left_out, files.dump_json(listed))
 
     def _record(self) -> dict[str, Any]:
         """The record as it is, under the names of today; FileNotFoundError where there is none."""

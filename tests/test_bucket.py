@@ -21,8 +21,9 @@ from speech_jax import experiment, files
 from speech_jax import workdir as workdirs
 from speech_jax.data import audio, sources
 from speech_jax.data.batch import Bucket
+from speech_jax.data.parts.category import Category
 from speech_jax.errors import UserError
-from speech_jax.evaluators import robustness
+from speech_jax.evaluators import accuracy, layer_weights, robustness
 from speech_jax.training.checkpoint import Checkpoints, load_best
 from speech_jax.workdir import Workdir, WorkdirError
 
@@ -120,6 +121,10 @@ def test_what_is_learned_of_the_data_and_curves_are_in_the_bucket(
     curves = {"clean": point, "fgsm": [point], "pgd10": [point], "noise": [point]}
     robustness.plot({"x": {"dev": curves}}, folder / "robustness.png")
     assert (folder / "robustness.png").read_bytes().startswith(b"\x89PNG")
+    layer_weights.draw([0.25, 0.75], folder / "layer_weights.png")
+    accuracy.Accuracy(Category(("a", "b"))).draw(folder / "dev.png")
+    for name in ("layer_weights", "dev"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == []
 
 

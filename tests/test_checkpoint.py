@@ -324,6 +324,20 @@ def test_another_optimizer_alone_is_said_to_be_that(tmp_path):
             checkpoints.restore({**shapes, "params": {}})
 
 
+def test_averages_of_what_is_frozen_are_left_out(tmp_path):
+    """A run of an earlier version that froze parameters averaged them too."""
+    params = {"still": jnp.ones(3), "learns": jnp.zeros(2)}
+    state = {"params": params, "ema": jax.tree.map(lambda leaf: leaf + 1, params)}
+    shapes = jax.eval_shape(lambda: {"params": params, "ema": {"learns": state["ema"]["learns"]}})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, data={}, stopper={}, config={})
+        restored = checkpoints.restore(shapes).state
+        assert bits(restored) == bits(state | {"ema": {"learns": state["ema"]["learns"]}})
+        for other in ({**shapes, "ema": {}}, {**shapes, "params": {"learns": params["learns"]}}):
+            with pytest.raises(CheckpointError, match=r"has (ema|params)/\w+, unknown"):
+                checkpoints.restore(other)
+
+
 def test_a_leaf_that_is_no_array_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(TypeError, match="a/0 is a float"):
         checkpoints.save(1, {"a": [1.0]}, data={}, stopper={}, config={})

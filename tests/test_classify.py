@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+import soundfile
 
 import runs
-from speech_jax import bundle, experiment, files, models, tasks, train
+import speech_jax
+from speech_jax import bundle, classify, experiment, files, gain, models, tasks, train, transcribe
 from speech_jax.bundle import start
 from speech_jax.config import default
 from speech_jax.data.parts.audio import Audio
@@ -19,6 +22,7 @@ from speech_jax.errors import UserError
 from speech_jax.experiment import make_frontend
 from speech_jax.ops import augment
 from speech_jax.tasks.classify import Classify
+from speech_jax.training import groups
 from speech_jax.workdir import Workdir
 
 pytestmark = pytest.mark.optax
@@ -185,8 +189,12 @@ def test_one_class_and_unknown_numbers_of_examples_are_refused():
 
 @pytest.fixture(scope="module")
 def calls(tones, tmp_path_factory):
-    """The tones as a manifest; an utterance's label is its first word, and others have none."""
-    root = tmp_path_factory.mktemp("calls")
+    """The tones as a manifest."""
+    return write_calls(tones, tmp_path_factory.mktemp("calls"))
+
+
+def write_calls(tones, root):
+    """Writes manifests of the tones into `root`; an utterance's label is its first word."""
     for split in ("train", "dev"):
         lines = []
         chapter = tones / split / "1" / "1"
@@ -245,12 +253,122 @@ def test_the_head_alone_leaves_the_encoder_as_it_is(tuned, finished):
     )
 
 
+def test_a_head_that_was_fitted_otherwise_is_not_taken(tuned, tmp_path):
+    workdir = Workdir(shutil.copytree(tuned.workdir.folder, tmp_path / "run"))
+    shutil.rmtree(workdir.checkpoints)
+    workdir.config.unlink()
+    changed = tuned.config.copy_and_resolve_references()
+    changed.task.units = 4
+    with pytest.raises(UserError, match=r"before/head was trained with config\.task\.units=8,"):
+        train.run(changed, workdir)
+    # On other splits it is measured anew, and fitted no more.
+    changed.task.units = 8
+    asked = []
+
+    def trains(config, folder, *_):
+        asked.append(folder.folder.name)
+
+    for splits, again in (("dev", []), ("dev,train[:50%]", ["head"])):
+        changed.data.test_splits = splits
+        asked.clear()
+        assert gain.run(changed, workdir, trains) is None
+        assert asked[: len(again)] == again
+        assert len(asked) == 1
+
+
+def test_the_head_alone_stands_on_the_adapters_of_its_base(calls, finished, tmp_path):
+    config = configure(calls, finished.workdir.folder)
+    config.model.adapter = 2
+    assert gain.head_alone(config).model.adapter == 0  # the base has none
+    base = bundle.open(finished.workdir.folder)
+    theirs = base.config.copy_and_resolve_references()
+    with theirs.unlocked():
+        theirs.model.adapter = 2
+    bundle.save(dataclasses.replace(base, config=theirs), tmp_path / "base")
+    config.init.folder = str(tmp_path / "base")
+    alone = gain.head_alone(config)
+    assert alone.model.adapter == 2
+    params = {"encoder": {"adapter": {"up": {"kernel": jnp.ones(1)}}}, "classifier": jnp.ones(1)}
+    learns = groups.trainable(params, experiment.frozen(alone))
+    assert learns == {"encoder": {"adapter": {"up": {"kernel": False}}}, "classifier": True}
+    assert groups.trainable(params, experiment.frozen(config))["encoder"]["adapter"]["up"]["kernel"]
+
+
 def test_hidden_states_give_what_audio_gives(tuned):
     """The head that was fitted on kept states is as good on audio."""
     before = tuned.workdir.before("head")
     kept = files.read_json(before.results)["splits"]["dev"]
     heard = train.evaluate(tuned.config, before, say=lambda line: None)["splits"]["dev"]
     assert heard["classes"] == kept["classes"]
+
+
+@pytest.fixture(scope="module")
+def heard(tuned):
+    """(the file of an utterance of dev, the probabilities that evaluation found) of each."""
+    dev = json.loads(
+        (pathlib.Path(tuned.config.data.root) / "dev.jsonl").read_text().split("\n")[0]
+    )
+    folder = pathlib.Path(dev["audio_filepath"]).parent
+    lines = map(json.loads, tuned.workdir.predictions("dev").read_text().splitlines())
+    return {str(folder / f"{line['id']}.flac"): line["probabilities"] for line in lines}
+
+
+def test_the_command_finds_what_evaluation_found(tuned, heard, tmp_path, capsys):
+    silent, model = tmp_path / "silent.wav", f"--model={tuned.workdir.folder}"
+    soundfile.write(silent, np.zeros(16_000), 16_000)
+    assert classify.main([*heard, str(silent), "nowhere.wav", model, "--format=json"]) == 1
+    said = capsys.readouterr()
+    found = {one["file"]: one for one in map(json.loads, said.out.splitlines())}
+    assert found.keys() == heard.keys()
+    for file, probabilities in heard.items():
+        assert list(found[file]["classes"].values()) == sorted(probabilities.values())[::-1]
+        assert found[file]["classes"] == pytest.approx(probabilities, abs=1e-3)
+        assert found[file]["class"] == max(probabilities, key=probabilities.get)
+    assert "nowhere.wav: no such file" in said.err
+    assert f"{silent}: digital silence" in said.err
+    first = next(iter(heard))
+    assert classify.main([first, model, "--top=2"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in lines] == list(found[first]["classes"])[:2]
+    for arguments in ([], [first], [first, model, "--top=0"], [first, model, "--format=srt"]):
+        with pytest.raises(SystemExit) as left:
+            classify.main(arguments)
+        assert left.value.code == 2
+
+
+def test_a_classifier_in_python(tuned, heard):
+    model = speech_jax.load(tuned.workdir.folder)
+    first, other = list(heard)[:2]
+    whole = model.classify(first)
+    assert str(whole) == whole.name == max(heard[first], key=heard[first].get)
+    samples, rate = soundfile.read(first)
+    assert model.classify(samples, rate) == whole
+    # What is longer than it has learned from is the average of its pieces.
+    model._longest = len(samples)
+    rest, _ = soundfile.read(other)
+    rest = rest[: len(samples)]
+    joined = dict(model.classify(np.concatenate([samples, rest]), rate).classes)
+    shares = len(samples), len(rest)
+    each = dict(whole.classes), dict(model.classify(rest, rate).classes)
+    for name, share in joined.items():
+        expected = np.average([one[name] for one in each], weights=shares)
+        assert share == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(UserError, match="too short for a class"):
+        model.classify(samples[:50], rate)
+    with pytest.raises(UserError, match="chunk_seconds and decoder are for recognizers"):
+        speech_jax.load(tuned.workdir.folder, chunk_seconds=5.0)
+
+
+def test_a_model_of_another_task_names_the_command_for_it(tuned, finished, heard, capsys):
+    first = next(iter(heard))
+    assert transcribe.main([first, f"--model={tuned.workdir.folder}"]) == 1
+    assert "python -m speech_jax.classify names the class" in capsys.readouterr().err
+    assert classify.main([first, f"--model={finished.workdir.folder}"]) == 1
+    assert "python -m speech_jax.transcribe writes down" in capsys.readouterr().err
+    with pytest.raises(UserError, match="use classify"):
+        speech_jax.load(tuned.workdir.folder).transcribe(first)
+    with pytest.raises(UserError, match="use transcribe"):
+        speech_jax.load(finished.workdir.folder).classify(first)
 
 
 def test_evaluations_follow_epochs(tuned):
@@ -301,6 +419,11 @@ def test_a_row_that_cannot_be_classified_is_named_or_counted(calls, finished, tm
     corpus = make()
     assert list(corpus.left_out) == ["odd"]
     assert len(corpus) == 48
+    # All of them are listed.
+    workdir = Workdir(tmp_path / "work")
+    workdir.write_left_out({"training": corpus.left_out, "dev": {}})
+    (listed,) = files.read_json(workdir.left_out)["training"].items()
+    assert listed == ("odd", corpus.left_out["odd"])
 
 
 def test_a_class_that_training_had_not_is_named_or_counted(calls, finished, tmp_path):
@@ -309,13 +432,43 @@ def test_a_class_that_training_had_not_is_named_or_counted(calls, finished, tmp_
     parts = experiment.make_parts(config, tmp_path, experiment.open_training(config))
     config.data.only = ""
     with pytest.raises(
-        UserError, match=r"utterance 1-1-\d+: unknown label: 'A' is not one of B, C"
+        UserError, match=r"train: utterance 1-1-\d+: unknown label: 'A' is not one of B, C"
     ):
         experiment.evaluation_corpus(config, "train", parts)
     config.data.on_error = "skip"
     corpus = experiment.evaluation_corpus(config, "train", parts)
     assert len(corpus) + len(corpus.left_out) == 48
     assert "unknown label: 'A'" in next(iter(corpus.left_out.values()))
+
+
+def test_what_cannot_be_compared_or_used_is_named_before_the_training(
+    calls, finished, tmp_path, monkeypatch
+):
+    config = configure(calls, finished.workdir.folder)
+    config.train.compare = False
+    monkeypatch.setattr(experiment, "make_setup", None)
+    with config.unlocked():
+        config.parts = {"target": {"tag": "label", "unseen": True}}
+    config.task.verify = True
+    config.checkpoint.metric = ""
+    shutil.copytree(calls, tmp_path / "calls")
+    config.data.root = str(tmp_path / "calls")
+    rows = list(map(json.loads, (calls / "dev.jsonl").read_text().splitlines()))
+    rows[3].pop("label")
+    write = lambda: (tmp_path / "calls" / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write()
+    with pytest.raises(UserError, match=f"utterance {rows[3]['id']} has no tag 'label', so nobody"):
+        train.run(config, Workdir(tmp_path / "one"))
+    config.task.verify = False
+    config.parts.target.unseen = False
+    config.data.on_error = "skip"
+    for row in rows:
+        row["label"] = "Q"
+    write()
+    with pytest.raises(
+        UserError, match=r"dev: no utterances left to use \(6 unknown label\); the first is .*'Q'"
+    ):
+        train.run(config, Workdir(tmp_path / "two"))
 
 
 def test_a_metric_that_nothing_measures_is_refused(calls, finished, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from speech_jax.data.parts.category import Category
+from speech_jax.data.sources import Utterance
 from speech_jax.evaluators.accuracy import Accuracy
 from speech_jax.evaluators.compare import gain
 
@@ -37,6 +38,22 @@ def test_the_interval_is_that_of_the_differences(tmp_path):
     # Pairing tells more than two splits of their own would.
     apart = np.sqrt((before.var() + after.var()) / 1_000)
     assert error < 0.7 * apart
+
+
+def test_utterances_of_one_speaker_are_drawn_together(tmp_path):
+    """Of speakers who gain all or nothing there is an interval as of so few draws."""
+    rng = np.random.default_rng(0)
+    gains = rng.random(40) < 0.5
+    before, after = np.zeros(1_000, bool), gains[np.arange(1_000) % 40]
+    paths = write(tmp_path / "one", before), write(tmp_path / "other", after)
+    said = [Utterance(str(n), 1.0, tags={"speaker": f"s{n % 40}"}) for n in range(1_000)]
+    found = gain(TALLIES, *paths, said)
+    error = gains.std() / np.sqrt(40)
+    expected = gains.mean() + 1.96 * error * np.array([-1, 1])
+    np.testing.assert_allclose(found["interval"], expected, atol=0.2 * error)
+    alone = gain(TALLIES, *paths, said[:-1])  # somebody is unknown
+    assert (found["over"], alone["over"]) == ("speakers", "utterances")
+    assert np.ptp(alone["interval"]) < 0.3 * np.ptp(found["interval"])
 
 
 def test_what_one_of_them_lacks_is_in_neither(tmp_path):

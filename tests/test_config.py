@@ -15,6 +15,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 RECIPES = {
     "quickstart": ("quickstart", []),
     "spoken_digits": ("spoken_digits", []),
+    "spoken_digits_attend": ("spoken_digits", ["conformer+attend"]),
     "librispeech": ("librispeech", ["conformer_s"]),
     "librispeech_conformer_tiny": ("librispeech", ["conformer_tiny"]),
     "librispeech_conformer_l": ("librispeech", ["conformer_l"]),
@@ -22,6 +23,8 @@ RECIPES = {
     "pretrain_best_rq": ("pretrain_best_rq", []),
     "speaker_id": ("speaker_id", []),
     "verification": ("verification", []),
+    "translate_quickstart": ("translate_quickstart", ["en-de"]),
+    "mboshi": ("mboshi", []),
     "finetune_wav2vec2_10m": ("finetune_wav2vec2", ["10m"]),
 }
 

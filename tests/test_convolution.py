@@ -1,5 +1,6 @@
 """Convolutions in the form for CPU and in XLA's, forwards and back; their geometry."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,3 +169,25 @@ def test_a_plane_is_convolved_alike_in_both_forms(monkeypatch, frames, bands, ch
     on_cpu, on_gpu = both_forms(monkeypatch, function, *arrays)
     for a, b in zip(on_cpu, on_gpu, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(("frames", "bands"), [(11, 8), (12, 7)])
+def test_the_channels_of_a_plane_are_convolved_on_their_own(monkeypatch, frames, bands):
+    settings = {**PLANE, "feature_group_count": 5}
+
+    def function(x, weight):
+        return convolution.depthwise_over_plane(x, weight, (2, 2), ((1, 1), (1, 1)), **settings)
+
+    arrays = normal(2, frames, bands, 5), normal(3, 3, 1, 5)
+    assert_same_numbers_by_other_means(monkeypatch, function, *arrays)
+
+
+def test_over_time_is_what_the_convolution_of_flax_is():
+    x, weight = normal(2, 11, 4), normal(3, 4, 5)
+    ours, theirs = (
+        nn.Conv(5, (3,), strides=(2,), padding=((1, 1),), conv_general_dilated=form).apply(
+            {"params": {"kernel": weight, "bias": jnp.zeros(5)}}, x
+        )
+        for form in (convolution.over_time, None)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)

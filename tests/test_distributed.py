@@ -13,6 +13,7 @@ import pytest
 
 import follow
 import runs
+import test_classify
 from benchmarks import kill_resume
 
 pytestmark = pytest.mark.optax
@@ -180,6 +181,71 @@ def test_sigterm_saves_on_two_processes_and_they_go_on(tones, tmp_path):
     assert next(line["step"] for line in lines if "train/wer" in line) == 4
     steps = [line["step"] for line in lines if "loss_per_label" in line]
     assert steps == list(range(2, steps[-1] + 1, 2)), "no logged step is missing or twice there"
+
+
+COMPARED = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_classify
+def get_config():
+    config = test_classify.configure({calls!r}, {base!r})
+    config.task.layer_sum = False
+    config.train.update({{"steps": 1, "log_every": 1}})
+    config.data.cache = {cache!r}
+    return config
+"""
+
+
+def test_before_and_after_on_two_processes(tones, finished, tmp_path):
+    """The head alone is fitted on states that both have computed and one has written."""
+    tests, base = str(runs.ROOT / "tests"), str(finished.workdir.folder)
+    calls = test_classify.write_calls(tones, tmp_path)
+    text = COMPARED.format(tests=tests, calls=str(calls), base=base, cache=str(tmp_path / "cache"))
+    (tmp_path / "recipe.py").write_text(text)
+    flags = [f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'work'}"]
+    command = [str(runs.ROOT / "launch" / "local.sh"), "2", "--", *flags]
+    runs.run(command, 1, PYTHON=sys.executable, **COMPILE)
+    results = json.loads((tmp_path / "work" / "results.json").read_text())
+    head = results["before"]["head"]["dev"]
+    assert head["utterances"] == results["splits"]["dev"]["utterances"] == 6
+    assert results["gain"]["dev"]["before"] == pytest.approx(head["error_rate"])
+    assert len(list((tmp_path / "cache" / "hidden").iterdir())) == 3
+
+
+FAILS = """
+import os
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+index = int(sys.argv[2])
+jax.distributed.initialize(sys.argv[1], 2, index)
+from speech_jax.errors import UserError
+from speech_jax.training import sharding
+def fail():
+    raise UserError("only the first one knows")
+assert sharding.from_first(lambda: {"first": jax.process_index() == 0}) == {"first": True}
+try:
+    sharding.from_first(fail)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_an_error_of_the_first_process_is_raised_on_all():
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        address = f"localhost:{taken.getsockname()[1]}"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILS, address, str(index)],
+            env=runs.environment(1, PYTHONPATH=str(runs.ROOT)),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [child.communicate(timeout=120)[0] for child in children]
+    assert outputs == ["only the first one knows\n"] * 2
 
 
 def told_to_leave(command, at=r"step \d+/2000") -> str:

@@ -23,6 +23,12 @@ CASES = {
         "tiny",
         {**SMALL, "position": "relative", "conv_norm": "batch", "subsampling": 8, "adapter": 3},
     ),
+    "conformer-separable-8": (
+        "conformer",
+        "tiny",
+        {**SMALL, "subsampling_kind": "separable", "subsampling": 8},
+    ),
+    "conformer-over-time": ("conformer", "tiny", {**SMALL, "subsampling_kind": "time"}),
     "wav2vec2": (
         "wav2vec2",
         "tiny",
@@ -216,12 +222,22 @@ def test_dropout_is_by_key(case):
     assert (first != other).any()
 
 
-@pytest.mark.parametrize("name", ["conformer", "deepspeech", "wavenet"])
-def test_hidden_frames_do_not_blow_gradients_up(name):
+DEEP = SMALL | {"scan": True, "num_layers": 20}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("conformer", DEEP),
+        ("conformer", DEEP | {"subsampling_kind": "separable"}),
+        ("conformer", DEEP | {"subsampling_kind": "time", "subsampling": 8}),
+        ("deepspeech", {"width": 16, "num_layers": 5}),
+        ("wavenet", {"width": 16, "num_layers": 5}),
+    ],
+)
+def test_hidden_frames_do_not_blow_gradients_up(name, settings):
     """SpecAugment makes frames of zeros; a norm of nothing has a gradient of one over epsilon."""
-    depth = {"num_layers": 20} if name == "conformer" else {"num_layers": 5}
-    settings = SMALL | {"scan": True} if name == "conformer" else {"width": 16}
-    encoder = models.make_encoder(**models.settings(name, "tiny", **settings | depth))
+    encoder = models.make_encoder(**models.settings(name, "tiny", **settings))
     inputs = jnp.asarray(np.random.default_rng(0).standard_normal((1, 64, 40)), jnp.float32)
     inputs, lengths = inputs.at[:, 16:48].set(0.0), jnp.array([64])
     params = jax.jit(encoder.init, static_argnums=3)(jax.random.key(0), inputs, lengths, True)

@@ -220,3 +220,24 @@ def test_the_next_batch_is_dispatched_before_the_last_one_is_read(finished, tone
     assert len(fetched) >= 12
     assert set(fetched) == set(reads)
     assert set(reads).isdisjoint(dispatches)
+
+
+def test_an_error_on_the_first_of_several_processes_waits_for_all(monkeypatch):
+    """The others are in the batches still; where there is one process alone, it ends at once."""
+    corpus = types.SimpleNamespace(source=types.SimpleNamespace(utterances=("a", "b")))
+    batch, found = {"index": np.arange(2)}, {"x": jax.numpy.arange(2)}
+    seen = []
+
+    def add(utterance, example, row):
+        seen.append(utterance)
+        raise UserError(f"{utterance} has no tag")
+
+    with pytest.raises(UserError, match="a has no tag"):
+        loop._Reader(corpus, add).read(batch, found, {})
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    reader = loop._Reader(corpus, add)
+    reader.read(batch, found, {})
+    reader.read(batch, found, {})
+    assert seen == ["a", "a"]
+    with pytest.raises(UserError, match="a has no tag"):
+        reader.check()

@@ -1,5 +1,6 @@
 """One contract for all evaluators, a row for each; error rates equal jiwer's on anything."""
 
+import collections
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -19,14 +20,16 @@ from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.sources import Utterance
 from speech_jax.errors import UserError
-from speech_jax.evaluators import Evaluator
+from speech_jax.evaluators import Evaluator, verification
 from speech_jax.evaluators.accuracy import Accuracy
+from speech_jax.evaluators.bleu import Bleu, compare, main
 from speech_jax.evaluators.errors import ErrorCounts, Errors, count_errors
 from speech_jax.evaluators.masked import Masked
 from speech_jax.evaluators.verification import (
+    Trial,
     Verification,
-    equal_error_rate,
-    least_cost,
+    error_curve,
+    nearest_scores,
     normalize,
     read_trials,
 )
@@ -87,6 +90,48 @@ def _heard(number: int, who: str, degrees: float) -> Given:
     return Utterance(str(number), 1.0, tags={"speaker": who}), {}, prediction
 
 
+_SPELLED = "abcdefghijklmnopqrstuvwxyz "
+_TRANSLATION = Transcript(text.CharacterTokenizer(_SPELLED, "lower"), "target", "translation")
+_SPOKEN = Transcript(text.CharacterTokenizer("AB "))
+
+
+def _translated(
+    number: int, reference: str, hypothesis: str, ended: bool = True, said: str = "A"
+) -> Given:
+    ids = np.asarray(_TRANSLATION.tokenizer.encode(hypothesis), np.int32)
+    prediction = {"target": np.pad(ids, (0, 3)), "target_length": np.int32(len(ids))}
+    prediction |= {"labels": np.asarray([1, 2]), "labels_length": np.int32(1), "ended": ended}
+    tags = {"translation": reference} if reference else {}
+    return Utterance(str(number), 1.0, said, tags), {}, prediction
+
+
+_CORPUS = [
+    ("The cat is on the mat", "the cat sat on the mat"),
+    ("there is a cat here now", "there is a cat here now"),
+    ("a dog barks", "a dog"),
+]
+
+
+def _chrf2(pairs: Sequence[tuple[str, str]]) -> float:
+    """Of runs of 1 to 6 characters without spaces; recall counts four times (Popovic 2015)."""
+    shares = []
+    for n in range(1, 7):
+        runs = [
+            [
+                collections.Counter(t[i : i + n] for i in range(len(t) - n + 1))
+                for t in (text.lower().replace(" ", "") for text in pair)
+            ]
+            for pair in pairs
+        ]
+        same, said, found = (
+            sum((one.total() for one in each), 0)
+            for each in zip(*((a & b, a, b) for a, b in runs), strict=True)
+        )
+        shares.append((same / found, same / said))
+    precision, recall = np.mean(shares, axis=0)
+    return 100 * 5 * precision * recall / (4 * precision + recall)
+
+
 ROWS = {
     "errors": Row(
         lambda: Errors(_TRANSCRIPT),
@@ -141,6 +186,29 @@ ROWS = {
             "no pairs of one speaker and of two",
         ),
         pairs=True,
+    ),
+    "bleu": Row(
+        lambda: Bleu(_TRANSLATION, _SPOKEN),
+        [
+            *(_translated(number, *pair) for number, pair in enumerate(_CORPUS)),
+            _translated(3, "", "a", ended=False, said="B"),
+        ],
+        {
+            # By hand: 13 of 14 words, 9 of 11 pairs, 5 of 8, 3 of 6; 14 words for 15.
+            "bleu": 100 * np.exp(1 - 15 / 14) * (13 / 14 * 9 / 11 * 5 / 8 * 3 / 6) ** 0.25,
+            "chrf2": _chrf2(_CORPUS),
+            "wer": 2 / 15,
+            "transcript_wer": 1 / 4,
+            "no_translation": 1,
+            "cut": 1,
+            "translations": 3,
+        },
+        [_translated(0, "", "a", said=""), _translated(1, "", "", said="")],
+        (
+            "BLEU 64.99  chrF2 74.54  transcript CER 25.00%  (1 have no translation)  "
+            "(1 translations did not end, and were cut)",
+            "no translation to compare with",
+        ),
     ),
 }
 
@@ -253,6 +321,56 @@ def test_a_corpus_is_the_sum_of_its_parts(pairs):
     assert errors[0] <= errors[1]  # an alignment may not reach into the next utterance
 
 
+# ---- Translations ------------------------------------------------------------------------------
+
+
+def _predictions(path, hypotheses: Sequence[str]):
+    rows = [
+        {"id": str(number), "reference": "" if number == 0 else f"the cat is on mat {number}"}
+        | {"hypothesis": one}
+        for number, one in enumerate(hypotheses)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_two_runs_differ_by_what_is_sure(tmp_path, capsys):
+    good = [f"the cat is on mat {number}" for number in range(40)]
+    bad = [f"a cat was on mat {number}" for number in range(40)]
+    one, other = _predictions(tmp_path / "one", bad), _predictions(tmp_path / "other", good)
+    found = compare(one, other)
+    assert found["BLEU"]["after"] == pytest.approx(100)
+    assert found["BLEU"]["before"] < 60
+    assert found["chrF2"]["p"] < 0.01
+    assert found["BLEU"]["utterances"] == 39  # one has no reference
+    assert "bs:1000" in found["BLEU"]["signature"]
+    same = compare(one, one)
+    assert same["BLEU"]["p"] == 1
+    assert main([str(one), str(other)]) == 0
+    assert "BLEU" in capsys.readouterr().out
+    # What cannot be compared is a sentence.
+    assert main([str(one), str(tmp_path / "absent")]) == 1
+    (tmp_path / "bad").write_text('{"id": "1"}\n')
+    with pytest.raises(UserError, match="holds no predictions of translations"):
+        compare(one, tmp_path / "bad")
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(UserError, match="no translated utterance in common"):
+        compare(one, tmp_path / "empty")
+    changed = json.loads(other.read_text().splitlines()[1]) | {"reference": "another"}
+    (tmp_path / "changed").write_text(json.dumps(changed) + "\n")
+    with pytest.raises(UserError, match="two references of 1"):
+        compare(one, tmp_path / "changed")
+
+
+def test_the_page_says_how_sure_both_measures_are():
+    evaluator = ROWS["bleu"].make()
+    lines = [evaluator.add(*one) for one in ROWS["bleu"].given]
+    (section,) = evaluator.sections(lines)
+    assert "tok:13a" in section.body
+    assert f"{evaluator.results()['chrf2']:.4g}" in section.body
+    assert evaluator.sections(lines[3:]) == []
+
+
 # ---- Accuracy ----------------------------------------------------------------------------------
 
 
@@ -284,16 +402,13 @@ def test_two_normal_distributions_have_the_rates_of_the_closed_form(distance):
     places = scipy.stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
     scores = np.concatenate([places, places + distance])
     same = np.arange(len(scores)) >= len(places)
-    assert equal_error_rate(scores, same) == pytest.approx(
-        scipy.stats.norm.sf(distance / 2), abs=1e-4
-    )
+    curve = error_curve(scores, same)
+    assert curve.equal_error_rate == pytest.approx(scipy.stats.norm.sf(distance / 2), abs=1e-4)
     for p in (0.01, 0.05):
         # The best threshold is where the likelihood ratio equals the odds.
         best = distance / 2 + np.log((1 - p) / p) / distance
         cost = p * scipy.stats.norm.cdf(best - distance) + (1 - p) * scipy.stats.norm.sf(best)
-        assert least_cost(scores, same, p) == pytest.approx(
-            min(cost / p, 1.0), abs=(1 - p) / p / 20_000
-        )
+        assert curve.least_cost(p) == pytest.approx(min(cost / p, 1.0), abs=(1 - p) / p / 20_000)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -303,23 +418,58 @@ def test_verification_equals_scikit_learn(seed):
     scores = np.round(rng.normal(same, 1.0), 1)  # with ties
     accepted, found, _ = metrics.roc_curve(same, scores, drop_intermediate=False)
     crossing = scipy.optimize.brentq(lambda x: x - 1 + np.interp(x, accepted, found), 0.0, 1.0)
-    assert equal_error_rate(scores, same) == pytest.approx(crossing, abs=1e-6)
+    curve = error_curve(scores, same)
+    assert curve.equal_error_rate == pytest.approx(crossing, abs=1e-6)
     costs = 0.05 * (1 - found) + 0.95 * accepted
-    assert least_cost(scores, same, 0.05) == pytest.approx(costs.min() / 0.05)
-    assert equal_error_rate(np.exp(3 * scores), same) == equal_error_rate(scores, same)
+    assert curve.least_cost(0.05) == pytest.approx(costs.min() / 0.05)
+    assert error_curve(np.exp(3 * scores), same).equal_error_rate == curve.equal_error_rate
 
 
 def test_scores_without_information_and_perfect_ones():
     same = np.arange(10) < 4
-    assert equal_error_rate(np.zeros(10), same) == 0.5
-    assert least_cost(np.zeros(10), same, 0.01) == 1.0
-    assert equal_error_rate(same * 1.0, same) == least_cost(same * 1.0, same, 0.01) == 0.0
+    blind, perfect = error_curve(np.zeros(10), same), error_curve(same * 1.0, same)
+    assert (blind.equal_error_rate, blind.least_cost(0.01)) == (0.5, 1.0)
+    assert (perfect.equal_error_rate, perfect.least_cost(0.01)) == (0.0, 0.0)
+
+
+def test_pairs_in_blocks_are_all_pairs(monkeypatch):
+    """Each once, whatever is compared at a time, from a list or not; it is measured once."""
+    rng = np.random.default_rng(0)
+    said = [
+        (Utterance(str(n), 1.0, tags={"speaker": str(n % 5)}), {}, {"embedding": one, "cohort": of})
+        for n, (one, of) in enumerate(zip(*rng.normal(size=(2, 23, 8)), strict=True))
+    ]
+    pairs = [(a, b) for a in said for b in said if int(a[0].id) < int(b[0].id)]
+    trials = [Trial(a[0].id, b[0].id, a[0].tags == b[0].tags) for a, b in pairs]
+    scores = [
+        np.dot(a["embedding"], b["embedding"])
+        / np.linalg.norm(a["embedding"])
+        / np.linalg.norm(b["embedding"])
+        for (_, _, a), (_, _, b) in pairs
+    ]
+    expected = error_curve(np.asarray(scores), np.asarray([one.same for one in trials]))
+    normalized = []
+    for block, listed in ((7, ()), (60, ()), (1 << 16, ()), (7, trials), (1 << 16, trials)):
+        monkeypatch.setattr(verification, "_BLOCK", block)
+        evaluator = Verification("speaker", listed, nearest=3)
+        for one in said:
+            evaluator.add(*one)
+        found = evaluator.results()
+        assert (found["pairs"], found["same"]) == (253, sum(one.same for one in trials))
+        assert found["eer"] == pytest.approx(expected.equal_error_rate, abs=1e-6)
+        assert found["min_dcf_0.05"] == pytest.approx(expected.least_cost(0.05), abs=1e-6)
+        normalized.append(found["eer_normalized"])
+        with monkeypatch.context() as patched:
+            patched.setattr(verification, "error_curve", None)
+            assert evaluator.results() == found
+            evaluator.line()
+    np.testing.assert_allclose(normalized, normalized[0], atol=1e-6)
 
 
 def test_the_norm_is_that_of_both_sides():
     cohort = np.array([[0.0, 0.2, 0.4, -1.0], [0.5, 0.5, 0.7, 0.1], [0.0, 0.1, 0.2, 0.3]])
     one, other = np.array([0, 1]), np.array([1, 2])
-    found = normalize(np.array([0.9, 0.3]), one, other, cohort, nearest=2)
+    found = normalize(np.array([0.9, 0.3]), one, other, *nearest_scores(cohort, 2))
     by_hand = (
         ((0.9 - 0.3) / 0.1 + (0.9 - 0.6) / 0.1) / 2,
         ((0.3 - 0.6) / 0.1 + (0.3 - 0.25) / 0.05) / 2,
@@ -327,7 +477,7 @@ def test_the_norm_is_that_of_both_sides():
     np.testing.assert_allclose(found, by_hand)
     # What an utterance adds to all of its scores is taken away.
     shifted = cohort + np.array([[0.3], [0.0], [0.0]])
-    again = normalize(np.array([0.9, 0.3]), one, other, shifted, nearest=2)
+    again = normalize(np.array([0.9, 0.3]), one, other, *nearest_scores(shifted, 2))
     assert again[0] == pytest.approx(found[0] - 0.3 / 0.1 / 2)
 
 

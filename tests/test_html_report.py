@@ -300,6 +300,30 @@ def test_other_tasks_and_measures(tmp_path):
     assert len(parsed.rows) == 3
 
 
+def test_a_matrix_of_a_thousand_classes_is_of_the_most_confused():
+    rng = np.random.default_rng(0)
+    counts = np.diag(rng.integers(5, 9, 1_000))
+    counts[7, 990], counts[400, 3] = 30, 20
+    for place in rng.permutation(1_000)[:100]:
+        counts[place, (place + 1) % 1_000] += 1
+    made = page.matrix([f"class {number}" for number in range(1_000)], counts)
+    assert len(made) < 200_000
+    (table,) = Parsed(made).tables
+    assert table[0][0] == "is \\ said"
+    assert {"class 3", "class 7", "class 400", "class 990"} < set(table[0]) == {
+        "is \\ said", *(row[0] for row in table[1:])
+    }  # fmt: skip
+    row = next(row for row in table if row[0] == "class 7")
+    assert row[table[0].index("class 990")] == "30"
+    confusions = counts.sum() - np.trace(counts)
+    among = sum(int(n or 0) for row in table[1:] for n in row[1:])
+    among -= sum(int(row[place]) for place, row in enumerate(table) if place)
+    said = (
+        f"The 40 classes of 1,000 that are confused most, with {among} of {confusions} confusions"
+    )
+    assert said in made
+
+
 def test_audio_that_is_gone_or_long(made, monkeypatch):
     made.add("dev", _said(30))
     made.sound.write_bytes(b"RIFF")

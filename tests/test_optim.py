@@ -1,5 +1,6 @@
 """Schedules at their corners; what learns, how fast and with how much decay."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from configs import quickstart
 from speech_jax import config as defaults
 from speech_jax import models, rules
 from speech_jax.errors import UserError
+from speech_jax.models import layers
 from speech_jax.training import groups, optim, sharding
 
 pytestmark = pytest.mark.optax
@@ -142,8 +144,8 @@ def test_layer_decay_is_the_same_for_stacked_layers():
     unrolled = {f"layer_{index}": each for index in range(3)}
     stacked = {"layers": jax.tree.map(lambda x: jnp.stack([x] * 3), each)}
     found = []
-    for layers in (unrolled, stacked):
-        params = {"encoder": {**rest, **layers}, "head": {"kernel": jnp.ones(2)}}
+    for kept in (unrolled, stacked):
+        params = {"encoder": {**rest, **kept}, "head": {"kernel": jnp.ones(2)}}
         tx = optim.make_optimizer(
             "sgd", lambda _: 1.0, params, layer_decay=0.5, rates=[("norm/scale", 0.1)]
         )
@@ -263,6 +265,62 @@ def test_no_gradient_is_taken_of_what_is_frozen():
     assert len(jax.tree.leaves(learned)) == 2
     joined = groups.join(learned, still)
     jax.tree.map(np.testing.assert_array_equal, joined, PARAMS)
+
+
+class Layer(nn.Module):
+    """A batch norm, as a layer that is scanned."""
+
+    @nn.compact
+    def __call__(self, x, mask):
+        return layers.MaskedBatchNorm(momentum=0.5, name="norm")(x, mask, False), None
+
+
+class Normed(nn.Module):
+    """Two layers, stacked, and a head: [B, T, D] to [B, T, D]."""
+
+    @nn.compact
+    def __call__(self, x):
+        mask = jnp.ones(x.shape[:2], bool)
+        x, _ = layers.scan_layers(Layer(name="layers"), 2, False, x, mask)
+        return layers.MaskedBatchNorm(momentum=0.5, name="head")(x, mask, False)
+
+
+def test_statistics_of_what_is_frozen_stand_still_and_are_normalized_by():
+    x = 5 + 3 * jax.random.normal(jax.random.key(0), (4, 6, 2))
+    before = Normed().init(jax.random.key(1), x)
+    params, state = before["params"], {"batch_stats": before["batch_stats"]}
+
+    class Task:
+        def logits(self, params, state, batch):
+            return Normed().apply({"params": params, **state}, batch, mutable=list(state))
+
+        def loss(self, params, state, batch, rng, step):
+            output, state = self.logits(params, state, batch)
+            return output.sum(), output, {"state": state}
+
+    def gradient(task):
+        def function(params, state, batch, rng, step):
+            aux = task.loss(params, state, batch, rng, step)[2]
+            return params, (aux, task.logits(params, state, batch)[1])
+
+        return function
+
+    until = groups.thaw(params, (("layers/.*", 2), ("head/bias", -1)))
+    moved = {}
+    for done in (0, 2):
+        function = groups.gradients(gradient, Task(), until, done)
+        aux, of_logits = function(params, state, x, None, 0)[1]
+        jax.tree.map(np.testing.assert_array_equal, aux["state"], of_logits)
+        assert jax.tree.structure(aux["state"]) == jax.tree.structure(state)
+        different = lambda a, b: bool((a != b).any())
+        moved[done] = jax.tree.map(different, aux["state"], state)["batch_stats"]
+        if done == 0:  # the layers do as in evaluations: by a mean of 0 and a variance of 1
+            mean = aux["state"]["batch_stats"]["head"]["mean"]
+            np.testing.assert_allclose(mean, 0.5 * x.mean((0, 1)), rtol=1e-3)
+    still, all_move = ({"mean": value, "variance": value} for value in (False, True))
+    # A head of which something learns has statistics that move.
+    assert moved[0] == {"layers": {"norm": still}, "head": all_move}
+    assert moved[2] == {"layers": {"norm": all_move}, "head": all_move}
 
 
 # ---- The state of old --------------------------------------------------------------------------

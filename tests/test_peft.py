@@ -1,6 +1,7 @@
 """LoRA and adapters: they begin as the base, leave it as it is, and can be kept without it."""
 
 import contextlib
+import dataclasses
 import io
 import shutil
 
@@ -12,7 +13,7 @@ import pytest
 
 import runs
 import test_encoders
-from configs import finetune_lora
+from configs import finetune_lora, librispeech
 from speech_jax import bundle, experiment, train
 from speech_jax import config as defaults
 from speech_jax.bundle import base, format, start
@@ -23,7 +24,7 @@ from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.text import CharacterTokenizer
 from speech_jax.errors import UserError
 from speech_jax.models import layers
-from speech_jax.training import costs, peft, sharding
+from speech_jax.training import costs, groups, peft, sharding
 from speech_jax.workdir import Workdir
 
 pytestmark = pytest.mark.optax
@@ -279,6 +280,59 @@ def test_what_thaws_stands_still_until_then(finished, tones, tmp_path):
         after = runs.saved_state(Workdir(tmp_path), step)
         same = [np.array_equal(after[name], before[name]) for name in before if "encoder" in name]
         assert all(same) if step < 3 else not any(same)
+
+
+def test_the_adapters_of_a_base_are_taken(finished, tones, tmp_path):
+    """And those that a base has not are new."""
+    config = runs.tiny_config(tones)
+    config.init.folder = str(finished.workdir.folder)
+    config.model.adapter = 2
+    source = experiment.open_training(config)
+    task = experiment.make_task(config, experiment.make_parts(config, tmp_path, source))
+    batch = {"audio": jnp.zeros((1, 16_000), jnp.int16), "audio_length": jnp.array([16_000])}
+    params, state = jax.jit(task.init)(jax.random.key(1), batch)
+    adapters = {name for name in flatten(params) if "/adapter/" in name}
+    report = start.with_bundle(params, state, config)[2]
+    assert {name.removeprefix("params/") for name in report.new} > adapters != set()
+    base = bundle.open(finished.workdir.folder)
+    theirs = base.config.copy_and_resolve_references()
+    with theirs.unlocked():
+        theirs.model.adapter = 2
+    learned = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, params)
+    bundle.save(dataclasses.replace(base, config=theirs, params=learned), tmp_path / "base")
+    config.init.folder = str(tmp_path / "base")
+    started, _, report = start.with_bundle(params, state, config)
+    for name in adapters:
+        np.testing.assert_array_equal(flatten(started)[name], flatten(learned)[name])
+    assert all("encoder" not in name for name in report.new)
+
+
+def test_the_recipe_learns_and_keeps_less_than_three_percent(tmp_path):
+    """Of conformer_tiny with the letters of English."""
+    config = librispeech.get_config("conformer_tiny")
+    config.features.normalize = "utterance"
+    labels = Transcript(CharacterTokenizer("abcdefghijklmnopqrstuvwxyz' "), "labels")
+    parts = {"audio": Audio(), "labels": labels}
+
+    def zeros(config):
+        task = experiment.make_task(config, parts)
+        batch = {"audio": jnp.zeros((1, 16_000), jnp.int16), "audio_length": jnp.array([16_000])}
+        shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), batch))
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+    params, state = zeros(config)
+    bundle.save(bundle.Bundle(config, parts, params, state), tmp_path / "whole")
+    tuning = finetune_lora.get_config(str(tmp_path / "whole"))
+    params, state = zeros(tuning)
+    learned, _ = groups.split(params, groups.trainable(params, experiment.frozen(tuning)))
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert size(learned) < 0.03 * size(params)
+    flat = {name: leaf for name, leaf in flatten(learned).items() if leaf is not None}
+    small = flax.traverse_util.unflatten_dict(flat, sep="/")
+    base = {"folder": str(tmp_path / "whole"), "digest": "x" * 64}
+    bundle.save(bundle.Bundle(tuning, parts, small, state, base), tmp_path / "small")
+    size = lambda name: sum(path.stat().st_size for path in (tmp_path / name).iterdir())
+    assert size("small") < 0.03 * size("whole")
 
 
 def test_the_recipe_takes_all_of_a_model(finished):

@@ -25,6 +25,14 @@ def recognizer(name, **changes):
     return parameters(task, *inputs(encoder), True)
 
 
+def translator():
+    """The same of a translator: an encoder, a decoder of text and CTC."""
+    encoder = models.make_encoder(**models.settings("conformer", "s"))
+    task = tasks.constructor("translate")(encoder, None, {"labels": 128, "target": 8_000})
+    text = jnp.zeros((1, 4), jnp.int32), jnp.full(1, 4)
+    return parameters(task, *inputs(encoder), *text, True)
+
+
 def pretraining(objective, name, variant):
     """The same of a task of pretraining."""
     encoder = models.make_encoder(**models.settings(name, variant))
@@ -55,6 +63,7 @@ TREES = {
         "wav2vec2_conformer", num_layers=12, attention="rotary_input"
     ),
     "contrastive": lambda: pretraining("contrastive", "wav2vec2", "base"),
+    "translate": translator,
     "best-rq": lambda: pretraining("best_rq", "conformer", "s"),
 }
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "sharding.json"
@@ -73,7 +82,7 @@ def test_nothing_large_is_whole_on_every_device_under_fsdp(tree):
             assert part * 8 == leaf.size, rules.path_name(path)
 
 
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("tree", json.loads(GOLDEN.read_text()))
 def test_parameters_lie_where_they_have_lain(tree):
     """The table is from when all rules stood in one list and the first that matched held."""
     params, task_rules = TREES[tree]()

@@ -1,5 +1,6 @@
 import os
 import pathlib
+import random
 import sys
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import soundfile
 
 from speech_jax.data import audio, sources
-from speech_jax.data.sources import synthetic
+from speech_jax.data.sources import sentences, synthetic
 
 _COUNT = 24  # more than two processes' worth of chunks
 
@@ -43,7 +44,99 @@ def test_sentences_and_voices_are_in_one_split_only():
     assert words["dev"] <= words["train"]
     assert len(words["train"]) <= 100
     assert all(text.isupper() and text.isascii() for text in texts["train"])
-    assert {voice.split("+")[0] for voice in voices["test"]} == set(synthetic.ACCENTS)
+    accents = {voice.split("+")[0] for voice in voices["test"]}
+    assert accents == {name.removeprefix("gmw/") for name in synthetic.ACCENTS["en"]}
+
+
+@pytest.mark.parametrize("language", sentences.LANGUAGES)
+def test_no_two_meanings_have_the_same_words(language):
+    """So that a translation from or into it is right or wrong, and never a matter of choice."""
+    rng = random.Random(0)
+    meanings = {}
+    for _ in range(20_000):
+        meaning = sentences.draw(rng)
+        english = sentences.say(meaning, "en")
+        assert meanings.setdefault(sentences.say(meaning, language), english) == english
+    words = {word for text in meanings for word in text.split()}
+    assert len(words) < 160
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "spanish", "french", "german"),
+    [
+        (  # gender and number of hours
+            "alarm",
+            [sentences.Time(1, 21, "clock", "morning")],
+            "pon una alarma para la una y veintiuno de la mañana",
+            "mets une alarme pour une heure vingt et une du matin",
+            "stell einen wecker auf ein uhr einundzwanzig morgens",
+        ),
+        (  # the half hour, and a verb whose second part is the last word
+            "turn",
+            ["off", "light", sentences.Time(12, 7, "half", "evening")],
+            "apaga la luz a las doce y media de la noche",
+            "éteins la lumière à douze heures et demie du soir",
+            "schalte das licht um halb eins abends aus",
+        ),
+        (
+            "wake",
+            [0, sentences.Time(8, 7, "quarter", "")],
+            "despiértame el lunes a las ocho menos cuarto",
+            "réveille-moi lundi à huit heures moins le quart",
+            "weck mich am montag um viertel vor acht",
+        ),
+        (
+            "timer",
+            [21, "minutes"],
+            "pon un temporizador de veintiún minutos",
+            "mets un minuteur de vingt et une minutes",
+            "stell einen timer auf einundzwanzig minuten",
+        ),
+        (
+            "timer",
+            [31, "hours"],
+            "pon un temporizador de treinta y una horas",
+            "mets un minuteur de trente et une heures",
+            "stell einen timer auf einunddreißig stunden",
+        ),
+        (  # ordinals or numbers, and the dative
+            "move",
+            [sentences.Date(1, 2), 4],
+            "mueve la reunión del primero de marzo al viernes",
+            "déplace la réunion du premier mars au vendredi",
+            "verschieb das treffen vom ersten märz auf freitag",
+        ),
+        (
+            "meeting",
+            [sentences.Date(21, 7)],
+            "la reunión es el veintiuno de agosto",
+            "la réunion est le vingt et un août",
+            "das treffen ist am einundzwanzigsten august",
+        ),
+        (
+            "call",
+            [[0, 1, 2]],
+            "llama al cero uno dos",
+            "appelle le zéro un deux",
+            "ruf null eins zwei an",
+        ),
+    ],
+)
+def test_words_agree(kind, values, spanish, french, german):
+    meaning = sentences.Sentence(kind, tuple(values))
+    assert sentences.say(meaning, "es") == spanish
+    assert sentences.say(meaning, "fr") == french
+    assert sentences.say(meaning, "de") == german
+
+
+def test_languages_are_named(tmp_path):
+    for arguments, message in (
+        ({"language": "it"}, "language='it'.*en, es, fr, de"),
+        ({"translation": "nl"}, "translation='nl'.*en, es, fr, de"),
+        ({"language": "fr", "translation": "fr"}, "is what is spoken"),
+    ):
+        with pytest.raises(sources.SourceError, match=message):
+            _open(tmp_path, **arguments)
 
 
 def test_other_seeds_and_sizes():
@@ -88,7 +181,7 @@ def test_kept_on_disk_and_whole(root, monkeypatch):
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "ACCENTS", ("en-atlantis",))
+    monkeypatch.setitem(synthetic.ACCENTS, "en", ("gmw/en-atlantis",))
     with pytest.raises(sources.SourceError, match=r"espeak-ng failed: .*no voice en-atlantis"):
         _open(tmp_path)
     assert not list((tmp_path / "synthetic").iterdir())
@@ -117,3 +210,26 @@ def test_errors(tmp_path):
     with pytest.raises(sources.SourceError, match=r"cannot be written .* SPEECH_JAX_CACHE"):
         _open(tmp_path / "file")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_one_meaning_in_two_languages(root, tmp_path):
+    """Both directions say the same, and the splits are the same ones whatever is spoken."""
+    spoken = _open(root, "dev", language="de", translation="en")
+    for one in spoken.utterances:
+        assert synthetic.split_of(one.tags["translation"]) == "dev"
+        assert one.text.islower()
+    there = {one.tags["translation"]: one.text for one in spoken.utterances}
+    rng = random.Random(f"speech_jax {synthetic.VERSION} 0 dev")
+    drawn = [sentences.draw(rng) for _ in range(5000)]
+    said = {sentences.say(one, "en"): sentences.say(one, "de") for one in drawn}
+    assert len(said.keys() & there.keys()) > 5
+    assert all(said[text] == there[text] for text in said.keys() & there.keys())
+    # Speech is spoken once: only the translation is another one.
+    plain, into = _open(root, "dev"), _open(root, "dev", translation="es")
+    assert _bytes(plain) == _bytes(into)
+    assert [one.text for one in plain.utterances] == [one.text for one in into.utterances]
+    assert "translation" not in plain.utterances[0].tags
+    assert {one.tags["translation"] for one in into.utterances} & {
+        sentences.say(one, "es") for one in drawn
+    }
+    assert _bytes(_open(root, "dev", language="fr")) != _bytes(plain)

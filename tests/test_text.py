@@ -106,6 +106,7 @@ def test_stated_alphabet_gives_the_ids():
         ("words", "كِتَابٌ؟", "كِتَابٌ"),
         ("words", "می\u200cخواهم", "می\u200cخواهم"),
         ("english", "rock_and—roll", "ROCK AND ROLL"),
+        ("moses", "C&apos; est &quot; ça &quot; .", "c' est ça"),
         ("librispeech", "rock_and—roll", "ROCK AND ROLL"),
     ],
 )

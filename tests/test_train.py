@@ -186,6 +186,21 @@ def test_what_was_interrupted_ends_bit_for_bit_as_if_it_had_not_been(
     assert outcome(workdir) == outcome(whole.workdir)
 
 
+def test_patience_survives_a_kill(whole, tmp_path, monkeypatch):
+    """It is of two evaluations that are no better, one before the kill and one after it."""
+    config, workdir = whole.config.copy_and_resolve_references(), Workdir(tmp_path)
+    config.data.eval_splits = "dev"
+    config.train.eval_every = 1
+    config.checkpoint.update({"every": 1, "patience": 2, "min_delta": 10.0})
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment, "training_batches", runs.interrupted(2, killed=True))
+        with pytest.raises(runs.Killed):
+            train.run(config, workdir)
+    assert runs.record(workdir, 2)["stopper"]["count"] == 1
+    assert train.run(config, workdir)["training"]["steps"] == 3
+    assert max(runs.steps(workdir)) == 3
+
+
 # In the first evaluation, in that after the last update, and in that of the results.
 @pytest.mark.parametrize("utterance", [1, 54 + 10, 2 * 54 + 10])
 def test_what_leaves_during_an_evaluation_makes_it_first_when_it_is_back(

@@ -118,10 +118,10 @@ def test_few_programs_serve_all_lengths(model):
     for length in (1, 100, 8_000, 15_999):
         assert model.transcribe(np.ones(length, np.int16)).text == ""
     assert model.acoustic._logits._cache_size() <= before + 1
-    lengths = {transcribe._padded(length, RATE) for length in range(1, 60 * RATE, 997)}
+    lengths = {transcribe.padded(length, RATE) for length in range(1, 60 * RATE, 997)}
     assert len(lengths) < 14
     for length in (1, 15_999, 16_000, 16_001, 22_627, 22_628, 960_000):
-        padded = transcribe._padded(length, RATE)
+        padded = transcribe.padded(length, RATE)
         assert max(length, RATE) <= padded <= 1.42 * max(length, RATE)
 
 

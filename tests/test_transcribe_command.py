@@ -49,7 +49,7 @@ def open_once():
 def command(finished, folder, capsys, monkeypatch, open_once):
     """Runs the command in `folder`; gives (status, standard output, standard error)."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("speech_jax.deploy.transcribe.open_acoustic", open_once)
+    monkeypatch.setattr("speech_jax.deploy.acoustic.open_acoustic", open_once)
 
     def run(*arguments, model=finished.workdir.folder):
         try:

@@ -115,7 +115,11 @@ def open_saved(folder: pathlib.Path) -> Bundle:
 
 
 # Task -> the parameters that end in a number for each symbol of a part, and that part.
-_HEADS = {"recognize": ("head", "labels"), "classify": ("classifier", "target")}
+_HEADS = {
+    "recognize": ("head", "labels"),
+    "transduce": ("head", "labels"),
+    "classify": ("classifier", "target"),
+}
 
 
 def checked(model: Bundle, folder: pathlib.Path) -> Bundle:

@@ -67,7 +67,7 @@ def with_bundle(params: Any, state: Any, config: ConfigDict) -> tuple[Any, Any, 
     for name, value in ours.items():
         if name in wanted and wanted[name].shape == value.shape:
             taken[name] = value.size
-        elif _is_new(config, name) or not _asked(config, name):
+        elif _is_new(config, name) or not _asked(config, name) or _is_added(name, wanted):
             new[name] = value.size
         else:
             shape = wanted[name].shape if name in wanted else None
@@ -111,16 +111,22 @@ def start_from(config: ConfigDict, folder: str, take: str = "encoder") -> None:
     Raises:
       UserError: there is no model in the folder.
     """
-    path = files.expand(folder)
-    run = Workdir(path)
-    theirs = run.recorded() if run.config.exists() and run.checkpoints.is_dir() else None
-    theirs = theirs or bundle.open(path).config
+    theirs = settings_of(folder)
     config.init.folder = str(folder)
     config.init.take = take
     config.data.sample_rate = theirs.data.sample_rate
     sections = ("model", "features") + (("task", "text", "parts") if take == "model" else ())
     for section in sections:
         config[section] = theirs[section].copy_and_resolve_references()
+
+
+def settings_of(folder: str) -> ConfigDict:
+    """What a model was trained with; UserError where there is none in the folder."""
+    path = files.expand(folder)
+    run = Workdir(path)
+    if run.config.exists() and run.checkpoints.is_dir():
+        return run.recorded()
+    return bundle.open(path).config
 
 
 def parts(config: ConfigDict, folder: pathlib.Path) -> dict[str, Part]:
@@ -162,8 +168,12 @@ def _asked(config: ConfigDict, name: str) -> bool:
 
 
 def _is_new(config: ConfigDict, name: str) -> bool:
-    patterns = (peft.ADDED, *config.init.new)
-    return any(rules.matches(pattern, _short(name)) for pattern in patterns)
+    return any(rules.matches(pattern, _short(name)) for pattern in config.init.new)
+
+
+def _is_added(name: str, theirs: Mapping[str, Any]) -> bool:
+    """Whether a parameter is of LoRA or an adapter that a bundle has not."""
+    return name not in theirs and rules.matches(peft.ADDED, name)
 
 
 def _short(name: str) -> str:

@@ -6,6 +6,7 @@ CTC blank: no text encodes to it, and decoding drops it.
 
 import base64
 import dataclasses
+import html
 import io
 import os
 import re
@@ -57,6 +58,10 @@ def _words(text: str) -> str:
     return "".join(c if _is_of_a_word(c) else " " for c in text)
 
 
+def _moses(text: str) -> str:
+    return _words(html.unescape(text))
+
+
 def _is_of_a_word(character: str) -> bool:
     """Whether it is a letter, a mark (a vowel or tone of many scripts), a number or apostrophe."""
     return unicodedata.category(character)[0] in "LMN" or character in f"'{_JOINERS}"
@@ -70,6 +75,7 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {
     "words": _words,
     "english": _english,
     "librispeech": _english,
+    "moses": _moses,
 }
 
 
@@ -78,9 +84,10 @@ def normalize(text: str, name: str) -> str:
 
     'none' changes nothing more; 'upper' and 'lower' change case. 'words' keeps every letter, mark
     and number of every script, in lower case where the script has one, makes typographic
-    apostrophes plain, and writes a space for all else (hyphens too). 'english' (also called
-    'librispeech') writes as LibriSpeech does: upper case, accents dropped too. Digits stay digits:
-    no normalizer spells numbers.
+    apostrophes plain, and writes a space for all else (hyphens too). 'moses' does that to texts of
+    the Moses tokenizer, which writes an apostrophe as &apos; (parallel corpora do). 'english' (also
+    called 'librispeech') writes as LibriSpeech does: upper case, accents dropped too. Digits stay
+    digits: no normalizer spells numbers.
 
     Raises TextError for an unknown name.
     """

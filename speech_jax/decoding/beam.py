@@ -22,8 +22,8 @@ from speech_jax.ops import masking
 from speech_jax.ops.ctc import ctc_loss
 
 NEVER = -1e30  # stands for the logarithm of 0
-_NOBODY = 0, 1  # the hash of no prefix
-_STAY = -1  # the label of a candidate that is its parent
+NOBODY = 0, 1  # the hash of no prefix
+STAY = -1  # the label of a candidate that is its parent
 
 
 class Beam(NamedTuple):
@@ -48,15 +48,15 @@ class _Frames(NamedTuple):
     count: jax.Array  # [B]
 
 
-_Hash = tuple[jax.Array, jax.Array]  # of a prefix, uint32 [B, W] twice
+Hash = tuple[jax.Array, jax.Array]  # of a prefix, uint32 [B, W] twice
 
 
 class _Hypotheses(NamedTuple):
     # Of [B, W] each, sorted by score.
     blank: jax.Array  # log probability of the paths that end in a blank
     label: jax.Array  # and of those that end in the last label
-    hash: _Hash
-    parent: _Hash  # without the last label
+    hash: Hash
+    parent: Hash  # without the last label
     last: jax.Array  # int32, the last label; the blank if there is none
     gain: jax.Array  # what the language model gave for it
     added: jax.Array  # and for all labels
@@ -98,7 +98,7 @@ def search(
         label=full(NEVER, jnp.float32),
         # Slots without a hypothesis have hashes of their own, and are nobody's parent.
         hash=(jnp.broadcast_to(numbers, (B, width)), full(0, jnp.uint32)),
-        parent=(full(_NOBODY[0], jnp.uint32), full(_NOBODY[1], jnp.uint32)),
+        parent=(full(NOBODY[0], jnp.uint32), full(NOBODY[1], jnp.uint32)),
         last=full(blank_id, jnp.int32),
         gain=full(0.0, jnp.float32),
         added=full(0.0, jnp.float32),
@@ -114,12 +114,12 @@ def search(
     _, hypotheses, back = lax.while_loop(
         lambda carry: carry[0] < frames.count.max(), body, (jnp.int32(0), begun, back)
     )
-    score, added = _add(hypotheses.blank, hypotheses.label), hypotheses.added
+    score, added = log_add(hypotheses.blank, hypotheses.label), hypotheses.added
     if fusion:
         end = fusion.end(hypotheses.state)
         score, added = score + end, added + end
     score, slot = lax.top_k(score, nbest)
-    found, count = _trace(back, slot, frames.count, blank_id)
+    found, count, _ = trace(back, slot, frames.count, blank_id)
     # What was found is scored by all its paths, and sorted by that.
     several = lambda x: jnp.repeat(x, nbest, axis=0)
     flat = found.reshape(B * nbest, T), count.reshape(B * nbest)
@@ -185,7 +185,7 @@ def _advance(
     W = old.blank.shape[1]
 
     # Blanks that were skipped: every path ends in one.
-    total = _add(old.blank, old.label)
+    total = log_add(old.blank, old.label)
     before = jnp.where(skipped, total + quiet, old.blank)
     repeated = jnp.where(skipped, NEVER, old.label)
     total = jnp.where(skipped, total + quiet, total)
@@ -200,7 +200,7 @@ def _advance(
     arriving = jnp.where(child, arriving, NEVER).max(axis=-1) + old.gain
     stay_blank = total + log_probs[:, blank_id, None]
     # Nothing has been said by the empty prefix: its last label is no label.
-    stay_label = jnp.where(old.last == blank_id, NEVER, _add(repeated, arriving) + own)
+    stay_label = jnp.where(old.last == blank_id, NEVER, log_add(repeated, arriving) + own)
 
     # A hypothesis is extended by a label, unless what comes of it is in the beam already.
     one, rank = pairs
@@ -212,24 +212,26 @@ def _advance(
     known = (child[:, :, one] & (old.last[:, :, None] == label[:, None])).any(axis=1)  # [B, M]
     extended = jnp.where(known, NEVER, extended)
 
-    score = jnp.concatenate([_add(stay_blank, stay_label), extended], axis=1)
+    score = jnp.concatenate([log_add(stay_blank, stay_label), extended], axis=1)
     chosen = lax.top_k(score, W)[1]  # [B, W]
     new = chosen >= W
     source = jnp.where(new, jnp.asarray(one, jnp.int32)[chosen - W], chosen)
     number = jnp.maximum(chosen - W, 0)
     pick = lambda x: jnp.take_along_axis(x, source, axis=1)
     picked = lambda x: jnp.take_along_axis(x, number, axis=1)
-    added = jnp.where(new, picked(label), _STAY)
+    added = jnp.where(new, picked(label), STAY)
     hashed = tuple(map(pick, old.hash))
     # Where there are fewer hypotheses than slots, what fills one is nobody's child.
     nothing = jnp.take_along_axis(score, chosen, axis=1) < NEVER / 2
     made = _Hypotheses(
         blank=jnp.where(new, NEVER, pick(stay_blank)),
         label=jnp.where(new, picked(extended), pick(stay_label)),
-        hash=tuple(jnp.where(new, a, b) for a, b in zip(_hash(hashed, added), hashed, strict=True)),
+        hash=tuple(
+            jnp.where(new, a, b) for a, b in zip(prefix_hash(hashed, added), hashed, strict=True)
+        ),
         parent=tuple(
             jnp.where(nothing, jnp.uint32(nobody), jnp.where(new, a, pick(b)))
-            for nobody, a, b in zip(_NOBODY, hashed, old.parent, strict=True)
+            for nobody, a, b in zip(NOBODY, hashed, old.parent, strict=True)
         ),
         last=jnp.where(new, added, pick(old.last)),
         gain=jnp.where(new, picked(gain), pick(old.gain)) if fusion else old.gain,
@@ -240,15 +242,15 @@ def _advance(
     live = (t < frames.count)[:, None]
     made = jax.tree.map(lambda a, b: jnp.where(live, a, b), made, old)
     itself = jnp.broadcast_to(jnp.arange(W, dtype=jnp.int32)[None], source.shape)
-    return made, jnp.stack([jnp.where(live, source, itself), jnp.where(live, added, _STAY)])
+    return made, jnp.stack([jnp.where(live, source, itself), jnp.where(live, added, STAY)])
 
 
-def _add(a: jax.Array, b: jax.Array) -> jax.Array:
+def log_add(a: jax.Array, b: jax.Array) -> jax.Array:
     """log(exp(a) + exp(b)) of finite numbers."""
     return jnp.maximum(a, b) + jnp.log1p(jnp.exp(-jnp.abs(a - b)))
 
 
-def _hash(prefix: _Hash, label: jax.Array) -> _Hash:
+def prefix_hash(prefix: Hash, label: jax.Array) -> Hash:
     """The hash of a prefix and one more label."""
     label = label.astype(jnp.uint32) + np.uint32(1)
     mixed = tuple(
@@ -260,10 +262,18 @@ def _hash(prefix: _Hash, label: jax.Array) -> _Hash:
     return tuple((one ^ (one >> np.uint32(15))) * np.uint32(0x2C1B3C6D) for one in mixed)
 
 
-def _trace(
+def trace(
     back: jax.Array, slot: jax.Array, count: jax.Array, blank_id: int
-) -> tuple[jax.Array, jax.Array]:
-    """Labels int32 [B, n, T] of the hypotheses that ended in `slot` [B, n], and how many."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the hypotheses that ended in `slot` [B, n] are.
+
+    Args:
+      back: int32 [T, 2, B, W], of each frame the hypothesis that one came from, and its new label
+        or STAY; count: int32 [B], the frames of a row.
+
+    Returns:
+      (labels int32 [B, n, T], packed left; how many they are [B, n]; their frames [B, n, T]).
+    """
 
     def step(slot, frame):
         source, label = frame
@@ -275,12 +285,14 @@ def _trace(
     written = (jnp.arange(T)[:, None] < count[None])[..., None]  # [T, B, 1]
     itself = jnp.arange(back.shape[-1], dtype=jnp.int32)[None, None]
     source = jnp.where(written, back[:, 0], itself)
-    label = jnp.where(written, back[:, 1], _STAY)
+    label = jnp.where(written, back[:, 1], STAY)
     _, labels = lax.scan(step, slot, (source, label), reverse=True)  # [T, B, n]
     labels = labels.transpose(1, 2, 0)
-    said = labels != _STAY
+    said = labels != STAY
     place = jnp.where(said, jnp.cumsum(said, axis=-1) - 1, T)
     rows, ones = (jnp.arange(n) for n in slot.shape)
-    packed = jnp.full(labels.shape, blank_id, jnp.int32)
-    packed = packed.at[rows[:, None, None], ones[None, :, None], place].set(labels, mode="drop")
-    return packed, said.sum(axis=-1, dtype=jnp.int32)
+    at = rows[:, None, None], ones[None, :, None], place
+    packed = jnp.full(labels.shape, blank_id, jnp.int32).at[at].set(labels, mode="drop")
+    time = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), labels.shape)
+    when = jnp.zeros(labels.shape, jnp.int32).at[at].set(time, mode="drop")
+    return packed, said.sum(axis=-1, dtype=jnp.int32), when

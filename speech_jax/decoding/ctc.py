@@ -45,7 +45,7 @@ def best_path(logits: jax.Array, lengths: jax.Array, *, blank_id: int = 0) -> Pa
     """What `greedy` finds, with the frames and the probabilities of its labels."""
     batch, frames, _ = logits.shape
     valid = masking.length_mask(lengths, frames)
-    best = _first_largest(logits)  # [B, T]
+    best = first_largest(logits)  # [B, T]
     most = jnp.max(jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
     previous = jnp.pad(best[:, :-1], ((0, 0), (1, 0)), constant_values=blank_id)
     spoken = (best != blank_id) & valid
@@ -67,7 +67,7 @@ def best_path(logits: jax.Array, lengths: jax.Array, *, blank_id: int = 0) -> Pa
     )
 
 
-def _first_largest(x: jax.Array) -> jax.Array:
+def first_largest(x: jax.Array) -> jax.Array:
     """Argmax over the last axis, int32, in two reductions: XLA's own is slow on a CPU."""
     size = x.shape[-1]
     place = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)

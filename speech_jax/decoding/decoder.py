@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -14,17 +14,26 @@ import numpy as np
 from speech_jax import files
 from speech_jax.decoding import beam, ctc, fusion, ngram
 from speech_jax.decoding.confidence import calibrated
+from speech_jax.decoding.generate import Texts
 from speech_jax.decoding.lexicon import Lexicon
 from speech_jax.decoding.words import Decoded, Word, timed
 from speech_jax.errors import UserError
+from speech_jax.ops import masking
 
-# Decoder -> the settings that it uses; with a language model there are _OF_LM too.
-DECODERS: dict[str, tuple[str, ...]] = {
+# Decoder of logits of CTC -> the settings that it uses; with a language model there are _OF_LM too.
+OF_CTC: dict[str, tuple[str, ...]] = {
     "greedy": (),
     "beam": ("width", "labels", "skip", "nbest"),
     "lexicon": ("width", "labels", "nbest", "bonus", "lexicon"),
 }
 _OF_LM = ("lm", "lm_weight", "bonus")
+# The same of searches that a task does itself, of more than logits.
+OF_TASKS: dict[str, tuple[str, ...]] = {
+    "attention": ("width", "nbest", "length_penalty"),
+    "joint": ("width", "nbest", "length_penalty", "ctc_weight"),
+    "rescore": ("width", "labels", "nbest", "ctc_weight"),
+}
+DECODERS = OF_CTC | OF_TASKS
 
 
 class DecoderError(UserError):
@@ -53,8 +62,10 @@ class Settings:
     Attributes:
       name: 'greedy', the best label of each frame; 'beam', CTC prefix beam search on the device,
         with n-grams of the labels if there is an `lm`; 'lexicon', beam search over known words with
-        n-grams of words, on the host (flashlight-text).
-      width: hypotheses that are kept after each frame.
+        n-grams of words, on the host (flashlight-text). Of a model that writes with an attention
+        decoder (tasks/attend.py) also 'attention', 'joint' (with CTC, in one pass) and 'rescore'
+        (the `width` best of CTC, put in order by both).
+      width: hypotheses that are kept after each frame, or each label that is written.
       labels: the most probable labels of a frame that extend a hypothesis.
       skip: a frame whose blank is more probable than this extends no hypothesis ('beam'); 1: none.
       nbest: readings that are given, `width` at most.
@@ -62,6 +73,8 @@ class Settings:
       lm_weight: what the language model's log probabilities are multiplied by.
       bonus: nats for each label ('beam', with an `lm`) or word ('lexicon').
       lexicon: a file of the words that 'lexicon' knows; empty: those of `lm`.
+      ctc_weight: of CTC in 'joint' and 'rescore'; the attention decoder has the rest.
+      length_penalty: of 'attention' and 'joint'; more of it makes longer texts (generate.beam).
       calibration: (scale, offset) of confidences, see decoding/confidence.py.
     """
 
@@ -74,6 +87,8 @@ class Settings:
     lm_weight: float = 0.5
     bonus: float = 0.0
     lexicon: str = ""
+    ctc_weight: float = 0.3
+    length_penalty: float = 0.0
     calibration: tuple[float, float] = (1.0, 0.0)
 
     @classmethod
@@ -95,6 +110,8 @@ class Settings:
             "nbest": (1 <= self.nbest <= self.width, f"1 to config.decoder.width={self.width}"),
             "lm_weight": (math.isfinite(self.lm_weight) and self.lm_weight >= 0, "at least 0"),
             "bonus": (math.isfinite(self.bonus), "a finite number"),
+            "ctc_weight": (0 <= self.ctc_weight <= 1, "in [0, 1]"),
+            "length_penalty": (0 <= self.length_penalty <= 10, "in [0, 10]"),
             "calibration": (
                 len(self.calibration) == 2
                 and all(isinstance(x, int | float) and math.isfinite(x) for x in self.calibration),
@@ -122,7 +139,7 @@ class Settings:
     def used(self) -> dict[str, Any]:
         """The settings that the decoder uses, by name, as JSON holds them."""
         names = [*DECODERS[self.name]]
-        if self.lm and self.name != "greedy":
+        if self.lm and self.name in ("beam", "lexicon"):
             names += [name for name in _OF_LM if name not in names]
         if not self.lexicon and "lexicon" in names:
             names.remove("lexicon")
@@ -189,6 +206,7 @@ class Decoder:
 
         Raises:
           LanguageModelError: the language model cannot be used.
+          DecoderError: it is a search of more than logits, which a task does itself.
         """
         return self._search(logits, lengths, self.fusion)
 
@@ -196,6 +214,7 @@ class Decoder:
         self, logits: jax.Array, lengths: jax.Array, tables: fusion.Fusion | None
     ) -> dict[str, jax.Array]:
         settings = self.settings
+        self.check_task(())
         if settings.name == "lexicon":  # the search is on the host: see `read`
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
             return {"log_probs": log_probs, "frames": lengths}
@@ -214,6 +233,52 @@ class Decoder:
         others = {"nbest": found.labels, "nbest_length": found.count, "nbest_score": found.score}
         row = _row(best) | {"frames": lengths, "score": found.score[:, 0]}
         return row | (others if settings.nbest > 1 else {})
+
+    def check_task(self, searches: Collection[str]) -> None:
+        """DecoderError for a search that needs more than logits and is none of a task's own."""
+        known = [*OF_CTC, *searches]
+        if self.settings.name not in known:
+            raise DecoderError(
+                f"config.decoder.name={self.settings.name!r} is a search of another kind of model: "
+                f"with this one it can be {', '.join(known)}"
+            )
+
+    def written(
+        self, texts: Texts, frames: jax.Array, logits: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """What `search` gives, of texts that a task has found, and `ended`, bool [B].
+
+        Labels are where CTC aligns them best; where there is no CTC, or the text does not fit, they
+        are spread evenly over the frames.
+
+        Args:
+          texts: labels [B, n, T]; frames: int32 [B]; logits: of CTC, [B, T, K].
+        """
+        labels, count, score = texts.labels[:, 0], texts.count[:, 0], texts.score[:, 0]
+        inside = masking.length_mask(count, labels.shape[1])
+        place = jnp.arange(labels.shape[1], dtype=jnp.int32)[None]
+        starts = place * frames[:, None] // jnp.maximum(count, 1)[:, None]
+        ends, sure = starts + 1, jnp.exp(score / (count + 1).astype(jnp.float32))[:, None]
+        if logits is not None:
+            best = ctc.aligned(logits, frames, labels, count)
+            placed = best.starts >= 0
+            starts, ends = (
+                jnp.where(placed, best.starts, starts),
+                jnp.where(placed, best.ends, ends),
+            )
+            sure = jnp.where(placed, best.sure, sure)
+        found = {
+            "labels": labels,
+            "labels_length": count,
+            "starts": jnp.where(inside, starts, -1),
+            "ends": jnp.where(inside, ends, -1),
+            "sure": jnp.where(inside, sure, 0),
+            "score": score,
+            "frames": frames,
+            "ended": texts.ended[:, 0],
+        }
+        others = {"nbest": texts.labels, "nbest_length": texts.count, "nbest_score": texts.score}
+        return found | (others if self.settings.nbest > 1 else {})
 
     def weighed(self, lm_weight: float, bonus: float) -> "Decoder":
         """The same decoder with other weights; on the device nothing is compiled for it."""

@@ -25,7 +25,7 @@ from speech_jax.data import audio, decoders
 from speech_jax.decoding.decoder import Decoder
 from speech_jax.decoding.words import Decoded, Word
 from speech_jax.deploy import pieces
-from speech_jax.deploy.acoustic import Acoustic, open_acoustic
+from speech_jax.deploy.acoustic import Acoustic
 from speech_jax.errors import UserError
 
 # Chunks are padded to one of a few lengths, a square root of 2 apart, so that few programs are
@@ -101,25 +101,6 @@ class Transcription:
         return tuple((" ".join(filter(None, texts)), score) for texts, score in best)
 
 
-def load(
-    path: str | os.PathLike,
-    *,
-    chunk_seconds: float | None = None,
-    decoder: Mapping[str, Any] | None = None,
-) -> "Model":
-    """Opens a trained model for use.
-
-    Args:
-      path: a workdir, a saved model, a Hugging Face folder or an exported file (.sjx, .onnx).
-      chunk_seconds: the most audio that the acoustic model is given at once, 5 to 300 seconds.
-      decoder: settings of the decoder, such as {"name": "beam", "nbest": 5}; see Model.
-
-    Raises:
-      UserError: there is no model, or one that gives no text; the message says which.
-    """
-    return Model(open_acoustic(path), chunk_seconds=chunk_seconds, decoder=decoder)
-
-
 class Model:
     """A trained model, ready for use. `speech_jax.load` makes one.
 
@@ -161,6 +142,10 @@ class Model:
         settings = {**acoustic.decoder, **(decoder or {})}
         self._decoder = Decoder(settings, acoustic.transcript, acoustic.frame_seconds)
         self._decoder.settings.check_files()
+        search = getattr(acoustic, "search", None)
+        self._search = search(settings) if search else None
+        if not self._search:
+            self._decoder.check_task(())
         platform = jax.default_backend()
         self._batch_seconds = _BATCH_SECONDS.get(platform, _BATCH_SECONDS_ELSEWHERE)
 
@@ -183,11 +168,42 @@ class Model:
           AudioError: the file cannot be read.
           TranscriptionError: the array is not audio.
         """
-        opened = self._opener(recording, sample_rate)
-        found = next(self._transcribe([opened], lambda files, seconds: None))
+        return self._one(recording, sample_rate, self._hear)
+
+    def translate(
+        self, recording: File | np.ndarray, sample_rate: int | None = None
+    ) -> Transcription:
+        """Writes down in another language what is said in a recording of any length.
+
+        It takes what `transcribe` takes. Each piece between two pauses is translated by itself; the
+        times of words within one are a guess.
+
+        Raises:
+          AudioError: the file cannot be read.
+          TranscriptionError: the array is not audio, or the model does not translate.
+        """
+        return self._one(recording, sample_rate, self._translate)
+
+    @property
+    def translates(self) -> bool:
+        """Whether `translate` can be used."""
+        return getattr(self.acoustic, "target", None) is not None
+
+    def _one(self, recording: File | np.ndarray, sample_rate: int | None, hear) -> Transcription:
+        opened = open_recording(recording, sample_rate, self.sample_rate)
+        found = next(self._transcribe([opened], lambda files, seconds: None, hear))
         if isinstance(found, UserError):
             raise found
         return found
+
+    def translate_all(
+        self,
+        recordings: Iterable[File],
+        progress: Callable[[float, float], None] = lambda files, seconds: None,
+    ) -> Iterator[Transcription | UserError]:
+        """As `transcribe_all`, but in another language."""
+        opened = (open_recording(file, None, self.sample_rate) for file in recordings)
+        return self._transcribe(opened, progress, self._translate)
 
     def transcribe_all(
         self,
@@ -199,33 +215,26 @@ class Model:
         Yields what `transcribe` returns or raises for each, in their order, as it becomes ready.
         `progress` is told how many files and how many seconds of audio were read.
         """
-        return self._transcribe((self._opener(file, None) for file in recordings), progress)
+        opened = (open_recording(file, None, self.sample_rate) for file in recordings)
+        return self._transcribe(opened, progress, self._hear)
 
-    def _opener(self, recording, sample_rate: int | None):
-        """(a name, a context manager that gives what audio.stream does) of a recording.
-
-        A file's errors are raised when that is entered, so that each recording has its own.
-        """
-        if isinstance(recording, (str, os.PathLike, io.IOBase)):
-            if sample_rate is not None:
-                raise TranscriptionError("a file says its own sample rate: leave sample_rate out")
-            if isinstance(recording, (str, os.PathLike)):
-                recording = str(pathlib.Path(recording).expanduser())
-            return audio.name_of(recording), audio.stream(recording, self.sample_rate)
-        rate = self.sample_rate if sample_rate is None else sample_rate
-        low, high = decoders.RATES
-        if not isinstance(rate, numbers.Integral) or not low <= rate <= high:
-            raise TranscriptionError(
-                f"sample_rate={rate!r} must be a whole number of Hz from {low} to {high}"
-            )
-        samples = audio.resample(_to_int16(recording), int(rate), self.sample_rate)
-        opened = iter([samples]), len(samples) / self.sample_rate
-        return "the array", contextlib.nullcontext(opened)
+    def classify(self, *_: Any, **__: Any) -> None:
+        """Raises TranscriptionError: a recognizer names no classes."""
+        raise TranscriptionError(
+            "this model writes down what is said and names no classes: use transcribe, or load one "
+            "that was trained to classify"
+        )
 
     def _transcribe(
-        self, opened: Iterable[tuple[str, Any]], progress: Callable[[float, float], None]
+        self,
+        opened: Iterable[tuple[str, Any]],
+        progress: Callable[[float, float], None],
+        hear: "Callable[[list[_Piece]], None]",
     ) -> Iterator[Transcription | UserError]:
-        """What is said in each recording, which `opened` gives as `_opener` does."""
+        """What is said in each recording, which `opened` gives as `open_recording` does.
+
+        `hear` gives pieces their text, and their memory back.
+        """
         waiting: collections.deque[_Recording] = collections.deque()
         pool: list[_Piece] = []
         most = _POOL_BATCHES * self._batch_seconds * self.sample_rate
@@ -235,13 +244,13 @@ class Model:
             waiting.append(recording)
             for share in self._read(recording, opener, pool):
                 if sum(len(piece.samples) for piece in pool) >= most:
-                    self._hear(pool)
+                    hear(pool)
                     pool.clear()
                     yield from self._ready(waiting)
                 progress(number + share, before + recording.samples / self.sample_rate)
             before += recording.samples / self.sample_rate
             progress(number + 1, before)
-        self._hear(pool)
+        hear(pool)
         yield from self._ready(waiting)
 
     def _read(self, recording: "_Recording", opener: Any, pool: "list[_Piece]") -> Iterator[float]:
@@ -270,6 +279,34 @@ class Model:
 
     def _hear(self, pool: "list[_Piece]") -> None:
         """Decodes pieces, and gives the memory of their samples back."""
+        if self._search:
+            self._write(pool)
+        else:
+            self._listen(pool)
+        for piece in pool:
+            piece.samples, piece.logits = None, []
+
+    def _write(self, pool: "list[_Piece]") -> None:
+        """Finds the text of pieces, each as a whole."""
+        shortest = self.acoustic.frame_seconds * self.sample_rate
+        rows = collections.defaultdict(list)
+        for piece in pool:
+            if len(piece.samples) >= shortest:
+                rows[padded(len(piece.samples), self.sample_rate)].append(piece)
+        for size, members in sorted(rows.items()):
+            full = max(1, int(self._batch_seconds * self.sample_rate / size))
+            for some, count in _batches(members, full):
+                samples, lengths = np.zeros((count, size), np.int16), np.zeros(count, np.int32)
+                for row, piece in enumerate(some):
+                    samples[row, : len(piece.samples)] = piece.samples
+                    lengths[row] = len(piece.samples)
+                found = self._search(samples, lengths)
+                for row, piece in enumerate(some):
+                    own = {name: array[row] for name, array in found.items()}
+                    piece.decoded = self._decoder.read(own)
+
+    def _listen(self, pool: "list[_Piece]") -> None:
+        """Decodes the logits of pieces, of which a model hears a chunk at a time."""
         rows = collections.defaultdict(list)
         for piece in pool:
             for chunk in pieces.chunks(
@@ -277,7 +314,7 @@ class Model:
             ):
                 place = len(piece.logits)
                 piece.logits.append(None)
-                rows[_padded(chunk.stop - chunk.start, self.sample_rate)].append(
+                rows[padded(chunk.stop - chunk.start, self.sample_rate)].append(
                     (piece, place, chunk)
                 )
         for size, members in sorted(rows.items()):
@@ -290,8 +327,31 @@ class Model:
         )
         for some, count in _batches(spoken, _DECODED_TOGETHER):
             self._decode(some, count)
+
+    def _translate(self, pool: "list[_Piece]") -> None:
+        """Translates pieces, each whole, and gives the memory of their samples back."""
+        if not self.translates:
+            raise TranscriptionError(
+                "this model does not translate: use transcribe, or load one that was trained with "
+                "config.task.name='translate'"
+            )
+        rows = collections.defaultdict(list)
         for piece in pool:
-            piece.samples, piece.logits = None, []
+            if self.acoustic.frames(len(piece.samples)):
+                rows[padded(len(piece.samples), self.sample_rate)].append(piece)
+        for size, members in sorted(rows.items()):
+            full = max(1, int(self._batch_seconds * self.sample_rate / size))
+            for some, count in _batches(members, full):
+                samples, lengths = np.zeros((count, size), np.int16), np.zeros(count, np.int32)
+                for row, piece in enumerate(some):
+                    samples[row, : len(piece.samples)] = piece.samples
+                    lengths[row] = len(piece.samples)
+                for piece, decoded in zip(
+                    some, self.acoustic.translate(samples, lengths), strict=False
+                ):
+                    piece.decoded = decoded
+        for piece in pool:
+            piece.samples = None
 
     def _hear_chunks(
         self, members: "list[tuple[_Piece, int, pieces.Chunk]]", shape: tuple[int, int]
@@ -378,11 +438,35 @@ def _batches(members: list, full: int) -> Iterator[tuple[list, int]]:
             yield from (([member], 1) for member in some)
 
 
-def _padded(length: int, rate: int) -> int:
+def padded(length: int, rate: int) -> int:
     """The length that `length` samples are padded to."""
     shortest = _SHORTEST_SECONDS * rate
     steps = max(0, math.ceil(math.log(length / shortest, _STEP) - 1e-9))
     return math.ceil(shortest * _STEP**steps)
+
+
+def open_recording(
+    recording: File | np.ndarray, sample_rate: int | None, own_rate: int
+) -> tuple[str, Any]:
+    """(a name, a context manager that gives what audio.stream does, at `own_rate`) of a recording.
+
+    A file's errors are raised when that is entered, so that each recording has its own.
+    """
+    if isinstance(recording, (str, os.PathLike, io.IOBase)):
+        if sample_rate is not None:
+            raise TranscriptionError("a file says its own sample rate: leave sample_rate out")
+        if isinstance(recording, (str, os.PathLike)):
+            recording = str(pathlib.Path(recording).expanduser())
+        return audio.name_of(recording), audio.stream(recording, own_rate)
+    rate = own_rate if sample_rate is None else sample_rate
+    low, high = decoders.RATES
+    if not isinstance(rate, numbers.Integral) or not low <= rate <= high:
+        raise TranscriptionError(
+            f"sample_rate={rate!r} must be a whole number of Hz from {low} to {high}"
+        )
+    samples = audio.resample(_to_int16(recording), int(rate), own_rate)
+    opened = iter([samples]), len(samples) / own_rate
+    return "the array", contextlib.nullcontext(opened)
 
 
 def _to_int16(recording: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from speech_jax.data.parts.category import Category
 from speech_jax.data.sources import Utterance
-from speech_jax.evaluators import Row
+from speech_jax.evaluators import Row, figures
 from speech_jax.evaluators.page import Section, matrix, percent, table
 
 # Classes of the largest confusion matrix that is drawn.
@@ -95,7 +95,7 @@ class Accuracy:
             (name, found["examples"], *(percent(found[key]) for key in _OF_CLASSES))
             for name, found in classes.items()
         ]
-        matrix_of = matrix(self._target.classes, evaluator.confusion.tolist())
+        matrix_of = matrix(self._target.classes, evaluator.confusion)
         return [
             Section("Classes", table(("class", "utterances", *_OF_CLASSES), rows)),
             Section("Confusions", matrix_of),
@@ -126,7 +126,7 @@ class Accuracy:
         axes.set_yticks(range(count), recalls)
         axes.set(xlabel="prediction", ylabel="class (recall)", title=self.line())
         axes.title.set_fontsize(8)
-        figure.savefig(path, dpi=120)
+        figures.save(figure, path)
 
     def line(self) -> str:
         """The rates in per cent."""

@@ -70,7 +70,7 @@ class Errors:
     def __init__(self, transcript: Transcript, decoder: Decoder | None = None):
         """`decoder` is what made the predictions, and reads them; without one they are labels."""
         self._transcript, self._decoder = transcript, decoder
-        self.counts = ErrorCounts()
+        self.counts, self._cut = ErrorCounts(), None
 
     def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]:
         """Counts one utterance; its line has both texts and its own word error rate.
@@ -90,19 +90,26 @@ class Errors:
         counts = count_errors(reference, hypothesis)
         self.counts += counts
         wer = None if counts.wer is None else round(counts.wer, 4)
+        if "ended" in prediction:  # of what is written until it ends
+            self._cut = (self._cut or 0) + (not prediction["ended"])
         return {"reference": reference, "hypothesis": hypothesis, "wer": wer} | found
 
     def results(self) -> dict[str, float | None]:
-        """Both rates, and the counts that the first one is made of."""
+        """Both rates, and the counts that the first one is made of.
+
+        Of texts that are written until they end also `cut`, those that did not and were cut.
+        """
         names = ("insertions", "deletions", "substitutions", "words")
         counts = {name: getattr(self.counts, name) for name in names}
-        return {"wer": self.counts.wer, "cer": self.counts.cer} | counts
+        cut = {} if self._cut is None else {"cut": self._cut}
+        return {"wer": self.counts.wer, "cer": self.counts.cer} | counts | cut
 
     def line(self) -> str:
         """Both rates in per cent."""
         if self.counts.wer is None:
             return "no reference words, so no error rate"
-        return f"WER {100 * self.counts.wer:.2f}%  CER {100 * self.counts.cer:.2f}%"
+        cut = f"  ({self._cut} texts did not end, and were cut)" if self._cut else ""
+        return f"WER {100 * self.counts.wer:.2f}%  CER {100 * self.counts.cer:.2f}%{cut}"
 
     def tallies(self, line: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         """Errors and what they are of, in one utterance."""
@@ -115,3 +122,23 @@ class Errors:
     def sections(self, lines: Sequence[Mapping[str, Any]]) -> list[Section]:
         """Confusions of words, and the reliability of their confidence."""
         return words.sections(lines)
+
+
+class Searched(Errors):
+    """The errors of a search that takes steps: how many, and frames cut short by its bound."""
+
+    def __init__(self, transcript: Transcript, decoder: Decoder | None = None):
+        super().__init__(transcript, decoder)
+        self._sums = dict.fromkeys(("steps", "frames", "bounded"), 0)
+
+    def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]:
+        """As `Errors`, with the steps of an utterance."""
+        for name in self._sums:
+            self._sums[name] += int(prediction[name])
+        return super().add(utterance, example, prediction) | {"steps": int(prediction["steps"])}
+
+    def results(self) -> dict[str, float | None]:
+        """As `Errors`, with the steps of all utterances, a frame, and the frames cut short."""
+        steps, frames = self._sums["steps"], self._sums["frames"]
+        found = {"steps": steps, "steps_per_frame": round(steps / max(frames, 1), 4)}
+        return super().results() | found | {"bounded": self._sums["bounded"]}

@@ -1,10 +1,23 @@
 """Which layers of an encoder a head listens to, where it learns a sum of them."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+
+from speech_jax.evaluators import figures
+
+
+def found(params: Mapping[str, Any], path: pathlib.Path) -> dict[str, list[float]]:
+    """{"layer_weights": shares} of the parameters of a task, drawn to `path`; {} without any."""
+    if "layer_weights" not in params:
+        return {}
+    found = shares(params["layer_weights"])
+    if jax.process_index() == 0:
+        draw(found, path)
+    return {"layer_weights": found}
 
 
 def shares(weights: jax.Array) -> list[float]:
@@ -21,4 +34,4 @@ def draw(shares: Sequence[float], path: pathlib.Path) -> None:
     axes.bar(["input", *map(str, range(1, len(shares)))], shares)
     axes.axhline(1 / len(shares), color="gray", linewidth=1, linestyle=":")
     axes.set(xlabel="layer", ylabel="share")
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -24,7 +23,7 @@ from speech_jax.data.parts import Part
 from speech_jax.data.pipeline import Corpus
 from speech_jax.data.sources import Utterance
 from speech_jax.errors import UserError
-from speech_jax.evaluators import Evaluator, Row
+from speech_jax.evaluators import Row
 from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
 from speech_jax.training.stopping import Interrupted, Interruption
@@ -97,6 +96,13 @@ class Evaluation:
             self._corpora[split] = found
         return self._corpora[split]
 
+    def check(self, split: str) -> None:
+        """Raises UserError where an utterance of a split lacks what it is measured by."""
+        corpus = self.corpus(split)
+        check = getattr(self.task.evaluator(self._parts), "check", lambda utterance: None)
+        for index in corpus.index:
+            check(corpus.source.utterances[index])
+
     def check_memory(self, split: str, params: Any, state: Any, fits: int) -> None:
         """Raises UserError where the longest utterances of a split do not fit in memory.
 
@@ -126,8 +132,43 @@ class Evaluation:
         Raises:
           UserError: no utterance could be read, or the predictions cannot be written.
         """
-        corpus = self.corpus(split)
-        reader = _Reader(self.task.evaluator(self._parts), corpus, keep=predictions is not None)
+        corpus, evaluator = self.corpus(split), self.task.evaluator(self._parts)
+        lines: list[str] = []
+
+        def add(utterance: Utterance, example: Row, row: Row) -> None:
+            line = evaluator.add(utterance, example, row)
+            if predictions is not None:
+                line = {"id": utterance.id, **line}
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+
+        def measure(heard: int) -> dict[str, Any]:
+            if heard and predictions is not None:
+                with files.writing(predictions):
+                    files.write_atomically(predictions, "".join(lines))
+                    if draw := getattr(evaluator, "draw", None):
+                        draw(predictions.with_suffix(".png"))
+            found = {"results": evaluator.results(), "line": evaluator.line()} if heard else {}
+            return {"heard": heard, "skipped": corpus.skipped, **found}
+
+        heard = self.each(params, state, corpus, add)
+        content = sharding.from_first(lambda: measure(heard))
+        return _score(split, corpus, evaluator.rates, **content)
+
+    def each(
+        self,
+        params: Any,
+        state: Any,
+        corpus: Corpus,
+        add: Callable[[Utterance, Row, Row], None],
+    ) -> int:
+        """Hands an utterance, its row of the batch and that of the prediction to `add`, one by one.
+
+        That is on the first process alone. Returns how many there were; elsewhere 0.
+
+        Raises:
+          UserError: that of `add`, on all processes.
+        """
+        reader = _Reader(corpus, add)
         plan = experiment.evaluation_plan(self._config, corpus, self.task, self._mesh)
         batches = experiment.evaluation_batches(self._config, corpus, plan)
         waiting = collections.deque()
@@ -144,21 +185,36 @@ class Evaluation:
                 self._on_batch()
             while waiting:
                 waiting.popleft().result()
-        if jax.process_index() == 0 and predictions is not None and reader.heard:
-            with files.writing(predictions):
-                files.write_atomically(predictions, "".join(reader.lines))
-                if draw := getattr(reader.evaluator, "draw", None):
-                    draw(predictions.with_suffix(".png"))
-        return _agree(split, reader)
+        sharding.from_first(reader.check)
+        return reader.heard
+
+
+def measure(
+    evaluation: Evaluation,
+    params: Any,
+    state: Any,
+    splits: Iterable[str],
+    workdir: Workdir,
+    say: Callable[[str], None],
+) -> dict[str, dict]:
+    """results.json's entry of each split; details go to the workdir's predictions."""
+    results = {}
+    decoder = getattr(evaluation.task, "decoder", None)
+    how = {"decoder": str(decoder.settings)} if decoder else {}
+    for split in splits:
+        score = evaluation.run(params, state, split, workdir.predictions(split))
+        results[split] = score.results | how
+        say(f"{split}: {score.line}")
+    return results
 
 
 class _Reader:
-    """Brings predictions to the host and hands them to an evaluator, on the first process."""
+    """Brings predictions to the host and hands them on, on the first process."""
 
-    def __init__(self, evaluator: Evaluator, corpus: Corpus, keep: bool):
-        self.evaluator, self.corpus, self.heard = evaluator, corpus, 0
-        self.lines: list[str] = []
-        self._keep = keep
+    def __init__(self, corpus: Corpus, add: Callable[[Utterance, Row, Row], None]):
+        self.heard = 0
+        self._corpus, self._add = corpus, add
+        self._error: UserError | None = None
 
     def read(
         self,
@@ -166,17 +222,24 @@ class _Reader:
         found: Mapping[str, jax.Array],
         shared: Mapping[str, jax.Array],
     ) -> None:
-        if jax.process_index():
+        if jax.process_index() or self._error:
             jax.block_until_ready(found)  # the processes stay together, and leave together
             return
         prediction = {name: np.asarray(value.addressable_data(0)) for name, value in found.items()}
         shared = {name: np.asarray(value.addressable_data(0)) for name, value in shared.items()}
-        for utterance, example, row in by_utterance(self.corpus, shared or batch, prediction):
-            line = self.evaluator.add(utterance, example, row)
-            self.heard += 1
-            if self._keep:
-                line = {"id": utterance.id, **line}
-                self.lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            for utterance, example, row in by_utterance(self._corpus, shared or batch, prediction):
+                self._add(utterance, example, row)
+                self.heard += 1
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            self._error = error  # it is raised where all processes are
+
+    def check(self) -> None:
+        """Raises what went wrong."""
+        if self._error:
+            raise self._error
 
 
 def by_utterance(
@@ -191,33 +254,27 @@ def by_utterance(
             yield corpus.source.utterances[index], *rows
 
 
-def _agree(split: str, reader: _Reader) -> Score:
-    """The score, the same on every process."""
-    corpus, evaluator = reader.corpus, reader.evaluator
-    content: dict[str, Any] = {"heard": reader.heard, "skipped": corpus.skipped}
-    if reader.heard:
-        content |= {"results": evaluator.results(), "line": evaluator.line()}
-    content = _from_first_process(content)
-    if not content["heard"]:
-        first = next(iter(content["skipped"].items()), ("", "it is empty"))
+def _score(
+    split: str,
+    corpus: Corpus,
+    rates: Iterable[str],
+    *,
+    heard: int,
+    skipped: Mapping[str, str],
+    results: Mapping[str, Any] | None = None,
+    line: str = "",
+) -> Score:
+    """The score of what the first process has measured."""
+    if results is None:
+        first = next(iter(skipped.items()), ("", "it is empty"))
         raise UserError(f"{split}: no utterance could be read ({': '.join(first).strip(': ')})")
-    heard, total = content["heard"], len(corpus.source.utterances) + len(corpus.source.skipped)
+    total = len(corpus.source.utterances) + len(corpus.source.skipped)
     if heard < total:
-        reasons = [*content["skipped"].items(), *corpus.left_out.items()]
+        reasons = [*skipped.items(), *corpus.left_out.items()]
         named = "; ".join(f"{name}: {why}" for name, why in reasons[:3])
         logging.warning(
             "%s: %d of %d utterances are not in the score: %s", split, total - heard, total, named
         )
     of = f"{heard} utterances" if heard == total else f"{heard} of {total} utterances"
-    results = content["results"] | {"utterances": heard, "left_out": total - heard}
-    rates = {name: results[name] for name in evaluator.rates}
-    return Score(results, rates, f"{content['line']}  ({of})")
-
-
-def _from_first_process(content: dict[str, Any]) -> dict[str, Any]:
-    if jax.process_count() == 1:
-        return content
-    text = json.dumps(content).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.frombuffer(text.ljust(size)[:size], np.uint8)
-    return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
+    results = {**results, "utterances": heard, "left_out": total - heard}
+    return Score(results, {name: results[name] for name in rates}, f"{line}  ({of})")

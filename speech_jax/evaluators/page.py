@@ -13,9 +13,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 Point = tuple[float, float]
 # A table of more rows scrolls in a box of its own.
 _TALL = 12
+# Classes of the largest matrix of counts.
+_LARGEST = 40
 
 
 class Html(str):
@@ -109,19 +113,32 @@ def side_by_side(*content: Html) -> Html:
 
 
 def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], note: str = "") -> Html:
-    """Counts [what it is, what was said] of classes, shaded by their share of the row."""
+    """Counts [what it is, what was said] of classes, shaded by their share of the row.
+
+    Of more classes than can be shown, it is of those that are confused most, and says so.
+    """
+    numbers = np.asarray(counts)
+    totals = np.maximum(numbers.sum(1), 1)
+    wrong = numbers - np.diag(np.diag(numbers))
+    shown = np.sort(np.argsort(-wrong.sum(0) - wrong.sum(1), kind="stable")[:_LARGEST])
+    if len(shown) < len(names):
+        among = wrong[np.ix_(shown, shown)].sum()
+        note += (
+            f" The {len(shown)} classes of {len(names):,} that are confused most, with {among:,} "
+            f"of {wrong.sum():,} confusions; a row's shade is its share of all of its class."
+        )
+    names = [names[place] for place in shown]
     head = [element("th", "is \\ said", scope="col"), *(_turned(name) for name in names)]
     rows = []
-    for place, (name, row) in enumerate(zip(names, counts, strict=True)):
-        total = max(sum(row), 1)
+    for name, place in zip(names, shown, strict=True):
         cells = (
             element(
                 "td",
-                count or "",
+                int(numbers[place, said]) or "",
                 class_="right" if said == place else "wrong",
-                style=f"--share: {count / total:.3f}",
+                style=f"--share: {numbers[place, said] / totals[place]:.3f}",
             )
-            for said, count in enumerate(row)
+            for said in shown
         )
         rows.append(element("tr", element("th", name, scope="row", dir="auto"), *cells))
     made = element(
@@ -130,7 +147,7 @@ def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], note: str = ""
         element("tbody", *rows),
         class_="matrix",
     )
-    return join([scrolled(made), element("p", note, class_="note") if note else ""])
+    return join([scrolled(made), element("p", note.strip(), class_="note") if note else ""])
 
 
 def _turned(name: str) -> Html:

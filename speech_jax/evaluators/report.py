@@ -21,8 +21,8 @@ from absl import logging
 from speech_jax import files
 from speech_jax.data.pipeline import Corpus
 from speech_jax.data.sources import Utterance
-from speech_jax.evaluators import Evaluator, page, words
-from speech_jax.evaluators.intervals import FEW, bootstrap
+from speech_jax.evaluators import Evaluator, intervals, page, words
+from speech_jax.evaluators.intervals import FEW
 from speech_jax.evaluators.page import Html, Section, element
 from speech_jax.evaluators.sounds import Media
 from speech_jax.workdir import Workdir
@@ -112,8 +112,7 @@ class _Split:
     @functools.cached_property
     def speakers(self) -> list[str] | None:
         """The speaker of each utterance, if all of them are known."""
-        found = [utterance.tags.get("speaker") for utterance in self.utterances]
-        return None if None in found or len(set(found)) < 2 else [str(one) for one in found]
+        return intervals.speakers(self.utterances)
 
     @property
     def main(self) -> str | None:
@@ -128,7 +127,7 @@ class _Split:
         if self.speakers:
             groups = [self.speakers[place] for place in chosen]
             groups = groups if len(set(groups)) > 1 else None
-        return bootstrap(errors[chosen], sizes[chosen], groups)
+        return intervals.bootstrap(errors[chosen], sizes[chosen], groups)
 
 
 def _read(
@@ -281,24 +280,24 @@ def _groups(
     note = f"The {_ROWS} highest of {len(order):,}." if len(order) > _ROWS else ""
     order = order[:_ROWS]
     chosen = {label: np.asarray(members[label]) for label in order}
-    intervals = {label: split.interval(split.main, places) for label, places in chosen.items()}
+    spans = {label: split.interval(split.main, places) for label, places in chosen.items()}
     # The scale is of groups that an interval says something of; wider ones go over its edge.
     many = [label for label in order if len(members[label]) >= FEW] or order
-    ends = [(intervals[label] or (0.0, 0.0))[1] for label in many]
+    ends = [(spans[label] or (0.0, 0.0))[1] for label in many]
     top = max([*ends, *(rates[label] or 0.0 for label in many)], default=0.0)
     counted = split.speakers and head != "speaker"
     rows = []
     for label, places in chosen.items():
         row: list[object] = [label, len(places)]
-        said = page.number(page.said(intervals[label]))
+        said = page.number(page.said(spans[label]))
         if counted:
             speakers = len({split.speakers[place] for place in places})
             row.append(speakers)
-            if speakers < FEW and intervals[label]:
+            if speakers < FEW and spans[label]:
                 said = element("span", said, class_="few", title="of few speakers")
                 note = note or f"The interval of fewer than {FEW} speakers says little: it is grey."
         row += [_count(errors[places].sum()), _count(sizes[places].sum())]
-        row += [page.percent(rates[label]), page.whisker(rates[label], intervals[label], top), said]
+        row += [page.percent(rates[label]), page.whisker(rates[label], spans[label], top), said]
         rows.append(row)
     heads = [head, "utterances", *(["speakers"] if counted else []), "errors", "of"]
     return page.table([*heads, _title(split.main), "", "95% interval"], rows, note)

@@ -9,7 +9,6 @@ and the transcript), and against the signal-to-noise ratio of additive noise.
 
 import collections
 import contextlib
-import io
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -24,6 +23,7 @@ from speech_jax.config import split_names
 from speech_jax.data import audio
 from speech_jax.data.parts.audio import open_noise
 from speech_jax.errors import UserError
+from speech_jax.evaluators import figures
 from speech_jax.evaluators.errors import Errors
 from speech_jax.evaluators.loop import alone, by_utterance
 from speech_jax.tasks import Task
@@ -206,9 +206,7 @@ def plot(runs: Mapping[str, dict], path: pathlib.Path) -> None:
         noisy.invert_xaxis()
         attacked.legend()
         noisy.legend()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:], dpi=120)
-    path.write_bytes(drawn.getvalue())  # which may be in a bucket
+    figures.save(figure, path)
 
 
 def _draw(attacked, noisy, curves, name, color):

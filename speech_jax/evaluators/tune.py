@@ -55,6 +55,7 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
     decoder = getattr(task, "decoder", None)
     if not isinstance(decoder, Decoder) or not isinstance(task.evaluator(model.parts), Errors):
         raise UserError(f"--mode=tune is for recognizers, and {config.task.name} gives no text")
+    decoder.check_task(())  # what is tuned are the weights of n-grams, and confidences of CTC
     split = next(iter(split_names(config.data.eval_splits)), "")
     if not split:
         raise UserError("--mode=tune needs a split: name one in config.data.eval_splits")

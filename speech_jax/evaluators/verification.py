@@ -11,7 +11,7 @@ al. 2017). The cohort are the training classes, each by the vector that the clas
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -21,8 +21,8 @@ from speech_jax.errors import UserError
 from speech_jax.evaluators import Row
 
 _SAME = {"1": True, "0": False, "target": True, "nontarget": False}
-# All pairs of so many utterances are compared at most.
-_MOST = 10_000
+# All pairs of so many utterances are compared at most, and so many pairs at a time.
+_MOST, _BLOCK = 10_000, 1 << 16
 
 
 class Trial(NamedTuple):
@@ -61,45 +61,53 @@ def read_trials(path: str) -> tuple[Trial, ...]:
     return tuple(trials)
 
 
-def error_curve(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(accepted, refused): shares of other and of same pairs, one for each threshold.
+class Curve(NamedTuple):
+    """Shares of other pairs that are accepted and of same ones that are refused, by threshold.
 
     Thresholds fall from above the highest score to the lowest. Equal scores share one.
     """
+
+    accepted: np.ndarray
+    refused: np.ndarray
+
+    @property
+    def equal_error_rate(self) -> float:
+        """Where the lines between the points have as many accepted as refused."""
+        difference = self.accepted - self.refused  # from -1 to 1
+        place = int(np.argmax(difference >= 0))
+        share = -difference[place - 1] / (difference[place] - difference[place - 1])
+        before = self.accepted[place - 1]
+        return float(before + share * (self.accepted[place] - before))
+
+    def least_cost(self, probability: float) -> float:
+        """The least detection cost, for a share `probability` of pairs of one speaker."""
+        costs = probability * self.refused + (1 - probability) * self.accepted
+        return float(costs.min() / min(probability, 1 - probability))
+
+
+def error_curve(scores: np.ndarray, same: np.ndarray) -> Curve:
+    """The curve of scores [n] of pairs, which are of one speaker where `same` [n] says so."""
     order = np.argsort(-scores, kind="stable")
     scores, same = scores[order], same[order]
     last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
-    accepted = np.cumsum(~same)[last] / (~same).sum()
-    refused = 1 - np.cumsum(same)[last] / same.sum()
-    return np.append(0.0, accepted), np.append(1.0, refused)
+    found = np.cumsum(same)[last]
+    accepted = (last + 1 - found) / (~same).sum()
+    return Curve(np.append(0.0, accepted), np.append(1.0, 1 - found / same.sum()))
 
 
-def equal_error_rate(scores: np.ndarray, same: np.ndarray) -> float:
-    """Where the lines between the points of the curve have as many accepted as refused."""
-    accepted, refused = error_curve(scores, same)
-    difference = accepted - refused  # from -1 to 1
-    place = int(np.argmax(difference >= 0))
-    share = -difference[place - 1] / (difference[place] - difference[place - 1])
-    return float(accepted[place - 1] + share * (accepted[place] - accepted[place - 1]))
-
-
-def least_cost(scores: np.ndarray, same: np.ndarray, probability: float) -> float:
-    """The least detection cost, for a share `probability` of pairs of one speaker."""
-    accepted, refused = error_curve(scores, same)
-    costs = probability * refused + (1 - probability) * accepted
-    return float(costs.min() / min(probability, 1 - probability))
+def nearest_scores(cohort: np.ndarray, nearest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation [n] of the `nearest` ones of each utterance's scores `cohort` [n, K]."""
+    top = np.sort(cohort, axis=1)[:, -nearest:]
+    return top.mean(1), np.maximum(top.std(1), 1e-6)
 
 
 def normalize(
-    scores: np.ndarray, one: np.ndarray, other: np.ndarray, cohort: np.ndarray, nearest: int
+    scores: np.ndarray, one: np.ndarray, other: np.ndarray, mean: np.ndarray, spread: np.ndarray
 ) -> np.ndarray:
-    """Adaptive s-norm of scores [n] of utterances `one` and `other`, int [n].
+    """Adaptive s-norm of scores [m] of utterances `one` and `other`, int [m].
 
-    cohort: the scores [utterances, K] against the cohort, of which each utterance takes its own
-    `nearest`.
+    mean, spread: what `nearest_scores` returns of all utterances.
     """
-    top = np.sort(cohort, axis=1)[:, -nearest:]
-    mean, spread = top.mean(1), np.maximum(top.std(1), 1e-6)
     return sum((scores - mean[index]) / spread[index] for index in (one, other)) / 2
 
 
@@ -112,60 +120,86 @@ class Verification:
         """`tag` says who speaks, where there are no `trials`; `nearest` is that of `normalize`."""
         self._tag, self._trials, self._nearest = tag, trials, nearest
         self._found: dict[str, tuple[str, np.ndarray, np.ndarray]] = {}
+        self._results: dict[str, float | None] | None = None
 
     def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]:
         """Keeps the embedding of one utterance, which its line has too."""
         del example
+        self.check(utterance)
         who = utterance.tags.get(self._tag, "")
-        if not who and not self._trials:
+        embedding = np.asarray(prediction["embedding"], np.float32)
+        unit = embedding / max(np.linalg.norm(embedding), 1e-12)
+        self._found[utterance.id] = who, unit, np.asarray(prediction["cohort"], np.float32)
+        self._results = None
+        return {"speaker": who, "embedding": [round(float(value), 6) for value in unit]}
+
+    def check(self, utterance: Utterance) -> None:
+        """Raises UserError for an utterance of which nobody knows who speaks."""
+        if not self._trials and not utterance.tags.get(self._tag):
             raise UserError(
                 f"utterance {utterance.id} has no tag {self._tag!r}, so nobody knows whom it is "
                 "compared with: add it, or name a file of pairs in config.task.trials"
             )
-        embedding = np.asarray(prediction["embedding"], np.float64)
-        unit = embedding / max(np.linalg.norm(embedding), 1e-12)
-        self._found[utterance.id] = who, unit, np.asarray(prediction["cohort"], np.float64)
-        return {"speaker": who, "embedding": [round(float(value), 6) for value in unit]}
 
     def results(self) -> dict[str, float | None]:
         """Error rates and costs of the pairs, and how many pairs there were."""
+        if self._results is None:
+            self._results = self._measured()
+        return dict(self._results)
+
+    def _measured(self) -> dict[str, float | None]:
         ids = sorted(self._found)  # the order of the utterances is no matter
-        one, other, same = self._pairs(ids)
+        if len(ids) > _MOST and not self._trials:
+            raise UserError(
+                f"all pairs of {len(ids)} utterances are too many: name a file of pairs in "
+                "config.task.trials"
+            )
+        blocks = [*self._scored(ids)] if ids else [np.zeros((3, 0), np.float32)]
+        scores, normalized, same = map(np.concatenate, zip(*blocks, strict=True))
+        same = same.astype(bool)
         counts = {"pairs": len(same), "same": int(same.sum())}
         if self._trials:
             counts["pairs_left_out"] = len(self._trials) - len(same)
         if not 0 < same.sum() < len(same):
             return dict.fromkeys(self.rates) | counts
-        units = np.stack([self._found[name][1] for name in ids])
-        cohort = np.stack([self._found[name][2] for name in ids])
-        scores = (units[one] * units[other]).sum(1)
-        normalized = normalize(scores, one, other, cohort, self._nearest)
-        return {
-            "eer": equal_error_rate(scores, same),
-            "min_dcf_0.01": least_cost(scores, same, 0.01),
-            "min_dcf_0.05": least_cost(scores, same, 0.05),
-            "eer_normalized": equal_error_rate(normalized, same),
-            "min_dcf_0.01_normalized": least_cost(normalized, same, 0.01),
-            "min_dcf_0.05_normalized": least_cost(normalized, same, 0.05),
-            **counts,
-        }
+        found: dict[str, float | None] = {}
+        for suffix, of in (("", scores), ("_normalized", normalized)):
+            curve = error_curve(of, same)
+            found[f"eer{suffix}"] = curve.equal_error_rate
+            found[f"min_dcf_0.01{suffix}"] = curve.least_cost(0.01)
+            found[f"min_dcf_0.05{suffix}"] = curve.least_cost(0.05)
+        return found | counts
 
-    def _pairs(self, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(one, other, whether the speaker is the same) of each pair, the first two as places."""
+    def _scored(self, ids: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(scores, normalized ones, whether the speaker is the same) of pairs, block by block."""
+        units = np.stack([self._found[name][1] for name in ids])  # [n, E]
+        cohort = np.stack([self._found[name][2] for name in ids])
+        mean, spread = nearest_scores(cohort, self._nearest)
+        for one, other, same, scores in self._pairs(ids, units):
+            yield scores, normalize(scores, one, other, mean, spread), same
+
+    def _pairs(self, ids: Sequence[str], units: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+        """(one, other, whether the speaker is the same, score), of a block of pairs each [m].
+
+        The first two are places in `ids`, of which `units` [n, E] are the embeddings.
+        """
         if self._trials:
             place = {name: number for number, name in enumerate(ids)}
             known = [t for t in self._trials if t.one in place and t.other in place]
-            one, other = ([place[t[side]] for t in known] for side in (0, 1))
-            same = [t.same for t in known]
-            return np.asarray(one, int), np.asarray(other, int), np.asarray(same, bool)
-        if len(ids) > _MOST:
-            raise UserError(
-                f"all pairs of {len(ids)} utterances are too many: name a file of pairs in "
-                "config.task.trials"
-            )
-        who = np.asarray([self._found[name][0] for name in ids])
-        one, other = np.triu_indices(len(ids), 1)
-        return one, other, who[one] == who[other]
+            for start in range(0, max(len(known), 1), _BLOCK):
+                some = known[start : start + _BLOCK]
+                one = np.asarray([place[trial.one] for trial in some], int)
+                other = np.asarray([place[trial.other] for trial in some], int)
+                same = np.asarray([trial.same for trial in some], bool)
+                yield one, other, same, np.einsum("pe,pe->p", units[one], units[other])
+            return
+        _, who = np.unique([self._found[name][0] for name in ids], return_inverse=True)
+        rows = max(1, _BLOCK // len(ids))
+        for start in range(0, len(ids), rows):
+            block = units[start : start + rows] @ units[start:].T
+            one, other = np.nonzero(np.triu(np.ones(block.shape, bool), 1))
+            same = who[one + start] == who[other + start]
+            yield one + start, other + start, same, block[one, other]
 
     def line(self) -> str:
         """The equal error rates in per cent, and the costs."""

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from speech_jax import registry
 from speech_jax.errors import UserError
 from speech_jax.models import layers
 from speech_jax.ops import convolution, masking, partition
@@ -20,6 +21,9 @@ class Conformer(nn.Module):
       num_layers, heads, kernel: depth, attention heads, taps of the depthwise convolution.
       expansion: feed-forward width over D.
       subsampling: 4 or 8, input frames per output frame.
+      subsampling_kind: 'plane' (over time and frequency, as in the paper), 'separable' (depthwise
+        over both, FastConformer, Rekesh et al. 2023) or 'time' (over time alone, the bands are
+        channels: the cheapest on CPUs).
       subsampling_channels: channels of the strided convolutions; None is D.
       position: 'rotary' or 'relative' attention.
       conv_norm: 'layer' or 'batch' in the convolution module.
@@ -37,6 +41,7 @@ class Conformer(nn.Module):
     kernel: int = 31
     expansion: int = 4
     subsampling: int = 4
+    subsampling_kind: str = "plane"
     subsampling_channels: int | None = None
     position: str = "rotary"
     conv_norm: str = "layer"
@@ -51,8 +56,10 @@ class Conformer(nn.Module):
     rules: ClassVar[Rules] = (
         *layers.RULES,
         (r"subsampling/convolution_\d/kernel", (None, None, None, "fsdp")),
-        (r"subsampling/project/kernel", ("fsdp", None)),
-        (r"subsampling/(convolution_\d|project)/bias", ()),
+        (r"subsampling/over_time_\d/kernel", (None, None, "fsdp")),
+        (r"subsampling/depthwise_\d/kernel", ()),
+        (r"subsampling/(pointwise_\d|project)/kernel", ("fsdp", None)),
+        (r"subsampling/(convolution_\d|over_time_\d|pointwise_\d|project)/bias", ()),
     )
     # S, M, L: table 1 of the paper. Tiny is for two CPU cores.
     VARIANTS: ClassVar = {
@@ -77,6 +84,7 @@ class Conformer(nn.Module):
             self.width,
             self.subsampling_channels or self.width,
             halvings(self.subsampling),
+            self.subsampling_kind,
             dtype=self.dtype,
             name="subsampling",
         )(inputs, lengths)
@@ -171,7 +179,7 @@ class Block(nn.Module):
 
 
 class Subsampling(nn.Module):
-    """3x3 convolutions of stride 2 over time and frequency, then a projection to `width`.
+    """Convolutions of three taps and stride 2, then a projection to `width`; see Conformer.
 
     Frames past an utterance's length are zero before each convolution, as if it ended there.
     """
@@ -179,22 +187,17 @@ class Subsampling(nn.Module):
     width: int
     channels: int
     halvings: int
+    kind: str = "plane"
     dtype: Any = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
-        x = x.astype(self.dtype)[:, :, :, None]  # [B, F, M, 1]
+        convolve = registry.lookup("subsampling_kind", _HALVE, self.kind)
+        x = x.astype(self.dtype)
+        if self.kind != "time":
+            x = x[..., None]  # [B, F, M, 1]
         for index in range(self.halvings):
-            x = _zero_past(x, lengths)
-            x = nn.Conv(
-                self.channels,
-                (3, 3),
-                strides=(2, 2),
-                padding=((1, 1), (1, 1)),
-                dtype=self.dtype,
-                conv_general_dilated=convolution.over_plane,
-                name=f"convolution_{index}",
-            )(x)
+            x = convolve(_zero_past(x, lengths), self.channels, index, self.dtype)
             x = partition.split_rows(nn.relu(x))
             lengths = (lengths + 1) // 2
         batch, frames = x.shape[:2]
@@ -207,8 +210,56 @@ class Subsampling(nn.Module):
         return project(x.reshape(batch, frames, -1))
 
 
+def _over_plane(x: jax.Array, channels: int, index: int, dtype: Any) -> jax.Array:
+    """[B, F, M, C] to [B, F / 2, M / 2, channels]."""
+    return nn.Conv(
+        channels,
+        (3, 3),
+        strides=(2, 2),
+        padding=((1, 1), (1, 1)),
+        dtype=dtype,
+        conv_general_dilated=convolution.over_plane,
+        name=f"convolution_{index}",
+    )(x)
+
+
+def _separable(x: jax.Array, channels: int, index: int, dtype: Any) -> jax.Array:
+    """[B, F, M, C] to [B, F / 2, M / 2, channels]; there is nothing to separate in one channel."""
+    if not index:
+        return _over_plane(x, channels, index, dtype)
+    x = nn.Conv(
+        channels,
+        (3, 3),
+        strides=(2, 2),
+        padding=((1, 1), (1, 1)),
+        feature_group_count=channels,
+        use_bias=False,
+        dtype=dtype,
+        conv_general_dilated=convolution.depthwise_over_plane,
+        name=f"depthwise_{index}",
+    )(x)
+    return nn.Dense(channels, dtype=dtype, name=f"pointwise_{index}")(x)
+
+
+def _over_time(x: jax.Array, channels: int, index: int, dtype: Any) -> jax.Array:
+    """[B, F, C] to [B, F / 2, channels]."""
+    return nn.Conv(
+        channels,
+        (3,),
+        strides=(2,),
+        padding=((1, 1),),
+        dtype=dtype,
+        conv_general_dilated=convolution.over_time,
+        name=f"over_time_{index}",
+    )(x)
+
+
+_HALVE = {"plane": _over_plane, "separable": _separable, "time": _over_time}
+
+
 def _zero_past(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    mask = masking.length_mask(lengths, x.shape[1])[:, :, None, None]
+    mask = masking.length_mask(lengths, x.shape[1])
+    mask = mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 

@@ -212,13 +212,14 @@ def _distance_to_key(scores: jax.Array) -> jax.Array:
     return skewed.reshape(batch, heads, frames, distances)[..., :frames]
 
 
-def sinusoids(first: int, count: int, step: int, width: int) -> np.ndarray | jax.Array:
+def sinusoids(first: int | jax.Array, count: int, step: int, width: int) -> np.ndarray | jax.Array:
     """Sinusoidal embeddings float32 [count, width] of positions first, first + step, ...
 
-    (Vaswani et al. 2017). Where `count` is a symbol of an export, they are computed in the program.
+    (Vaswani et al. 2017). Where `count` is a symbol of an export, or `first` is known in a program
+    alone, they are computed there.
     """
     rates = np.exp(-np.log(10_000.0) * np.arange(0, width, 2) / width)
-    if not jax.export.is_symbolic_dim(count):
+    if not jax.export.is_symbolic_dim(count) and isinstance(first, int):
         angles = (first + step * np.arange(count))[:, None] * rates[None, :]
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
     # Products of int32 wrap around as angles do, in units of 2**-32 of a turn: a float32 product
@@ -233,10 +234,10 @@ def sinusoids(first: int, count: int, step: int, width: int) -> np.ndarray | jax
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def rotate(x: jax.Array) -> jax.Array:
-    """Rotary position embedding of [B, T, H, W]."""
+def rotate(x: jax.Array, first: int | jax.Array = 0) -> jax.Array:
+    """Rotary position embedding of [B, T, H, W], whose positions begin with `first`."""
     frames, width = x.shape[1], x.shape[3]
-    table = sinusoids(0, frames, 1, width)[None, :, None]  # [1, T, 1, W]
+    table = sinusoids(first, frames, 1, width)[None, :, None]  # [1, T, 1, W]
     sin, cos = (
         jnp.asarray(half, x.dtype) for half in (table[..., : width // 2], table[..., width // 2 :])
     )
@@ -303,7 +304,8 @@ class MaskedBatchNorm(nn.Module):
     """Batch normalization over the valid frames of the global batch (Ioffe & Szegedy 2015).
 
     Under a mesh the sums are global: the mean is over the frames of all devices. The running
-    statistics are in the 'batch_stats' collection.
+    statistics are in the 'batch_stats' collection. Those that are in the collection 'held' too
+    stand still, and are what is normalized by in training as well (training/groups.py).
     """
 
     dtype: Dtype = jnp.float32
@@ -316,7 +318,7 @@ class MaskedBatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (width,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,), jnp.float32)
         running_variance = self.variable("batch_stats", "variance", jnp.ones, (width,), jnp.float32)
-        if deterministic:
+        if deterministic or self.has_variable("held", "mean"):
             mean, variance = running_mean.value, running_variance.value
         else:
             mean, variance = masking.masked_mean_and_variance(x, mask[:, :, None], axes=(0, 1))
@@ -344,7 +346,7 @@ def scan_layers(
 
     run = nn.scan(
         one,
-        variable_axes={"params": 0, "batch_stats": 0},
+        variable_axes={"params": 0, "batch_stats": 0, "held": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, *[0] * len(own)),
         length=count,

@@ -31,10 +31,11 @@ def attend(
 
     Args:
       query: [B, T, H, W]; key, value: [B, S, H, W].
-      mask: bool [B, S], True in front, for the keys that may be attended to.
+      mask: bool [B, S], True in front, for the keys that may be attended to; or [B or 1, T, S],
+        those of each query.
       drop: what is done to the weights [B, H, T, S], if anything.
     """
-    if drop is None and _has_kernel(query):
+    if drop is None and mask.ndim == 2 and _has_kernel(query):
         return _fused(query, key, value, mask, divisor)
     scores = jnp.einsum("bthd,bshd->bhts", query, key)
     return weigh(scores, value, mask, drop, divisor)
@@ -50,7 +51,8 @@ def weigh(
     """`attend`, for scores [B, H, T, S] that were computed before; the softmax is float32."""
     scores = scores.astype(jnp.float32) / np.float32(divisor)
     # Finite, so that a row without a single valid frame stays free of NaN.
-    scores = jnp.where(mask[:, None, None, :], scores, -1e30)
+    mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]  # [B, 1, 1 or T, S]
+    scores = jnp.where(mask, scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     if drop is not None:
         weights = drop(weights)

@@ -2,7 +2,7 @@
 
 On CPU, strided, grouped and depthwise convolutions are written as matrix products and sums of
 shifted products: XLA's own, and above all their gradients, are several times slower there (figures
-beside each). GPUs have some forms of their own, and elsewhere they are XLA's. All of them are tested
+beside each). GPUs have some forms of their own, and elsewhere they are XLA's. The forms are tested
 against each other.
 """
 
@@ -78,6 +78,21 @@ def strided_and_normalized(
     weight = weight.reshape(kernel * channels, width)
     weight, bias = normalize_over_time(seen, frames, weight, scale, shift)
     return jnp.matmul(seen.astype(dtype), weight.astype(dtype)) + bias.astype(dtype)[:, None]
+
+
+def over_time(
+    x: jax.Array,
+    weight: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **settings,
+) -> jax.Array:
+    """[B, T, C] padded and convolved with weight [K, C, D], strided: [B, T', D].
+
+    As `over_plane`, it is for nn.Conv.
+    """
+    del settings
+    return strided(jnp.pad(x, ((0, 0), *padding, (0, 0))), weight, *strides)
 
 
 def windows(x: jax.Array, kernel: int, stride: int) -> jax.Array:
@@ -161,6 +176,30 @@ def over_plane(
     return partition.by_platform(convolution, gpu=product)(x, weight)
 
 
+def depthwise_over_plane(
+    x: jax.Array,
+    weight: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **settings,
+) -> jax.Array:
+    """Each of C channels of [B, F, M, C] convolved on its own with weight [K, L, 1, C].
+
+    As `over_plane`, it is for nn.Conv: [B, F', M', C].
+    """
+
+    def convolution(x, weight):
+        return lax.conv_general_dilated(x, weight, strides, padding, **settings)
+
+    def products(x, weight):  # twice as fast on CPU, with its gradients
+        kernel = weight.shape[:2]
+        taps = _taps(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel, strides)
+        each = weight.reshape(-1, 1, 1, 1, weight.shape[-1])
+        return sum(tap * each[i] for i, tap in enumerate(taps))
+
+    return partition.by_platform(convolution, cpu=products)(x, weight)
+
+
 def plane_windows(
     x: jax.Array, kernel: Sequence[int], strides: Sequence[int], padding: Sequence[tuple[int, int]]
 ) -> jax.Array:
@@ -170,22 +209,27 @@ def plane_windows(
     """
     channels = x.shape[-1]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    taps = _taps(x, kernel, strides)
+    missing = -len(taps) * channels % 16
+    if missing:
+        taps.append(jnp.zeros((*taps[0].shape[:3], missing), x.dtype))
+    return jnp.concatenate(taps, axis=-1)
+
+
+def _taps(x: jax.Array, kernel: Sequence[int], strides: Sequence[int]) -> list[jax.Array]:
+    """What each of K L taps sees of [B, F, M, C], [B, F', M', C] each."""
     counts = [
         output_length(size, k, stride)
         for size, k, stride in zip(x.shape[1:3], kernel, strides, strict=True)
     ]
     ends = [(count - 1) * stride + 1 for count, stride in zip(counts, strides, strict=True)]
-    taps = [
+    return [
         lax.slice(
-            x, (0, i, j, 0), (x.shape[0], i + ends[0], j + ends[1], channels), (1, *strides, 1)
+            x, (0, i, j, 0), (x.shape[0], i + ends[0], j + ends[1], x.shape[3]), (1, *strides, 1)
         )
         for i in range(kernel[0])
         for j in range(kernel[1])
     ]
-    missing = -len(taps) * channels % 16
-    if missing:
-        taps.append(jnp.zeros((x.shape[0], *counts, missing), x.dtype))
-    return jnp.concatenate(taps, axis=-1)
 
 
 # ---- Depthwise ---------------------------------------------------------------------------------
@@ -199,7 +243,7 @@ def depthwise(
     A frame sees `past` frames before it and K - 1 - past after it; by default as many ('same').
     """
     kernel, width = weight.shape
-    frames, left = x.shape[1], (kernel - 1) // 2 if past is None else past
+    left = (kernel - 1) // 2 if past is None else past
     sides = (left, kernel - 1 - left)
     start = jnp.zeros((1, 1, width), x.dtype) if bias is None else bias[None, None]
 

@@ -9,7 +9,7 @@ Shapes: T frames, N directions, B rows, G gates, H hidden units.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -107,10 +107,11 @@ def _forward(
     """The states after every frame [T, N, B, H], and before it."""
     _, directions, rows, _ = inputs.shape
     start = (jnp.zeros((directions, rows, weight.shape[1]), jnp.float32),) * cell.states
+    matrices = tuple(weight)  # here, since XLA would copy them out of `weight` at every frame
 
     def advance(states: States, frame: tuple) -> tuple[States, States]:
         product, inside = frame
-        new = cell.step(product.astype(jnp.float32), _product(states[0], weight), states)
+        new = cell.step(product.astype(jnp.float32), _product(states[0], matrices), states)
         new = tuple(jnp.where(inside, *pair) for pair in zip(new, states, strict=True))
         return new, new
 
@@ -119,16 +120,16 @@ def _forward(
     return after, before
 
 
-def _product(hidden: jax.Array, weight: jax.Array) -> jax.Array:
-    """[.., N, B, H] by [N, H, G H] to float32 [.., N, B, G H]; one product a direction.
+def _product(hidden: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array:
+    """[.., N, B, H] by N times [H, G H] to float32 [.., N, B, G H]; one product a direction.
 
     XLA has no fast product of a batch of matrices on CPU.
     """
-    hidden = hidden.astype(weight.dtype)
+    hidden = hidden.astype(matrices[0].dtype)
     return jnp.stack(
         [
             jnp.matmul(hidden[..., n, :, :], matrix, preferred_element_type=jnp.float32)
-            for n, matrix in enumerate(weight)
+            for n, matrix in enumerate(matrices)
         ],
         axis=-3,
     )
@@ -141,8 +142,8 @@ def _keep(cell: Cell, inputs: jax.Array, weight: jax.Array, valid: jax.Array) ->
 
 def _backward(cell: Cell, kept: tuple, gradient: jax.Array) -> tuple:
     inputs, weight, valid, before = kept
-    recurrent = _product(before[0], weight)  # [T, N, B, G H]
-    transposed = weight.transpose(0, 2, 1)
+    recurrent = _product(before[0], tuple(weight))  # [T, N, B, G H]
+    transposed = tuple(weight.transpose(0, 2, 1))
 
     def retreat(later: States, frame: tuple) -> tuple[States, tuple]:
         output_gradient, product, state_product, inside, states = frame

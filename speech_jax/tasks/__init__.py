@@ -28,10 +28,15 @@ import numpy as np
 from speech_jax import registry
 
 TASKS = {
+    "attend": "speech_jax.tasks.attend:Attend",
     "best_rq": "speech_jax.tasks.best_rq:BestRQ",
     "classify": "speech_jax.tasks.classify:Classify",
     "contrastive": "speech_jax.tasks.contrastive:Contrastive",
+    "next_sample": "speech_jax.tasks.next_sample:NextSample",
+    "next_sample_of_speakers": "speech_jax.tasks.next_sample:NextSampleOfSpeakers",
     "recognize": "speech_jax.tasks.recognize:Recognize",
+    "translate": "speech_jax.tasks.translate:Translate",
+    "transduce": "speech_jax.tasks.transduce:Transduce",
 }
 
 Pytree = Any

@@ -16,6 +16,9 @@ no part in the norm that gradients are clipped by, and nothing is differentiated
 
 Where nothing is frozen, `split` returns the tree as it is, and `still` without a leaf.
 
+The statistics of a module (batch norm's) stand still as long as all of its parameters do, and it
+normalizes by them: it learns as it is evaluated.
+
 What is frozen for some updates has moments that wait for it, and costs no more: a step is compiled
 for each time at which something thaws (`starts`). Branches of one step would do as well, but on a
 CPU what is in a branch runs on one core.
@@ -25,6 +28,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +42,8 @@ from speech_jax.training import peft
 NO_DECAY = r"\w*(bias|scale|shift)(_\d+)?|magnitude"
 
 FOREVER = -1
+# The collection by which a module knows that its statistics stand still (models/layers.py).
+HELD = "held"
 
 
 def thaw(params: Any, frozen: Sequence[tuple[str, int]]) -> Any:
@@ -101,7 +107,8 @@ def gradients(make: Callable[[Any], Callable], task: Any, until: Any, done: int)
         params: Any, state: Any, batch: Any, rng: jax.Array, step: jax.Array | int
     ) -> tuple[Any, Any]:
         learned, still = split(params, thawed)
-        gradient, loss = make(_Held(task, still))(learned, state, batch, rng, step)
+        held = _Held(task, still, thawed)
+        gradient, loss = make(held)(learned, state, batch, rng, step)
         zeros = jax.tree.map(jnp.zeros_like, split(params, learns)[0])
         return join(gradient, zeros), loss
 
@@ -109,16 +116,43 @@ def gradients(make: Callable[[Any], Callable], task: Any, until: Any, done: int)
 
 
 class _Held:
-    """A task of the parameters that learn, with the others held still."""
+    """A task of the parameters that learn, with the others and their statistics held still."""
 
-    def __init__(self, task: Any, still: Any):
-        self._task, self._still = task, still
+    def __init__(self, task: Any, still: Any, thawed: Any):
+        self._task, self._still, self._thawed = task, still, thawed
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._task, name)
-        if name not in ("loss", "logits"):
-            return found
-        return lambda learned, *rest: found(join(learned, self._still), *rest)
+        return self._logits if name == "logits" else found
+
+    def loss(self, learned: Any, state: Any, *rest: Any) -> tuple:
+        """As the task's."""
+        total, weight, aux = self._task.loss(join(learned, self._still), self._held(state), *rest)
+        return total, weight, {**aux, "state": _without_held(aux["state"])}
+
+    def _logits(self, learned: Any, state: Any, *rest: Any) -> tuple:
+        found = self._task.logits(join(learned, self._still), self._held(state), *rest)
+        *found, state = found
+        return *found, _without_held(state)
+
+    def _held(self, state: Any) -> Any:
+        """`state` with the statistics that stand still in a collection `HELD` too."""
+        statistics = flax.traverse_util.flatten_dict(state.get("batch_stats", {}))
+        held = {path: value for path, value in statistics.items() if self._stands(path)}
+        return {**state, HELD: flax.traverse_util.unflatten_dict(held)} if held else state
+
+    def _stands(self, path: tuple[str, ...]) -> bool:
+        """Whether no parameter of a statistic's module, or of the one that it is in, learns."""
+        place = self._thawed
+        for name in path[:-1]:
+            if name not in place:
+                break
+            place = place[name]
+        return not any(jax.tree.leaves(place))
+
+
+def _without_held(state: Any) -> Any:
+    return {name: tree for name, tree in state.items() if name != HELD}
 
 
 def decay_factors(params: Any, decay: Rules) -> Any:

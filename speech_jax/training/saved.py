@@ -28,6 +28,7 @@ from speech_jax.files import parse_json
 
 _DIGESTS = "digests.json"
 _RECORD = "record/metadata"
+_AVERAGES = "ema/"
 _CURE = "Use the configuration that the checkpoint was trained with, or another directory."
 _OPTIMIZER = (
     "Only the state of the optimizer is another (of other settings, or of an earlier version): "
@@ -46,12 +47,20 @@ class Damaged(Exception):
 def read(path: epath.Path, abstract: Any) -> tuple[dict, Any]:
     """Returns the record, and the arrays that `abstract` describes, verified.
 
+    Earlier versions averaged frozen parameters too: what was saved of these averages is left out.
+
     Raises Damaged in every process if it is damaged for any, and CheckpointError where `abstract`
     asks for other leaves than were saved.
     """
     wanted = named(abstract)
     record = _verified(path)
-    _check_leaves(path, wanted, record["leaves"])
+    averages = any(name.startswith(_AVERAGES) for name in wanted)
+    left_out = {
+        name
+        for name in record["leaves"].keys() - wanted.keys()
+        if averages and name.startswith(_AVERAGES) and f"params/{name[len(_AVERAGES) :]}" in wanted
+    }
+    _check_leaves(path, wanted, {k: v for k, v in record["leaves"].items() if k not in left_out})
     leaves = _together(lambda: _read_leaves(path, wanted))
     state = jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
     return record, state

@@ -4,7 +4,8 @@ Axes: `data` (batch), `fsdp` (batch, and parameters split among its devices), `t
 feed-forward width, vocabulary). A batch is split over data and fsdp together.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,6 +110,29 @@ def barrier(name: str) -> None:
     """Waits for all processes of the run."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make` returns on the first process of the run, on all of them: something for JSON.
+
+    Raises:
+      UserError: that of `make`, on all processes, so that none waits for the first one.
+    """
+    if jax.process_count() == 1:
+        return make()
+    content: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            content["found"] = make()
+        except UserError as error:
+            content["error"] = str(error)
+    text = json.dumps(content).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.frombuffer(text.ljust(size)[:size], np.uint8)
+    content = json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
+    if "error" in content:
+        raise UserError(content["error"])
+    return content["found"]
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

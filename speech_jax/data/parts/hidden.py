@@ -5,9 +5,11 @@ It takes the place of the audio in a batch; no task names it as its part.
 
 import dataclasses
 import functools
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+import shutil
+from collections.abc import Mapping
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -15,23 +17,28 @@ from speech_jax import files
 from speech_jax.data.batch import Field, Fields
 from speech_jax.data.parts import PartError
 from speech_jax.data.sources import Source, Utterance
+from speech_jax.errors import UserError
 
-_INDEX, _STATES = "index.json", "states.npy"
+_INDEX, _STATES = "index.json", "states.float32"
+# The name of the training data among the folders; others are named by their split.
+TRAINING = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-    """Frames float32 [frames, *sizes] out of folders that `write` wrote, one for each split.
+    """Frames float32 [frames, *size] out of a folder that a `Writer` wrote.
 
     Attributes:
-      folders: that are read; they are mapped into memory when they are asked for.
-      sizes_of_frame: the dimensions of a frame.
+      folders: by the split whose utterances they are of; ids may be anew in each.
+      size: the dimensions of a frame.
       rate: frames in a second of audio.
+      split: whose folder is read.
     """
 
-    folders: tuple[pathlib.Path, ...]
-    sizes_of_frame: tuple[int, ...]
+    folders: Mapping[str, pathlib.Path]
+    size: tuple[int, ...]
     rate: float
+    split: str = TRAINING
     name: str = "hidden"
 
     count = 0
@@ -40,60 +47,110 @@ class Hidden:
 
     @property
     def fields(self) -> Fields:
-        return {self.name: Field("float32", ("frames", *self.sizes_of_frame))}
+        return {self.name: Field("float32", ("frames", *self.size))}
+
+    def of(self, split: str) -> Self:
+        """The part for the utterances of a split."""
+        return dataclasses.replace(self, split=split)
 
     def for_evaluation(self) -> Self:
         return self
 
     @functools.cached_property
-    def _places(self) -> dict[str, tuple[int, int, int]]:
-        """Folder, first frame and frames of each utterance."""
-        found = {}
-        for number, folder in enumerate(self.folders):
-            for name, (first, frames) in files.read_json(folder / _INDEX)["frames"].items():
-                found[name] = number, first, frames
-        return found
+    def _index(self) -> dict[str, Any]:
+        return _read(self.folders[self.split])
 
     @functools.cached_property
-    def _states(self) -> list[np.ndarray]:
-        return [np.load(folder / _STATES, mmap_mode="r") for folder in self.folders]
+    def _states(self) -> np.ndarray:
+        shape = (self._index["count"], *self.size)
+        if not shape[0]:
+            return np.zeros(shape, np.float32)
+        return np.memmap(self.folders[self.split] / _STATES, np.float32, "r", shape=shape)
 
     def sizes(self, utterance: Utterance) -> dict[str, int]:
-        if utterance.id not in self._places:
-            raise PartError("not read: its audio has no hidden states")
-        return {"frames": self._places[utterance.id][2]}
+        if utterance.id not in self._index["frames"]:
+            raise PartError(self._index["left_out"].get(utterance.id, "not read: its audio failed"))
+        return {"frames": self._index["frames"][utterance.id][1]}
 
     def load(
         self, source: Source, index: int, rng: np.random.Generator, speed: float
     ) -> dict[str, np.ndarray]:
         del rng, speed
-        folder, first, frames = self._places[source.utterances[index].id]
-        return {self.name: np.asarray(self._states[folder][first : first + frames])}
+        first, frames = self._index["frames"][source.utterances[index].id]
+        return {self.name: np.asarray(self._states[first : first + frames])}
 
     def read(self, row: Mapping[str, Any]) -> str:
         return f"{row[f'{self.name}_length']} frames"
 
 
-def shape(folders: Sequence[pathlib.Path]) -> tuple[int, tuple[int, ...]]:
-    """(frames in all, the dimensions of one) of what `write` wrote into folders."""
-    states = [np.load(folder / _STATES, mmap_mode="r") for folder in folders]
-    return sum(map(len, states)), states[0].shape[1:]
+class Writer:
+    """Writes the states of utterances, one after another, to a folder.
+
+    It is a context manager. The folder is there once `finish` is called; what was written until
+    then is elsewhere, and removed where that is not.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        """Raises UserError, as all methods do, where nothing can be written there."""
+        self._folder = folder
+        self._scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+        self._frames: dict[str, tuple[int, int]] = {}
+        self._count, self._size = 0, ()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        with files.writing(self._folder):
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            self._file = (self._scratch / _STATES).open("wb")
+        return self
+
+    def add(self, name: str, states: np.ndarray) -> None:
+        """Adds the states float32 [frames, *size] of the utterance with the id `name`."""
+        with files.writing(self._folder):
+            self._file.write(np.ascontiguousarray(states, np.float32).data)
+        self._frames[name] = self._count, len(states)
+        self._count += len(states)
+        self._size = states.shape[1:]
+
+    def finish(self, left_out: Mapping[str, str]) -> None:
+        """Puts the folder in its place; `left_out` says why other utterances have no states."""
+        if not self._frames:
+            why = ": ".join(next(iter(left_out.items()), ("it is empty",)))
+            raise UserError(f"config.data.cache_hidden: no utterance of a split is read ({why})")
+        index = {
+            "count": self._count,
+            "size": self._size,
+            "frames": self._frames,
+            "left_out": dict(left_out),
+        }
+        with files.writing(self._folder):
+            self._file.close()
+            files.write_atomically(self._scratch / _INDEX, files.dump_json(index))
+            try:
+                self._scratch.rename(self._folder)
+            except OSError:
+                if not is_there(self._folder):  # another run may have been faster
+                    raise
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def is_there(folder: pathlib.Path) -> bool:
-    """Whether `write` came to its end there: the index is written last."""
+    """Whether a `Writer` came to its end there."""
     return (folder / _INDEX).exists()
 
 
-def write(folder: pathlib.Path, states: Mapping[str, np.ndarray], order: Sequence[str]) -> None:
-    """Writes the states [frames, ...] of utterances by id, those that are there, in an order."""
-    order = [name for name in order if name in states]
-    frames = np.asarray([len(states[name]) for name in order], int)
-    starts = np.cumsum(frames) - frames
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / _STATES, np.concatenate([states[name] for name in order]))
-    places = {
-        name: [int(first), int(count)]
-        for name, first, count in zip(order, starts, frames, strict=True)
-    }
-    files.write_atomically(folder / _INDEX, files.dump_json({"frames": places}))
+def shape(folder: pathlib.Path) -> tuple[int, tuple[int, ...]]:
+    """(frames in all, the dimensions of one) of what a `Writer` wrote."""
+    index = _read(folder)
+    return index["count"], tuple(index["size"])
+
+
+def _read(folder: pathlib.Path) -> dict[str, Any]:
+    index = files.read_json(folder / _INDEX)
+    size = 4 * index["count"] * int(np.prod(index["size"]))
+    if (folder / _STATES).stat().st_size != size:
+        raise UserError(f"{folder} is damaged: remove it, and its states are computed anew")
+    return index

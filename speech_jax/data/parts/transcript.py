@@ -53,14 +53,22 @@ class Transcript:
     ) -> Self:
         texts = [_text(utterance, tag) for utterance in source.utterances]
         if not any(texts):
-            what = f"a {tag!r}" if tag else "a transcript"
+            what = f"the tag {tag!r}" if tag else "a transcript"
+            there = sorted({key for one in source.utterances for key in one.tags})
+            tags = f" (tags are {', '.join(there) or 'none'})" if tag else ""
+            first = f"; the first is {source.utterances[0].id}" if source.utterances else ""
             raise PartError(
-                f"no utterance of the training splits has {what}, which config.task needs: add "
-                "it to the data or choose another task"
+                f"no utterance of the training splits has {what}, which config.task needs{tags}"
+                f"{first}: add it to the data or choose another task"
             )
-        made = text.make_tokenizer(
-            tokenizer, texts, normalizer=normalizer, vocabulary_size=vocabulary_size
-        )
+        try:
+            made = text.make_tokenizer(
+                tokenizer, texts, normalizer=normalizer, vocabulary_size=vocabulary_size
+            )
+        except text.TextError as error:
+            if not tag:
+                raise
+            raise PartError(f"config.parts.{name}, of the tag {tag!r}: {error}") from error
         return cls(made, name, tag)
 
     @classmethod

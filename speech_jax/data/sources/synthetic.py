@@ -1,9 +1,10 @@
-"""A corpus spoken by espeak-ng: numbers, dates, times and commands in many English voices.
+"""A corpus spoken by espeak-ng: numbers, dates, times and commands in many voices.
 
 Made offline in seconds and kept on disk as 16 kHz FLAC with a manifest. It is a pure function of
-(seed, split, number of utterances), and a longer corpus begins with the utterances of a shorter
-one. No sentence and no voice is in two splits: a hash of the sentence names its split, and each
-voice variant (espeak's imitation of a speaker) belongs to one. All splits share the accents.
+(language, seed, split, number of utterances), and a longer corpus begins with the utterances of a
+shorter one. No sentence and no voice is in two splits: a hash of the English sentence names its
+split, whatever language it is said in, and each voice variant (espeak's imitation of a speaker)
+belongs to one. All splits share the accents. Translations are said by the grammar of sentences.py.
 
 espeak-ng (GPL-3.0) comes through the package espeakng-loader, which the extra `quickstart` names.
 It is run in processes of its own: `python -m speech_jax.data.sources.synthetic` is what they run.
@@ -11,6 +12,7 @@ It is run in processes of its own: `python -m speech_jax.data.sources.synthetic`
 
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -31,7 +33,7 @@ import soundfile
 
 import speech_jax
 from speech_jax.data import audio
-from speech_jax.data.sources import base, manifest
+from speech_jax.data.sources import base, manifest, sentences
 
 SPLITS = ("train", "dev", "test")
 SAMPLE_RATE = 16000
@@ -42,83 +44,32 @@ _CHUNK = 10
 _MOST = 50_000  # there are about twice as many test sentences
 _SIZES = {"train": 3000, "dev": 200, "test": 300}
 
-# ---- Sentences ---------------------------------------------------------------------------------
-
-_DIGITS, _TEENS, _TENS, _ORDINALS, _MONTHS, _DAYS = map(
-    str.split,
-    (
-        "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE",
-        "TEN ELEVEN TWELVE THIRTEEN FOURTEEN FIFTEEN SIXTEEN SEVENTEEN EIGHTEEN NINETEEN",
-        "TWENTY THIRTY FORTY FIFTY",
-        "FIRST SECOND THIRD FOURTH FIFTH SIXTH SEVENTH EIGHTH NINTH TENTH ELEVENTH TWELFTH "
-        "THIRTEENTH FOURTEENTH FIFTEENTH SIXTEENTH SEVENTEENTH EIGHTEENTH NINETEENTH TWENTIETH",
-        "JANUARY FEBRUARY MARCH APRIL MAY JUNE JULY AUGUST SEPTEMBER OCTOBER NOVEMBER DECEMBER",
-        "MONDAY TUESDAY WEDNESDAY THURSDAY FRIDAY SATURDAY SUNDAY",
-    ),
-)
-
-
-def _number(n: int) -> str:
-    """Spells 0 to 59."""
-    if n < 20:
-        return (_DIGITS + _TEENS)[n]
-    tens, units = divmod(n, 10)
-    return _TENS[tens - 2] + (f" {_DIGITS[units]}" if units else "")
-
-
-def _ordinal(n: int) -> str:
-    """Spells 1st to 31st."""
-    if n <= 20:
-        return _ORDINALS[n - 1]
-    return "THIRTIETH" if n == 30 else f"{_TENS[n // 10 - 2]} {_ORDINALS[n % 10 - 1]}"
-
-
-def _time(rng: random.Random) -> str:
-    hour, minute = _number(rng.randint(1, 12)), rng.randint(1, 59)
-    clock = f"{hour} OH {_DIGITS[minute]}" if minute < 10 else f"{hour} {_number(minute)}"
-    spoken = rng.choice([clock, clock, f"HALF PAST {hour}", f"QUARTER TO {hour}"])
-    return spoken + rng.choice(["", " IN THE MORNING", " IN THE EVENING"])
-
-
-def _date(rng: random.Random) -> str:
-    return f"THE {_ordinal(rng.randint(1, 31))} OF {rng.choice(_MONTHS)}"
-
-
-def _sentence(rng: random.Random) -> str:
-    kinds = (
-        lambda: "CALL " + " ".join(rng.choices(_DIGITS, k=rng.randint(3, 6))),
-        lambda: f"SET AN ALARM FOR {_time(rng)}",
-        lambda: f"WAKE ME UP ON {rng.choice(_DAYS)} AT {_time(rng)}",
-        lambda: f"SET A TIMER FOR {_number(rng.randint(2, 59))} {rng.choice(['MINUTES', 'HOURS'])}",
-        lambda: f"THE MEETING IS ON {_date(rng)}",
-        lambda: f"MOVE THE MEETING FROM {_date(rng)} TO {rng.choice(_DAYS)}",
-        lambda: (
-            f"TURN {rng.choice(['ON', 'OFF'])} THE {rng.choice(['LIGHT', 'RADIO'])} AT {_time(rng)}"
-        ),
-        lambda: f"PLAY TRACK {_number(rng.randint(1, 59))} AT VOLUME {_number(rng.randint(1, 20))}",
-    )
-    return rng.choice(kinds)()
-
 
 def split_of(sentence: str) -> str:
-    """Returns the split that a sentence belongs to, by its hash: 8 in 10 are for training."""
+    """Returns the split of an English sentence, by its hash: 8 in 10 are for training."""
     tenth = hashlib.sha256(sentence.encode()).digest()[0] % 10
     return "dev" if tenth == 8 else "test" if tenth == 9 else "train"
 
 
 # ---- Voices ------------------------------------------------------------------------------------
 
-# espeak's English accents. (The Shavian one reads another alphabet.)
-ACCENTS = (
-    "en",
-    "en-029",
-    "en-GB-scotland",
-    "en-GB-x-gbclan",
-    "en-GB-x-gbcwmd",
-    "en-GB-x-rp",
-    "en-US",
-    "en-US-nyc",
-)
+# espeak's accents, by language and the family of languages that its folder is called by. (The
+# Shavian one of English reads another alphabet.)
+ACCENTS = {
+    "en": (
+        "gmw/en",
+        "gmw/en-029",
+        "gmw/en-GB-scotland",
+        "gmw/en-GB-x-gbclan",
+        "gmw/en-GB-x-gbcwmd",
+        "gmw/en-GB-x-rp",
+        "gmw/en-US",
+        "gmw/en-US-nyc",
+    ),
+    "es": ("roa/es", "roa/es-419"),
+    "fr": ("roa/fr", "roa/fr-BE", "roa/fr-CH"),
+    "de": ("gmw/de",),
+}
 # Its variants, less robots, whispers and those that rush; what was made from one another is in
 # the same split.
 VARIANTS = {
@@ -135,23 +86,28 @@ VARIANTS = {
 }
 
 
-def utterances(split: str, count: int, seed: int) -> Iterator[dict]:
-    """Yields what is said, and how: id, text, speaker, words a minute, pitch, intonation, peak.
+def utterances(split: str, count: int, seed: int, language: str = "en") -> Iterator[dict]:
+    """Yields what is said, and how: its meaning (sentences.py), id, text, speaker, rate, and so on.
 
+    The rate is in words a minute; a voice is a file of espeak's, and its speaker the name of that.
     Sentences are distinct in dev and test; in training one may come again in another voice.
     """
     rng = random.Random(f"speech_jax {VERSION} {seed} {split}")
     said: set[str] = set()
     number = 0
     while number < count:
-        sentence = _sentence(rng)
+        meaning = sentences.draw(rng)
+        sentence = sentences.say(meaning, "en")
         if split_of(sentence) != split or (split != "train" and sentence in said):
             continue
         said.add(sentence)
+        voice = f"{rng.choice(ACCENTS[language])}+{rng.choice(VARIANTS[split])}"
         yield {
+            "meaning": meaning,
             "id": f"{split}-{number:06d}",
-            "text": sentence,
-            "speaker": f"{rng.choice(ACCENTS)}+{rng.choice(VARIANTS[split])}",
+            "text": sentences.say(meaning, language),
+            "speaker": voice.partition("/")[2],
+            "voice": voice,
             "rate": rng.randint(110, 160),
             "pitch": rng.randint(30, 70),
             "range": rng.randint(30, 70),
@@ -171,6 +127,8 @@ def open_split(
     *,
     utterances: int | Mapping[str, int] = _SIZES,
     seed: int = 0,
+    language: str = "en",
+    translation: str = "",
     processes: int | None = None,
 ) -> base.FileSource:
     """Opens a split, spoken first if it is not on disk.
@@ -181,10 +139,13 @@ def open_split(
       utterances: how many, as a number or as a number for each split; by default 3000 (2.4 hours)
         to train, 200 for dev, 300 for test.
       seed: other sentences and voices.
+      language: what is spoken: en, es, fr or de.
+      translation: one more of them, which the tag `translation` is in; empty for no such tag.
       processes: how many speak; by default one for each core.
 
     Raises:
-      SourceError: an unknown split or size, a folder that cannot be written, or no espeak-ng.
+      SourceError: an unknown split, size or language, a folder that cannot be written, or no
+        espeak-ng.
     """
     if split not in SPLITS:
         raise base.SourceError(
@@ -193,14 +154,42 @@ def open_split(
     count = utterances if isinstance(utterances, int) else (_SIZES | dict(utterances))[split]
     if not 1 <= count <= _MOST:
         raise base.SourceError(f"utterances is {count}; it must be 1 to {_MOST}")
-    folder = root / "synthetic" / f"v{VERSION}-seed{seed}-{split}-{count}"
+    for name, chosen in (("language", language), ("translation", translation or "en")):
+        if chosen not in ACCENTS:
+            raise base.SourceError(
+                f"{name}={chosen!r}: the synthetic corpus knows {', '.join(ACCENTS)}"
+            )
+    if translation == language:
+        raise base.SourceError(
+            f"translation={translation!r} is what is spoken (language): choose another one"
+        )
+    said_in = "" if language == "en" else f"-{language}"
+    folder = root / "synthetic" / f"v{VERSION}-seed{seed}-{split}-{count}{said_in}"
+    said = (split, count, seed, language)
     if not folder.is_dir():
-        _make(folder, split, count, seed, processes or os.cpu_count() or 1)
-    return manifest.open_split(folder, split, on_error, cache, trust_durations=True)
+        _make(folder, said, processes or os.cpu_count() or 1)
+    source = manifest.open_split(folder, split, on_error, cache, trust_durations=True)
+    return _translated(source, said, translation) if translation else source
 
 
-def _make(folder: pathlib.Path, split: str, count: int, seed: int, processes: int) -> None:
-    """Speaks a split into a folder that appears whole or not at all."""
+def _translated(source: base.FileSource, said: tuple, language: str) -> base.FileSource:
+    """The source with the tag `translation`, which is not kept with the speech."""
+    meanings = {line["id"]: line["meaning"] for line in utterances(*said)}
+    translated = tuple(
+        dataclasses.replace(
+            one, tags={**one.tags, "translation": sentences.say(meanings[one.id], language)}
+        )
+        for one in source.utterances
+    )
+    return dataclasses.replace(source, utterances=translated)
+
+
+def _make(folder: pathlib.Path, said: tuple, processes: int) -> None:
+    """Speaks a split into a folder that appears whole or not at all.
+
+    `said` are the arguments of `utterances`.
+    """
+    split = said[0]
     if importlib.util.find_spec("espeakng_loader") is None:
         raise base.SourceError(
             "the synthetic corpus is spoken by espeak-ng, which is not installed: "
@@ -215,8 +204,8 @@ def _make(folder: pathlib.Path, split: str, count: int, seed: int, processes: in
             "another folder in SPEECH_JAX_CACHE"
         ) from error
     try:
-        lines = list(utterances(split, count, seed))
-        _speak_all(part, lines, min(processes, count), f"Speaking {split}")
+        lines = list(utterances(*said))
+        _speak_all(part, lines, min(processes, len(lines)), f"Speaking {split}")
         with open(part / f"{split}.jsonl", "w", encoding="utf-8") as manifest:
             for line in lines:
                 file = f"{line['id']}.flac"
@@ -329,7 +318,7 @@ def _say(espeak: ctypes.CDLL, utterance: dict) -> np.ndarray:
 
     espeak.espeak_SetSynthCallback(keep)
     espeak.espeak_ng_SetRandSeed(1)  # the breath in some voices; seeded with the time otherwise
-    if espeak.espeak_SetVoiceByName(f"gmw/{utterance['speaker']}".encode()):
+    if espeak.espeak_SetVoiceByName(utterance["voice"].encode()):
         raise OSError(f"espeak-ng has no voice {utterance['speaker']}")
     for name, number in _PARAMETERS.items():
         espeak.espeak_SetParameter(number, utterance[name], 0)

@@ -1,0 +1,232 @@
+"""What makes fewer errors from few hours, at equal minutes: a table, a training a row and seed.
+
+  python -m benchmarks.fewer --root=DATA/LibriSpeech --out=FOLDER --minutes=25 \\
+      [--seeds=2] [--only=ROW,ROW] [--json=FILE] [--list] [-- --config.KEY=VALUE ...]
+
+Each row is configs/librispeech.py with the changes of ROWS, trained on train-clean-5 and evaluated
+on dev-clean-5: greedy, and (on the half that its weights are not tuned on) greedy and with n-grams
+of the training transcripts. Further flags go to all trainings.
+
+Equal minutes: an update of a row and one of the baseline take turns on the same utterances, and the
+row gets --minutes over its time for an update. FOLDER/rates.json keeps these times, as if the
+baseline made --rate updates a second (0: as fast as it was when its row was measured): work beside
+the trainings changes neither what they compute nor how long they are. Compilation, evaluations and
+waits for data come on top.
+
+What FOLDER holds already is read, so that the same command goes on where it was.
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from statistics import mean
+from typing import Any
+
+import jax
+
+from benchmarks import table
+from configs import librispeech
+from speech_jax import experiment, files, main
+from speech_jax.data import sources
+from speech_jax.data.batch import signature
+from speech_jax.training import sharding
+
+TRAIN, DEV = "train-clean-5", "dev-clean-5"
+EVALUATIONS = 6  # while a row trains
+BASELINE = "baseline"
+UPDATES = 15  # that are timed
+
+PIECES = {"text.tokenizer": "sentencepiece", "text.vocabulary_size": 256}
+EIGHT = PIECES | {"model.subsampling": 8}
+TIME = EIGHT | {"model.subsampling_kind": "time"}
+WIDE = TIME | {"model.width": 192, "model.num_layers": 6, "model.subsampling_channels": 192}
+
+# Row -> what it changes.
+ROWS: dict[str, Mapping[str, Any]] = {
+    BASELINE: {},
+    # Cheaper frames, the same layers.
+    "eight": EIGHT | {"model.subsampling_channels": 16},
+    "separable": EIGHT | {"model.subsampling_kind": "separable"},
+    "time": TIME | {"model.subsampling_channels": 128},
+    # What they pay for.
+    "wide": WIDE,
+    "wide_plane": EIGHT
+    | {"model.width": 192, "model.num_layers": 6, "model.subsampling_channels": 16},
+    "deep": TIME | {"model.width": 144, "model.num_layers": 10, "model.subsampling_channels": 144},
+    "wide_128": WIDE | {"text.vocabulary_size": 128},
+}
+
+
+def run() -> None:
+    """Runs what is not there yet, and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", required=True, help="the folder of LibriSpeech's splits")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="for the trainings")
+    parser.add_argument("--minutes", type=float, default=25.0, help="of updates, for each row (25)")
+    parser.add_argument("--rate", type=float, default=0.0, help="updates of the baseline a second")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each row (1)")
+    parser.add_argument("--only", default=",".join(ROWS), help="names of rows, joined by commas")
+    parser.add_argument("--json", help="a file for the table")
+    parser.add_argument("--list", action="store_true", help="say the rows and their flags, no more")
+    own = sys.argv[1:]
+    place = own.index("--") if "--" in own else len(own)
+    asked = parser.parse_args(own[:place])
+    asked.flags = own[place + 1 :]
+    names = asked.only.split(",")
+    if unknown := [name for name in names if name not in ROWS]:
+        sys.exit(f"error: unknown row {unknown[0]!r}; known: {', '.join(ROWS)}")
+    if asked.list:
+        for name in names:
+            print(name, *_flags(ROWS[name]))
+        return
+    asked.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(asked.seeds):  # a whole table with one seed comes first
+        for name in names:
+            rows.append({"row": name, "seed": seed, **_trained(asked, name, seed)})
+            print(json.dumps(rows[-1]), flush=True)
+    table.report([*_table(rows)], file=asked.json)
+
+
+def _flags(changes: Mapping[str, Any]) -> list[str]:
+    return [f"--config.{key}={value}" for key, value in changes.items()]
+
+
+# ---- A row -------------------------------------------------------------------------------------
+
+
+def _trained(asked: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
+    """What the training of a row ended with."""
+    workdir = asked.out / f"{name}_{seed}"
+    results = workdir / "results.json"
+    seconds = _seconds(asked, name)
+    steps = max(EVALUATIONS, round(60 * asked.minutes / seconds))
+    if not results.exists():
+        every = -(-steps // EVALUATIONS)
+        changes = {
+            "data.root": asked.root, "data.train_splits": TRAIN, "data.eval_splits": DEV,
+            "seed": seed, "train.steps": steps, "train.eval_every": every,
+            "checkpoint.every": every, **ROWS[name],
+        }  # fmt: skip
+        _command(workdir, *_flags(changes), *asked.flags)
+    found = files.read_json(results)
+    scores, training = found["splits"][DEV], found["training"]
+    row = {
+        "M parameters": training["parameters"] / 1e6,
+        "updates": training["steps"],
+        "ms": 1e3 * seconds,
+        "minutes": training["seconds"] / 60,
+        "CER": 100 * scores["cer"],
+        "WER": 100 * scores["wer"],
+    }
+    return row | _with_transcripts(asked, workdir)
+
+
+def _with_transcripts(asked: argparse.Namespace, workdir: pathlib.Path) -> dict[str, float]:
+    """WER and CER of half of the split, without and with n-grams of the training transcripts."""
+    said = workdir / "tuned.txt"
+    if not said.exists():
+        text, grams = asked.out / "transcripts.txt", workdir / "transcripts.arpa"
+        _transcripts(asked, text)
+        pieces = files.read_json(workdir / "config.json")["text"]["tokenizer"] == "sentencepiece"
+        order = "4" if pieces else "6"
+        build = [sys.executable, "-m", "speech_jax.decoding.lm", "build", text, grams]
+        subprocess.run([*build, "--order", order, "--model", workdir], check=True)
+        decoder = {"decoder.name": "beam", "decoder.lm": grams, "decoder.width": 16}
+        flags = _flags({"data.root": asked.root, "data.eval_splits": DEV, **decoder})
+        output = _command(workdir, "--mode=tune", *flags, quiet=True)
+        files.write_atomically(said, output)
+    found = {}
+    for line in said.read_text().splitlines():
+        kind, _, figures = line.strip().partition(": ")
+        if kind in ("greedy", "tuned"):
+            words = figures.replace(",", " ").split()
+            for measure in ("WER", "CER"):
+                label = f"{measure}, half" if kind == "greedy" else f"{measure}, half, LM"
+                found[label] = float(words[words.index(measure) + 1].rstrip("%"))
+    return found
+
+
+def _command(workdir: pathlib.Path, *flags: str, quiet: bool = False) -> str:
+    """Runs speech_jax.main with the recipe of all rows; what it printed, if it is quiet."""
+    words = [sys.executable, "-m", "speech_jax.main", "--config=configs/librispeech.py"]
+    words += [f"--workdir={workdir}", *flags]
+    output = subprocess.PIPE if quiet else None
+    return subprocess.run(words, check=True, text=True, stdout=output).stdout
+
+
+def _transcripts(asked: argparse.Namespace, file: pathlib.Path) -> None:
+    source = sources.open_source("librispeech", root=asked.root, split=TRAIN)
+    text = "".join(f"{utterance.text}\n" for utterance in source.utterances)
+    files.write_atomically(file, text)
+
+
+# ---- Equal minutes -----------------------------------------------------------------------------
+
+
+def _seconds(asked: argparse.Namespace, name: str) -> float:
+    """Seconds of an update of a row, on a machine where the baseline makes so many a second."""
+    file = asked.out / "rates.json"
+    kept = files.read_json(file) if file.exists() else {}
+    if name not in kept:
+        print(f"{name}: measuring its update", flush=True)
+        taken = _update_times(asked, {BASELINE: {}, name: ROWS[name]})
+        kept.setdefault(BASELINE, 1 / asked.rate if asked.rate else taken[BASELINE])
+        kept[name] = kept[BASELINE] * taken[name] / taken[BASELINE]
+        files.write_atomically(file, files.dump_json(kept))
+    return kept[name]
+
+
+def _update_times(asked: argparse.Namespace, rows: Mapping[str, Mapping]) -> dict[str, float]:
+    """Median seconds of an update of each, taken in turns."""
+    main._keep_memory()  # as trainings do
+    updates = {name: _updates(asked, name, changes) for name, changes in rows.items()}
+    return table.interleaved_medians(updates, repeats=UPDATES, warmup=2)
+
+
+def _updates(asked: argparse.Namespace, name: str, changes: Mapping) -> Callable[[], None]:
+    """A function that makes an update, of the longest of the row's batches."""
+    config = librispeech.get_config()
+    data = {"data.root": asked.root, "data.train_splits": TRAIN}
+    config.update_from_flattened_dict({**data, **changes})
+    source, mesh = experiment.open_training(config), sharding.make_mesh(**config.mesh)
+    parts = experiment.make_parts(config, asked.out / "measured" / name, source)
+    task = experiment.make_task(config, parts)
+    corpus = experiment.training_corpus(config, source, parts, task)
+    plan = experiment.training_plan(config, corpus, task, mesh)
+    setup = experiment.make_setup(config, task, corpus.fields, mesh, plan.buckets[-1])
+    programs = setup.compile(plan.buckets[-1:])
+    with contextlib.closing(experiment.training_batches(config, corpus, plan, 0)) as batches:
+        longest = signature(setup.batch(plan.buckets[-1]))
+        batch = next(batch for batch in batches if signature(batch) == longest)
+    batch, state = sharding.put_batch(batch, mesh), setup.fresh_state()
+
+    def update() -> None:
+        nonlocal state
+        state, sums, _ = programs.at(1, signature(batch)).run(state, batch)
+        jax.block_until_ready(sums)
+
+    return update
+
+
+def _table(rows: list[dict]) -> Iterator[dict]:
+    """A line for each row: means over the seeds, and half of the range of the error rates."""
+    for name in dict.fromkeys(row["row"] for row in rows):
+        same = [row for row in rows if row["row"] == name]
+        line = {"row": name, "seeds": len(same)}
+        for key in same[0].keys() - {"row", "seed"}:
+            values = [row[key] for row in same]
+            spread = (max(values) - min(values)) / 2
+            rate = key.startswith(("WER", "CER"))
+            line[key] = f"{mean(values):.1f} +- {spread:.1f}" if rate else mean(values)
+        yield {key: line[key] for key in ("row", "seeds", *same[0]) if key in line}
+
+
+if __name__ == "__main__":
+    run()

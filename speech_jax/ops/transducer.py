@@ -1,0 +1,419 @@
+"""Transducers: the loss, a joint that is never materialised, and a band in which it is computed.
+
+Graves, "Sequence transduction with recurrent neural networks" (2012). A path through the lattice
+of T frames and U + 1 positions in the labels takes a frame with a blank, and a position with a
+label; the loss is the negative log-likelihood of the labels summed over all paths. Xu et al.,
+"Efficient sequence transduction by jointly predicting tokens and durations" (2023): every step of
+a path also says how many frames it takes (TDT). Kuang et al., "Pruned RNN-T for fast,
+memory-efficient ASR training" (2022): a joint that is a mere sum finds where the paths are, and
+the real one is computed there alone.
+
+The recursions run over the diagonals of the lattice, with numbers that have an exponent of their
+own (ops/wide.py), and the gradient is the occupancy of each arc. In the shapes below B are rows, T
+frames, U labels of a row, U1 = U + 1, D the width of the joint, K labels with the blank (0) among
+them, N durations, S the positions of a frame that are in the band.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from speech_jax.ops import partition
+from speech_jax.ops.wide import (
+    LOG2_E,
+    ZERO_EXPONENT,
+    Wide,
+    normalized,
+    power_of_two,
+    wide_exp,
+    wide_sum,
+    wide_times,
+    wide_where,
+)
+
+# Logits that are computed at once: few enough that the rest of a step needs more memory, and many
+# enough that the device is busy.
+CHUNK = 2**23
+_UNROLL = 8  # diagonals that are one program on accelerators
+
+# What arcs do: (frames that one takes, labels that it takes), for each of them.
+_Moves = tuple[tuple[int, int], ...]
+_PLAIN: _Moves = ((1, 0), (0, 1))  # blank, label
+
+
+class Joint(NamedTuple):
+    """Log probabilities in the lattice.
+
+    blank, label: float32 [B, T, U1], the label that follows each position; what is at position U of
+    a row counts for nothing. durations: float32 [B, T, U1, N], or None.
+    """
+
+    blank: jax.Array
+    label: jax.Array
+    durations: jax.Array | None = None
+
+
+# ---- The lattice -------------------------------------------------------------------------------
+
+
+def transducer_loss(joint: Joint, frames: jax.Array, labels_length: jax.Array) -> jax.Array:
+    """Negative log-likelihood in nats, float32 [B]; +inf, with a gradient of 0, for no frames.
+
+    Args:
+      joint: its durations are not looked at.
+      frames, labels_length: int32 [B], at most T and U.
+    """
+    return loss_and_occupancy(joint, frames, labels_length)[0]
+
+
+def loss_and_occupancy(
+    joint: Joint, frames: jax.Array, labels_length: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`transducer_loss`, and how probable it is that a path takes each arc.
+
+    That is float32 [2, B, T, U1], of blanks and of labels; no gradient flows through it.
+    """
+    return _lattice(_PLAIN, jnp.stack(joint[:2]), frames, labels_length)
+
+
+def duration_loss(
+    joint: Joint,
+    frames: jax.Array,
+    labels_length: jax.Array,
+    values: Sequence[int],
+    sigma: float = 0.0,
+) -> jax.Array:
+    """Negative log-likelihood in nats of labels and durations (TDT), float32 [B].
+
+    A label takes any of the durations, a blank any but 0, and the last one, which is a blank, ends
+    with the last frame.
+
+    Args:
+      values: the frames of each of the N durations, distinct; 0 and 1 must be among them, so that
+        all labels fit.
+      sigma: nats that every step of a path is made less probable by: the longer the steps, the
+        fewer they are.
+    """
+    if len(set(values)) < len(values) or not {0, 1} <= set(values) or min(values) < 0:
+        raise ValueError(f"durations {tuple(values)} must be distinct, with 0 and 1 among them")
+    moves = [(value, 0) for value in values if value] + [(value, 1) for value in values]
+    arcs = [joint.blank + joint.durations[..., n] for n, value in enumerate(values) if value]
+    arcs += [joint.label + joint.durations[..., n] for n in range(len(values))]
+    return _lattice(tuple(moves), jnp.stack(arcs) - sigma, frames, labels_length)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lattice(
+    moves: _Moves, arcs: jax.Array, frames: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss [B], and the occupancy of arcs whose log probabilities are [A, B, T, U1].
+
+    Where nobody asks for the occupancy, the compiler leaves it out.
+    """
+    _, B, T, U1 = arcs.shape
+    live = _live(moves, frames, labels, T, U1)
+    weights = _skewed(jnp.where(live, arcs.astype(jnp.float32), -jnp.inf))  # [D, A, B, U1]
+    alpha = _forward(moves, weights)
+    ends = frames + labels  # the diagonal of a row's last node
+    last = jax.tree.map(lambda x: x[ends, jnp.arange(B), labels], alpha)
+    loss = jnp.where(
+        last.mantissa == 0,
+        jnp.inf,
+        -jnp.log(last.mantissa) - last.exponent.astype(jnp.float32) / LOG2_E,
+    )
+    occupancy = _backward(moves, weights, alpha, last, ends, labels)
+    return loss, _straight(occupancy, T)
+
+
+def _lattice_forward(moves, arcs, frames, labels):
+    loss, occupancy = _lattice(moves, arcs, frames, labels)
+    return (loss, occupancy), (occupancy, jnp.zeros((), arcs.dtype))
+
+
+def _lattice_backward(moves, residuals, cotangent):
+    occupancy, like = residuals
+    weight = -cotangent[0][None, :, None, None]
+    gradient = jnp.where(occupancy > 0, occupancy * weight, 0)  # beside an infinite loss too
+    return gradient.astype(like.dtype), None, None
+
+
+_lattice.defvjp(_lattice_forward, _lattice_backward)
+
+
+def _live(moves: _Moves, frames: jax.Array, labels: jax.Array, T: int, U1: int) -> jax.Array:
+    """Bool [A, B, T, U1]: arcs that stay within a row; into the end none but a blank."""
+    t, u = jnp.arange(T)[None, :, None], jnp.arange(U1)[None, None]
+    frames, labels = frames[:, None, None], labels[:, None, None]
+    inside = lambda taken, label: (
+        (t < frames)
+        & (u + label <= labels)
+        & ((t + taken < frames) | ((t + taken == frames) & (label == 0)))
+        if taken
+        else (t < frames) & (u + label <= labels)
+    )
+    return jnp.stack([inside(*move) for move in moves])
+
+
+def _skewed(x: jax.Array) -> jax.Array:
+    """[A, B, T, U1] to [T + U, A, B, U1]: node (t, u) at diagonal t + u, -inf where none is."""
+    A, B, T, U1 = x.shape
+    x = jnp.pad(x.swapaxes(2, 3), ((0, 0),) * 3 + ((0, U1),), constant_values=-jnp.inf)
+    x = x.reshape(A, B, -1)[..., : U1 * (T + U1 - 1)].reshape(A, B, U1, -1)
+    return jnp.moveaxis(x, 3, 0)
+
+
+def _straight(x: jax.Array, T: int) -> jax.Array:
+    """[T + U, A, B, U1] back to [A, B, T, U1]."""
+    D, A, B, U1 = x.shape
+    x = jnp.moveaxis(x, 0, 3).reshape(A, B, U1 * D)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, U1))).reshape(A, B, U1, D + 1)
+    return x[..., :T].swapaxes(2, 3)
+
+
+def _zeros(shape: tuple[int, ...]) -> Wide:
+    return Wide(jnp.zeros(shape), jnp.full(shape, ZERO_EXPONENT, jnp.int32))
+
+
+def _moved(x: Wide, by: int) -> Wide:
+    """[B, U1] moved by 0, by 1 to the right or by -1 to the left."""
+    if not by:
+        return x
+    widths = ((0, 0), (max(by, 0), max(-by, 0)))
+    size = x.mantissa.shape[1]
+    cut = lambda v, fill: lax.slice_in_dim(
+        jnp.pad(v, widths, constant_values=fill), max(-by, 0), max(-by, 0) + size, axis=1
+    )
+    return Wide(cut(x.mantissa, 0), cut(x.exponent, ZERO_EXPONENT))
+
+
+def _scan(step, carry, xs, reverse=False):
+    unroll = 1 if partition.platform() == "cpu" else _UNROLL
+    return lax.scan(step, carry, xs, reverse=reverse, unroll=unroll)
+
+
+def _forward(moves: _Moves, weights: jax.Array) -> Wide:
+    """Alpha [D + 1, B, U1]: the probability of all that leads to a node."""
+    _, _, B, U1 = weights.shape
+    ahead = max(map(sum, moves))  # diagonals that the longest arc spans
+    none = _zeros((B, U1))
+
+    def step(pending, weight):
+        # What has been found of the next diagonals' nodes; of the first one it is everything.
+        alpha, *pending = map(normalized, pending)
+        arriving = [[one] for one in (*pending, none)]
+        for number, move in enumerate(moves):
+            arc = wide_times(alpha, wide_exp(weight[number]))
+            arriving[sum(move) - 1].append(_moved(arc, move[1]))
+        return tuple(wide_sum(*some) for some in arriving), alpha
+
+    begun = Wide(none.mantissa.at[:, 0].set(1.0), none.exponent.at[:, 0].set(0))
+    pending, alpha = _scan(step, (begun, *[none] * (ahead - 1)), weights)
+    last = normalized(pending[0])
+    return jax.tree.map(lambda all, one: jnp.concatenate([all, one[None]]), alpha, last)
+
+
+def _backward(
+    moves: _Moves, weights: jax.Array, alpha: Wide, last: Wide, ends: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """Occupancies [D, A, B, U1]: alpha, arc and beta over the likelihood `last` [B]."""
+    D, _, B, U1 = weights.shape
+    ahead = max(map(sum, moves))
+    corner = jnp.arange(U1)[None] == labels[:, None]
+    positive = last.mantissa > 0
+    scale = jnp.where(positive, 1 / jnp.where(positive, last.mantissa, 1), 0)[:, None]
+
+    def end(diagonal):
+        here = corner & (ends == diagonal)[:, None]
+        return wide_where(here, Wide(jnp.ones((B, U1)), jnp.zeros((B, U1), jnp.int32)))
+
+    def step(later, xs):
+        diagonal, weight, alpha = xs
+        leaving = [
+            wide_times(_moved(later[sum(move) - 1], -move[1]), wide_exp(weight[number]))
+            for number, move in enumerate(moves)
+        ]
+        exponents = (alpha.exponent + arc.exponent - last.exponent[:, None] for arc in leaving)
+        occupancy = jnp.stack(
+            [
+                alpha.mantissa * arc.mantissa * scale * power_of_two(jnp.minimum(exponent, 127))
+                for arc, exponent in zip(leaving, exponents, strict=True)
+            ]
+        )
+        beta = normalized(wide_sum(end(diagonal), *leaving))
+        return (beta, *later[:-1]), occupancy
+
+    alpha = jax.tree.map(lambda x: x[:-1], alpha)
+    later = (end(jnp.int32(D)), *[_zeros((B, U1))] * (ahead - 1))
+    diagonals = jnp.arange(D, dtype=jnp.int32)
+    return _scan(step, later, (diagonals, weights, alpha), reverse=True)[1]
+
+
+# ---- The joint ---------------------------------------------------------------------------------
+
+
+def joint_log_probs(
+    encoded: jax.Array,
+    predicted: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    labels: jax.Array,
+    *,
+    durations: int = 0,
+    starts: jax.Array | None = None,
+    span: int = 0,
+    chunk: int = CHUNK,
+) -> Joint:
+    """The log softmax of tanh(encoded + predicted) kernel + bias at the blank and the next label.
+
+    It is computed for some frames at a time, and computed again for the gradient: its [B, T, U1, K]
+    logits never exist together.
+
+    Args:
+      encoded: [B, T, D]; predicted: [B, U1, D], what follows each position.
+      kernel: [D, K + N]; bias: [K + N]; the last N are of durations, with a softmax of their own.
+      labels: int32 [B, U].
+      durations: N.
+      starts: int32 [B, T], the first position in the band of a frame; elsewhere the logarithms are
+        -inf. None: everything is in it.
+      span: S, the positions of a frame in the band.
+      chunk: logits that are computed at once, about.
+    """
+    B, T, _ = encoded.shape
+    U1 = predicted.shape[1]
+    following = jnp.pad(labels, ((0, 0), (0, 1)))
+    banded = starts is not None and span < U1
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def some(encoded: jax.Array, starts: jax.Array | None) -> Joint:
+        if banded:
+            at = starts[..., None] + jnp.arange(span, dtype=jnp.int32)[None, None]  # [B, C, S]
+            beside = jax.vmap(lambda row, at: row[at])(predicted, at)  # [B, C, S, D]
+            ids = jax.vmap(lambda row, at: row[at])(following, at)
+        else:
+            beside, ids = predicted[:, None], following[:, None]
+        hidden = jnp.tanh(encoded[:, :, None] + beside)
+        logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = logits + bias.astype(jnp.float32)[None, None, None]
+        ids = jnp.broadcast_to(ids, logits.shape[:3])
+        by_duration = None
+        if durations:
+            by_duration = jax.nn.log_softmax(logits[..., -durations:])
+            logits = logits[..., :-durations]
+        found = Joint(*_picked(logits, ids), by_duration)
+        if banded:
+            found = jax.tree.map(lambda x: _spread(x, starts, U1), found)
+        return found
+
+    positions = span if banded else U1
+    size = max(1, min(T, chunk // (B * positions * kernel.shape[1])))
+    if size == T:
+        return some(encoded, starts)
+    count = -(-T // size)
+
+    def split(x):  # [B, T, ...] to [count, B, size, ...]
+        x = jnp.pad(x, ((0, 0), (0, count * size - T)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, count, size, *x.shape[2:]), 1, 0)
+
+    pieces = split(encoded), split(starts) if banded else None
+    found = lax.map(lambda piece: some(*piece), pieces)
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(B, count * size, *x.shape[3:])[:, :T], found
+    )
+
+
+@jax.custom_vjp
+def _picked(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The log softmax of logits [..., K] at the blank and at ids [...]."""
+    total = jax.nn.logsumexp(logits, axis=-1)
+    own = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    return logits[..., 0] - total, own - total
+
+
+def _picked_forward(logits, ids):
+    found = _picked(logits, ids)
+    return found, (logits, ids, logits[..., 0] - found[0])
+
+
+def _picked_backward(residuals, cotangents):
+    # In one pass over the logits, without a scatter.
+    logits, ids, total = residuals
+    blank, label = (x[..., None] for x in cotangents)
+    number = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    gradient = -(blank + label) * jnp.exp(logits - total[..., None])
+    gradient += jnp.where(number == 0, blank, 0) + jnp.where(number == ids[..., None], label, 0)
+    return gradient, None
+
+
+_picked.defvjp(_picked_forward, _picked_backward)
+
+
+# ---- The band ----------------------------------------------------------------------------------
+
+
+def simple_joint(
+    encoded: jax.Array, predicted: jax.Array, labels: jax.Array, lm_scale: float = 0.0
+) -> Joint:
+    """The log softmax of encoded + predicted at the blank and the next label, by matrix products.
+
+    Args:
+      encoded: logits [B, T, K]; predicted: logits [B, U1, K]; labels: int32 [B, U].
+      lm_scale: how much of it is log softmax(predicted) instead, so that the predictor alone learns
+        what labels there are.
+    """
+    encoded, predicted = (x.astype(jnp.float32) for x in (encoded, predicted))
+    following = jnp.pad(labels, ((0, 0), (0, 1)))
+    most = [lax.stop_gradient(x.max(axis=-1, keepdims=True)) for x in (encoded, predicted)]
+    total = jnp.einsum(
+        "btk,buk->btu",
+        jnp.exp(encoded - most[0]),
+        jnp.exp(predicted - most[1]),
+        precision=lax.Precision.HIGHEST,
+    )
+    # Peaks that are far apart: the sum is 0 in float32, not its logarithm.
+    total = jnp.log(total + jnp.finfo(jnp.float32).tiny) + most[0] + most[1].swapaxes(1, 2)
+    own = jnp.take_along_axis(predicted, following[..., None], axis=2)[..., 0]  # [B, U1]
+    heard = jnp.take_along_axis(encoded, following[:, None], axis=2)  # [B, T, U1]
+    blank = encoded[..., :1] + predicted[:, None, :, 0] - total
+    label = heard + own[:, None] - total
+    if lm_scale:
+        alone = jax.nn.logsumexp(predicted, axis=-1)
+        mixed = lambda x, y: (1 - lm_scale) * x + lm_scale * (y - alone)[:, None]
+        blank, label = mixed(blank, predicted[..., 0]), mixed(label, own)
+    return Joint(blank, label)
+
+
+def band(occupancy: jax.Array, frames: jax.Array, labels_length: jax.Array, span: int) -> jax.Array:
+    """The first position of each frame's band, int32 [B, T].
+
+    The bands of `span` positions hold the most occupancy (of `loss_and_occupancy`) that they can,
+    begin at 0, end with the last label, and each overlaps the next: a path fits in them wherever a
+    row has at most (span - 1) labels a frame.
+    """
+    _, _, T, U1 = occupancy.shape
+    # Bands beyond a row's labels hold nothing; the last one ends with its last position.
+    final = jnp.maximum(labels_length + 1 - span, 0)[:, None]  # [B, 1]
+    held = jnp.cumsum(jnp.pad(occupancy.sum(axis=0), ((0, 0), (0, 0), (1, span - 1))), axis=2)
+    held = held[..., span:] - held[..., :U1]  # [B, T, U1], from each start on
+    start = jnp.argmax(lax.stop_gradient(held), axis=2).astype(jnp.int32)
+    start = lax.cummax(start, axis=1)
+    t, most = jnp.arange(T, dtype=jnp.int32)[None], span - 1  # how far a band is from the next
+    last = jnp.maximum(frames - 1, 0)[:, None]
+    low = jnp.maximum(final - (last - t) * most, 0)
+    low = jnp.where(t >= last, final, low)
+    start = jnp.clip(start, low, jnp.minimum(t * most, final))
+    # No start may be too far from the next: those before are moved up.
+    return lax.cummax(start - t * most, axis=1, reverse=True) + t * most
+
+
+def _spread(x: jax.Array, starts: jax.Array, U1: int) -> jax.Array:
+    """[B, T, S, ...] of a band to [B, T, U1, ...], -inf outside of it."""
+    at = jnp.arange(U1, dtype=jnp.int32)[None, None] - starts[..., None]  # [B, T, U1]
+    inside = (at >= 0) & (at < x.shape[2])
+    at = jnp.clip(at, 0, x.shape[2] - 1)
+    tail = (1,) * (x.ndim - 3)
+    x = jnp.take_along_axis(x, at.reshape(*at.shape, *tail), axis=2)
+    return jnp.where(inside.reshape(*inside.shape, *tail), x, -jnp.inf)

@@ -1,0 +1,58 @@
+"""What tasks of a front end and a linen module on it share: the module applied to a batch."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from speech_jax.models.frontend import FrontEnd
+from speech_jax.tasks import Batch, Pytree
+
+
+def init(
+    model: nn.Module, frontend: FrontEnd, rng: jax.Array, batch: Batch, *more: Any
+) -> tuple[Pytree, Pytree]:
+    """Parameters (float32) and model state (empty without batch norm); `more` is as of `heard`."""
+    variables = model.init(rng, *frontend(batch), *more, True)
+    params = variables.pop("params")
+    return params, variables
+
+
+def heard(
+    model: nn.Module,
+    frontend: FrontEnd,
+    params: Pytree,
+    state: Pytree,
+    batch: Batch,
+    rng: jax.Array | None,
+    step: jax.Array | int,
+    *more: Any,
+    method: str = "__call__",
+) -> tuple[Any, Pytree]:
+    """What a method of a model makes of the audio of a batch, and the new state.
+
+    The method is called with inputs, lengths, `more` and whether it is deterministic: it trains
+    where there is a key.
+    """
+    keys = jax.random.split(rng) if rng is not None else (None, None)
+    arguments = frontend(batch, keys[0], step)
+    return applied(model, params, state, keys[1], *arguments, *more, method=method)
+
+
+def applied(
+    model: nn.Module,
+    params: Pytree,
+    state: Pytree,
+    rng: jax.Array | None,
+    *arguments: Any,
+    method: str = "__call__",
+) -> tuple[Any, Pytree]:
+    """As `heard`, of the arguments that the front end would make; the key is for dropout."""
+    return model.apply(
+        {"params": params, **state},
+        *arguments,
+        rng is None,
+        rngs=None if rng is None else {"dropout": rng},
+        mutable=list(state),
+        method=method,
+    )

@@ -1,0 +1,340 @@
+"""Speech recognition with a transducer (Graves 2012), also with durations (Xu et al. 2023).
+
+What it says is searched as config.decoder.name says: 'transducer', the best label of each step,
+'transducer_beam', or a decoder of CTC ('greedy', 'beam', 'lexicon') where there is a head of CTC.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speech_jax.decoding import transducer as search
+from speech_jax.decoding.decoder import Decoder
+from speech_jax.errors import UserError
+from speech_jax.evaluators.errors import Errors, Searched
+from speech_jax.models import transducer as models
+from speech_jax.models.frontend import FrontEnd
+from speech_jax.ops import ctc, transducer
+from speech_jax.rules import Rules
+from speech_jax.tasks import Batch, Pytree
+from speech_jax.tasks.recognize import RULES as HEAD_RULES
+
+# What the band's loss counts beside that of the simple joint, at first and after `warmup` updates.
+_SIMPLE, _BAND = (1.0, 0.5), (0.1, 1.0)
+_LM_SCALE = 0.25  # see transducer.simple_joint
+
+
+class Heard(NamedTuple):
+    """What a model makes of a batch.
+
+    encoded: [B, T', D] and predicted [B, U + 1, D], projections for the joiner; lengths: int32 [B],
+    frames; logits: float32 [B, T', K] of CTC, or None; simple: two logits [B, T', K] and
+    [B, U + 1, K], or None.
+    """
+
+    encoded: jax.Array
+    predicted: jax.Array
+    lengths: jax.Array
+    logits: jax.Array | None
+    simple: tuple[jax.Array, jax.Array] | None
+
+
+class TransducerModel(nn.Module):
+    """An encoder, a predictor and a joiner; a head of CTC and the simple joint where wanted."""
+
+    encoder: nn.Module
+    predictor: nn.Module
+    joiner: nn.Module
+    head: nn.Module | None = None
+    simple: nn.Module | None = None
+
+    def __call__(
+        self, inputs: jax.Array, lengths: jax.Array, labels: jax.Array, deterministic: bool
+    ) -> Heard:
+        """Labels: int32 [B, U], those of the transcript."""
+        hidden, lengths = self.encoder(inputs, lengths, deterministic)
+        said = self.predictor(jnp.pad(labels, ((0, 0), (1, 0))))
+        encoded, predicted = self.joiner.encoded(hidden), self.joiner.predicted(said)
+        if self.is_initializing():
+            self.joiner(encoded[:, :1], predicted[:, :1])
+        return Heard(
+            encoded,
+            predicted,
+            lengths,
+            self.head(hidden).astype(jnp.float32) if self.head else None,
+            self.simple(hidden, said) if self.simple else None,
+        )
+
+    def encode(
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Projections [B, T', D] for the joiner, and the frames of each row."""
+        hidden, lengths = self.encoder(inputs, lengths, deterministic)
+        return self.joiner.encoded(hidden), lengths
+
+    def listen(
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits [B, T', K] of CTC, and the frames of each row."""
+        hidden, lengths = self.encoder(inputs, lengths, deterministic)
+        return self.head(hidden).astype(jnp.float32), lengths
+
+    def advance(self, carry: Pytree, labels: jax.Array) -> tuple[jax.Array, Pytree]:
+        """The predictor's projections [B, N, D] behind each of labels int32 [B, N]; the carry."""
+        said, carry = self.predictor.advance(carry, labels)
+        return self.joiner.predicted(said), carry
+
+    def join(self, encoded: jax.Array, predicted: jax.Array) -> jax.Array:
+        """The joiner's logits."""
+        return self.joiner(encoded, predicted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transduce:
+    """Audio to text. Label 0 is the blank; the loss is in nats, its weight is label tokens.
+
+    Attributes:
+      predictor: 'stateless' or 'recurrent'; context: labels that the first one knows.
+      width: of the predictor and of the joint.
+      durations: the frames that a label or a blank may take, such as (0, 1, 2, 3, 4); empty: a
+        blank takes one and a label none.
+      sigma: nats that every step of a path is made less probable by, with durations.
+      omega: the share of the loss without durations in the loss, with durations.
+      span: positions of a frame at which the joiner is computed in training, where a simple joint
+        says; 0: at all. It spares time and memory where labels are many.
+      warmup: updates until the band counts in full.
+      ctc_weight: of CTC in the loss, by a head of its own; 0: none.
+      most: labels that a search may say in a frame.
+    """
+
+    encoder: nn.Module
+    frontend: FrontEnd
+    counts: Mapping[str, int]
+    decoder: Decoder | None = None  # None: the best label of each step
+    predictor: str = "stateless"
+    context: int = 2
+    width: int = 256
+    durations: tuple[int, ...] = ()
+    sigma: float = 0.02
+    omega: float = 0.1
+    span: int = 0
+    warmup: int = 2_000
+    ctc_weight: float = 0.3
+    most: int = 4
+
+    parts: ClassVar = {"audio": "audio", "labels": "transcript"}
+    along: ClassVar = "samples"
+    best: ClassVar = ("wer", "min")
+    searches: ClassVar = ("transducer", "transducer_beam")  # beside those of CTC
+
+    def __post_init__(self) -> None:
+        if self.durations and not {0, 1} <= set(self.durations):
+            raise UserError(
+                f"config.task.durations={tuple(self.durations)} must hold 0 and 1, so that labels "
+                "that are many fit: (0, 1, 2, 3, 4) are usual"
+            )
+        if self.durations and self._search == "transducer_beam":
+            raise UserError(
+                "config.decoder.name='transducer_beam' is for transducers without durations: set "
+                "it to 'transducer'"
+            )
+        if self._search not in self.searches:
+            self._check_head(f"config.decoder.name={self._search!r}")
+
+    @property
+    def _search(self) -> str:
+        return self.decoder.settings.name if self.decoder else "transducer"
+
+    def _check_head(self, what: str) -> None:
+        """UserError where there is no head of CTC, which `what` needs."""
+        if not self.ctc_weight:
+            raise UserError(
+                f"{what} needs CTC, which config.task.ctc_weight=0 leaves out: train with more, or "
+                "set config.decoder.name='transducer'"
+            )
+
+    @property
+    def rules(self) -> Rules:
+        """How the parameters lie on a mesh."""
+        return (*self.encoder.rules, *models.RULES, *HEAD_RULES)
+
+    @property
+    def model(self) -> TransducerModel:
+        """All modules; its parameters are {"encoder", "predictor", "joiner", ...}."""
+        count, dtype = self.counts["labels"], getattr(self.encoder, "dtype", "float32")
+        return TransducerModel(
+            self.encoder,
+            models.make_predictor(self.predictor, count, self.width, self.context, dtype),
+            models.Joiner(self.width, count + len(self.durations), dtype),
+            nn.Dense(count, dtype=dtype) if self.ctc_weight else None,
+            models.Simple(count, dtype) if self.span else None,
+        )
+
+    def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
+        """Parameters (float32) and model state (empty without batch norm)."""
+        inputs, lengths = self.frontend(batch)
+        variables = self.model.init(rng, inputs, lengths, batch["labels"], True)
+        params = variables.pop("params")
+        return params, variables
+
+    def _apply(self, params, state, batch, rng, step, *labels, method):
+        """What a method of the model makes of a batch, and the new state."""
+        train = rng is not None
+        keys = jax.random.split(rng) if train else (None, None)
+        inputs, lengths = self.frontend(batch, keys[0], step)
+        return self.model.apply(
+            {"params": params, **state},
+            inputs,
+            lengths,
+            *labels,
+            not train,
+            rngs={"dropout": keys[1]} if train else None,
+            mutable=list(state),
+            method=method,
+        )
+
+    def logits(
+        self,
+        params: Pytree,
+        state: Pytree,
+        batch: Batch,
+        rng: jax.Array | None = None,
+        step: jax.Array | int = 0,
+    ) -> tuple[jax.Array, jax.Array, Pytree]:
+        """(logits of CTC [B, T', K], frames [B], new state); trains where there is a key.
+
+        Raises:
+          UserError: there is no CTC.
+        """
+        self._check_head("what reads logits of frames")
+        found, state = self._apply(params, state, batch, rng, step, method="listen")
+        return *found, state
+
+    def loss(
+        self,
+        params: Pytree,
+        state: Pytree,
+        batch: Batch,
+        rng: jax.Array | None = None,
+        step: jax.Array | int = 0,
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        """The loss of the transducer, and that of CTC in its share.
+
+        A row that does not fit in the band, or no alignment of CTC, is without that part, and
+        counted.
+        """
+        labels, labels_length = batch["labels"], batch["labels_length"]
+        heard, state = self._apply(params, state, batch, rng, step, labels, method="__call__")
+        done = jnp.asarray(step, jnp.float32) / max(self.warmup, 1)
+        ramp = jnp.minimum(done, 1.0) if rng is not None else jnp.ones(())
+        nats = self._nats(params["joiner"]["output"], heard, labels, labels_length, ramp)
+        fits = jnp.isfinite(nats)
+        nats = jnp.where(fits, nats, 0.0)
+        if self.ctc_weight:
+            args = heard.lengths, labels, labels_length
+            by_ctc = ctc.ctc_loss(heard.logits, *args, zero_infinity=True)
+            nats = (1 - self.ctc_weight) * nats + self.ctc_weight * by_ctc
+            fits &= ctc.ctc_feasible(*args)
+        weight = batch["weight"]
+        tokens = (weight * labels_length.astype(jnp.float32)).sum()
+        infeasible = jnp.where(fits, 0.0, weight).sum()
+        return (nats * weight).sum(), tokens, {"state": state, "sums": {"infeasible": infeasible}}
+
+    def _nats(
+        self,
+        output: Pytree,
+        heard: Heard,
+        labels: jax.Array,
+        labels_length: jax.Array,
+        ramp: jax.Array,
+    ) -> jax.Array:
+        """The transducer's loss of each row, +inf for what does not fit; ramp: 0 to 1."""
+        sizes = heard.lengths, labels_length
+        starts, simple = None, None
+        if self.span:
+            joint = transducer.simple_joint(*heard.simple, labels, _LM_SCALE)
+            simple, occupancy = transducer.loss_and_occupancy(joint, *sizes)
+            starts = transducer.band(occupancy, *sizes, self.span)
+        joint = transducer.joint_log_probs(
+            heard.encoded,
+            heard.predicted,
+            output["kernel"],
+            output["bias"],
+            labels,
+            durations=len(self.durations),
+            starts=starts,
+            span=self.span,
+        )
+        if self.durations:
+            nats = transducer.duration_loss(joint, *sizes, self.durations, self.sigma)
+            if self.omega:
+                plain = transducer.transducer_loss(joint, *sizes)
+                nats = (1 - self.omega) * nats + self.omega * plain
+        else:
+            nats = transducer.transducer_loss(joint, *sizes)
+        if simple is None:
+            return nats
+        scale = lambda ends: ends[0] + (ends[1] - ends[0]) * ramp
+        return scale(_BAND) * nats + scale(_SIMPLE) * simple
+
+    def searched(self, params: Pytree) -> search.Transducer:
+        """What a search asks of the model; it is given what `encode` gives."""
+        model, variables = self.model, {"params": params}
+        return search.Transducer(
+            start=model.predictor.start,
+            advance=lambda *given: model.apply(variables, *given, method="advance"),
+            join=lambda *given: model.apply(variables, *given, method="join"),
+            durations=tuple(self.durations),
+        )
+
+    def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
+        """{"labels": int32 [B, M], "labels_length": int32 [B]}, and what else a search finds."""
+        if self._search not in self.searches:
+            return self.decoder.search(*self.logits(params, state, batch)[:2])
+        (encoded, lengths), _ = self._apply(params, state, batch, None, 0, method="encode")
+        model, others = self.searched(params), {}
+        if self._search == "transducer_beam":
+            width, nbest = self.decoder.settings.width, self.decoder.settings.nbest
+            found, said = search.beam(model, encoded, lengths, width=width, nbest=nbest)
+            if nbest > 1:
+                names = ("nbest", "nbest_length", "nbest_score")
+                others = dict(zip(names, found, strict=True))
+        else:
+            begun = search.start(model, len(encoded))
+            said, _ = search.greedy(model, begun, encoded, lengths, self.most)
+        return others | {
+            "labels": said.labels,
+            "labels_length": said.count,
+            "starts": said.frames,
+            "ends": said.frames + 1,
+            "sure": said.sure,
+            "score": said.score,
+            "frames": lengths,
+            "steps": said.steps,
+            "bounded": said.bounded,
+        }
+
+    def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
+        """Utterances of which the encoder makes no frame; labels may be more than frames."""
+        frames = self.encoder.output_lengths(self.frontend.lengths(sizes["samples"]))
+        return {
+            int(i): "the encoder makes no frame of this audio" for i in np.flatnonzero(frames < 1)
+        }
+
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The loss in nats a label, and the utterances that did not fit."""
+        loss = sums["loss"] / max(sums["weight"], 1.0)
+        return {"loss_per_label": loss, "infeasible": sums["infeasible"]}
+
+    def check(self, figures: Mapping[str, float], step: int) -> None:
+        """Nothing that is logged says that going on is of no use."""
+
+    def evaluator(self, parts: Mapping[str, Any]) -> Errors:
+        """Word and character errors, and the steps of the search if it takes any."""
+        measure = Searched if self._search in self.searches else Errors
+        return measure(parts["labels"], self.decoder)

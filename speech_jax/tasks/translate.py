@@ -1,0 +1,249 @@
+"""Speech to text in another language: an encoder, a decoder of text, and CTC beside it.
+
+The decoder learns by cross-entropy with label smoothing, and the encoder by CTC on what was spoken
+too, which is what makes a decoder learn from few hours (Watanabe et al. 2017). Where a corpus has
+no transcripts, config.parts.labels.tag = 'translation' has CTC learn from the translations.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speech_jax.decoding import ctc as decoding
+from speech_jax.decoding import generate
+from speech_jax.errors import UserError
+from speech_jax.evaluators.bleu import Bleu
+from speech_jax.models.decoder import TextDecoder
+from speech_jax.models.frontend import FrontEnd
+from speech_jax.ops import ctc
+from speech_jax.rules import Rules
+from speech_jax.tasks import Batch, Pytree, writing
+from speech_jax.tasks.recognize import Recognize
+
+# Labels that a translation may have of no frame at all: short utterances are not cut.
+_SPARE = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Translate:
+    """Audio to a translation. The loss is in nats, its weight are the symbols of translations.
+
+    Attributes:
+      layers, heads, dropout: of the decoder, whose width is that of the encoder.
+      smoothing: the share of a target's probability that all symbols have.
+      ctc_weight: of CTC in the loss, and the rest the decoder's. With 0 there is no CTC.
+      beam: hypotheses of the search; 1: greedy.
+      length_penalty: see decoding/generate.py; more of it makes longer translations.
+      labels_per_frame: of a frame of the encoder, how many labels a translation has at most.
+    """
+
+    encoder: nn.Module
+    frontend: FrontEnd
+    counts: Mapping[str, int]
+    layers: int = 2
+    heads: int = 4
+    dropout: float = 0.1
+    smoothing: float = 0.1
+    ctc_weight: float = 0.3
+    beam: int = 5
+    length_penalty: float = 0.6
+    labels_per_frame: float = 2.0
+
+    parts: ClassVar = {"audio": "audio", "labels": "transcript", "target": "transcript"}
+    along: ClassVar = "samples"
+    best: ClassVar = ("bleu", "max")
+    translates: ClassVar = "target"  # the part that a prediction is a translation of
+
+    @property
+    def rules(self) -> Rules:
+        """How the parameters lie on a mesh."""
+        return (*self.encoder.rules, *writing.RULES)
+
+    @property
+    def writer(self) -> TextDecoder:
+        """The decoder of text; its parameters are params["decoder"]."""
+        return TextDecoder(
+            self.counts["target"],
+            width=self.encoder.width,
+            num_layers=self.layers,
+            heads=self.heads,
+            dropout=self.dropout,
+            dtype=self.encoder.dtype,
+        )
+
+    @property
+    def model(self) -> writing.WritingModel:
+        """All of it; its parameters are {"encoder": ..., "head": ..., "decoder": ...}."""
+        classes = self.counts["labels"] if self.ctc_weight else 0
+        return writing.WritingModel(self.encoder, self.writer, classes)
+
+    def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
+        """Parameters (float32) and model state (empty without batch norm)."""
+        texts = batch["target"], batch["target_length"]
+        variables = self.model.init(rng, *self.frontend(batch), *texts, True)
+        params = variables.pop("params")
+        return params, variables
+
+    def logits(
+        self,
+        params: Pytree,
+        state: Pytree,
+        batch: Batch,
+        rng: jax.Array | None = None,
+        step: jax.Array | int = 0,
+    ) -> tuple[jax.Array, jax.Array, Pytree]:
+        """(logits of CTC [B, T', K], frames [B], new state); trains where there is a key.
+
+        Raises:
+          UserError: there is no CTC.
+        """
+        if not self.ctc_weight:
+            raise UserError(
+                "this model has no CTC (config.task.ctc_weight=0), so that it gives no transcript: "
+                "have it translate, or train with more weight"
+            )
+        recognizer = Recognize(self.encoder, self.frontend, self.counts)
+        return recognizer.logits(params, state, batch, rng, step)
+
+    def loss(
+        self,
+        params: Pytree,
+        state: Pytree,
+        batch: Batch,
+        rng: jax.Array | None = None,
+        step: jax.Array | int = 0,
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        """Both losses of rows with weight; a row without a translation has none of the decoder's.
+
+        CTC's leaves out a row without a transcript, and one that does not fit, which is counted.
+        """
+        train = rng is not None
+        keys = jax.random.split(rng) if train else (None, None)
+        inputs, lengths = self.frontend(batch, keys[0], step)
+        target, count = batch["target"], batch["target_length"]
+        (logits, heard, frames), state = self.model.apply(
+            {"params": params, **state},
+            inputs,
+            lengths,
+            target,
+            count,
+            not train,
+            rngs={"dropout": keys[1]} if train else None,
+            mutable=list(state),
+        )
+        nats, right = writing.cross_entropy(logits, target, count, self.smoothing)
+        weight = jnp.where(count > 0, batch["weight"], 0.0)
+        symbols = (weight * (count + 1).astype(jnp.float32)).sum()
+        written = (nats * weight).sum()
+        sums = {"written": written, "right": (right * weight).sum()}
+        total = (1 - self.ctc_weight) * written
+        if self.ctc_weight:
+            spoken, more = _spoken_nats(heard, frames, batch)
+            total, sums = total + self.ctc_weight * spoken, sums | more
+        return total, symbols, {"state": state, "sums": sums}
+
+    def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
+        """The translation: {"target": int32 [B, S], "target_length", "sure", "ended": bool [B]}.
+
+        One that has not ended by itself is cut at `longest`. `sure` is the geometric mean of the
+        probabilities of its symbols. {"labels", "labels_length"} are the transcript, where there is
+        CTC.
+        """
+        inputs, lengths = self.frontend(batch)
+        hidden, logits, frames = self.model.apply(
+            {"params": params, **state}, inputs, lengths, True, method="hear"
+        )
+        texts = self._search(params["decoder"], hidden, frames)
+        count, ended = texts.count[:, 0], texts.ended[:, 0]
+        symbols = (count + ended).astype(jnp.float32)
+        penalty = ((5.0 + symbols) / 6.0) ** (self.length_penalty if self.beam > 1 else 0.0)
+        found = {
+            "target": texts.labels[:, 0],
+            "target_length": count,
+            "sure": jnp.exp(texts.score[:, 0] * penalty / jnp.maximum(symbols, 1.0)),
+            "ended": ended,
+        }
+        if logits is None:
+            return found
+        labels, count = decoding.greedy(logits, frames)
+        return found | {"labels": labels, "labels_length": count}
+
+    def _search(self, params: Pytree, hidden: jax.Array, frames: jax.Array) -> generate.Texts:
+        longest = int(self.longest(hidden.shape[1]))
+        advance, carry = writing.stepwise(
+            self.writer, params, hidden, frames, width=self.beam, longest=longest
+        )
+        limits = {"limit": self.longest(frames).astype(jnp.int32), "longest": longest}
+        if self.beam == 1:
+            return generate.greedy(advance, carry, begin=self.writer.begin, **limits)
+        return generate.beam(
+            advance,
+            carry,
+            pick=self.writer.pick,
+            begin=self.writer.begin,
+            width=self.beam,
+            length_penalty=self.length_penalty,
+            **limits,
+        )
+
+    def longest(self, frames: Any) -> Any:
+        """The labels that a translation of so many frames has at most."""
+        return (self.labels_per_frame * frames) // 1 + _SPARE
+
+    def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
+        """Utterances without a translation, or with one that is longer than can be written."""
+        frames = self.encoder.output_lengths(self.frontend.lengths(sizes["samples"]))
+        most, count = self.longest(np.asarray(frames)), sizes["target"]
+        lacking = {
+            int(i): "no translation: it is absent or empty; add one"
+            for i in np.flatnonzero(count < 1)
+        }
+        return lacking | {
+            int(i): f"translation too long: {count[i]} labels, and of {frames[i]} frames "
+            f"{int(most[i])} are written at most (config.task.labels_per_frame)"
+            for i in np.flatnonzero(count > most)
+        }
+
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The loss and the decoder's own in nats a symbol, the share of symbols that it finds.
+
+        Where there is CTC, also its nats a label, and the utterances that did not fit.
+        """
+        weight = max(sums["weight"], 1.0)
+        found = {
+            "loss_per_label": sums["loss"] / weight,
+            "accuracy": sums["right"] / weight,
+            "decoder_nats": sums["written"] / weight,
+        }
+        if "spoken" in sums:
+            found["ctc_nats"] = sums["spoken"] / max(sums["labels"], 1.0)
+            found["infeasible"] = sums["infeasible"]
+        return found
+
+    def check(self, figures: Mapping[str, float], step: int) -> None:
+        """Nothing that is logged says that going on is of no use."""
+
+    def evaluator(self, parts: Mapping[str, Any]) -> Bleu:
+        """BLEU and chrF2, and the errors of the transcript where one is spoken of."""
+        spoken = parts["labels"]
+        said = bool(self.ctc_weight) and not spoken.tag
+        return Bleu(parts["target"], spoken if said else None)
+
+
+def _spoken_nats(
+    logits: jax.Array, frames: jax.Array, batch: Batch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """CTC's nats of the labels of a batch, and {"spoken": the same, "labels", "infeasible"}."""
+    labels, length = batch["labels"], batch["labels_length"]
+    feasible = ctc.ctc_feasible(frames, labels, length)
+    asked = jnp.where(length > 0, batch["weight"], 0.0)
+    weight = jnp.where(feasible, asked, 0.0)
+    nats = ctc.ctc_loss(logits, frames, labels, length, zero_infinity=True)
+    spoken = (nats * weight).sum()
+    count = (weight * length.astype(jnp.float32)).sum()
+    return spoken, {"spoken": spoken, "labels": count, "infeasible": (asked - weight).sum()}

@@ -1,0 +1,166 @@
+"""Texts written by a decoder: cached as uncached, beams against all texts there are, bounds."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from speech_jax.decoding import generate
+from speech_jax.models.decoder import TextDecoder
+
+VOCABULARY, LONGEST = 4, 4
+DECODER = TextDecoder(VOCABULARY, width=16, num_layers=2, heads=2, dropout=0.0)
+LENGTHS = np.asarray([7, 3, 5], np.int32)
+LIMIT = np.asarray([4, 2, 3], np.int32)
+
+
+@pytest.fixture(scope="module")
+def memory():
+    return np.random.default_rng(0).normal(size=(3, 7, 12)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def params(memory):
+    tokens = np.zeros((3, 2), np.int32)
+    arguments = (tokens, np.full(3, 2, np.int32), memory, LENGTHS)
+    init = jax.jit(lambda key: DECODER.init(key, *arguments, True)["params"])
+    made = init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(made)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [0.4 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
+    return tree.unflatten([x + y for x, y in zip(leaves, noise, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def whole(params):
+    """Log probabilities [B, U, V] behind each symbol, computed at once."""
+
+    @jax.jit
+    def whole(tokens, memory, lengths):
+        inside = jnp.full(len(tokens), tokens.shape[1], jnp.int32)
+        logits = DECODER.apply({"params": params}, tokens, inside, memory, lengths, True)
+        return jax.nn.log_softmax(logits)
+
+    return whole
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def start(params, memory, lengths, width):
+    return DECODER.apply(
+        {"params": params}, width * len(lengths), memory, lengths, LONGEST + 1, method="start"
+    )
+
+
+@jax.jit
+def advance(params, carry, symbols):
+    logits, carry = DECODER.apply({"params": params}, carry, symbols, method="advance")
+    return jax.nn.log_softmax(logits), carry
+
+
+@functools.partial(jax.jit, static_argnames=("width", "nbest", "penalty"))
+def search(params, memory, lengths, limit, width=0, nbest=1, penalty=0.0):
+    carry = start(params, memory, lengths, width or 1)
+    step = functools.partial(advance, params)
+    common = {"begin": DECODER.begin, "limit": limit, "longest": LONGEST}
+    if not width:
+        return generate.greedy(step, carry, **common)
+    return generate.beam(
+        step,
+        carry,
+        pick=DECODER.pick,
+        width=width,
+        nbest=nbest,
+        length_penalty=penalty,
+        **common,
+    )
+
+
+def test_pieces_of_any_size_give_what_the_whole_gives(params, memory, whole):
+    tokens = np.random.default_rng(1).integers(1, VOCABULARY, (3, 5)).astype(np.int32)
+    wanted = whole(tokens, memory, LENGTHS)
+    for sizes in ((5,), (1, 3, 1), (2, 2, 1)):
+        carry, found = start(params, memory, LENGTHS, 1), []
+        for piece in np.split(tokens, np.cumsum(sizes)[:-1], axis=1):
+            scores, carry = advance(params, carry, piece)
+            found.append(scores)
+        np.testing.assert_allclose(np.concatenate(found, 1)[..., 1:], wanted[..., 1:], atol=2e-5)
+
+
+def test_what_comes_later_and_what_is_padding_changes_nothing(params, memory, whole):
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(1, VOCABULARY, (3, 5)).astype(np.int32)
+    other = np.concatenate([tokens[:, :3], rng.integers(1, VOCABULARY, (3, 2))], 1)
+    inside = np.arange(7)[None, :, None] < LENGTHS[:, None, None]
+    noise = np.where(inside, memory, 9.0).astype(np.float32)
+    a, b = whole(tokens, memory, LENGTHS), whole(other.astype(np.int32), noise, LENGTHS)
+    np.testing.assert_allclose(a[:, :3, 1:], b[:, :3, 1:], atol=1e-5)
+    assert np.abs(a[:, 3:, 1:] - b[:, 3:, 1:]).max() > 1e-2
+    assert (np.exp(a[..., 0]) == 0).all()  # the blank is never written
+
+
+def test_cached_greedy_search_gives_the_tokens_of_uncached(params, memory, whole):
+    texts = jax.device_get(search(params, memory, LENGTHS, LIMIT))
+    for row in range(3):
+        written = [DECODER.begin]
+        while len(written) <= LIMIT[row]:
+            padded = np.zeros((3, 5), np.int32)
+            padded[row, : len(written)] = written
+            best = int(whole(padded, memory, LENGTHS)[row, len(written) - 1].argmax())
+            if best == DECODER.begin:
+                break
+            written.append(best)
+        count = texts.count[row, 0]
+        assert texts.labels[row, 0, :count].tolist() == written[1:]
+        assert not texts.labels[row, 0, count:].any()
+
+
+def _all_texts(whole, memory, row, limit, penalty):
+    """(score, labels, whether it ended) of every text there can be, the best first."""
+    found = []
+    for count in range(limit + 1):
+        for labels in itertools.product(range(1, VOCABULARY), repeat=count):
+            tokens = np.zeros((3, 5), np.int32)
+            tokens[:, 0] = DECODER.begin
+            tokens[row, 1 : 1 + count] = labels
+            scores = np.asarray(whole(tokens, memory, LENGTHS))[row]
+            score = float(sum(scores[i, label] for i, label in enumerate(labels)))
+            if count == limit:
+                found.append((score / ((5 + count) / 6) ** penalty, list(labels), False))
+            score += float(scores[count, DECODER.begin])
+            found.append((score / ((6 + count) / 6) ** penalty, list(labels), True))
+    return sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.8])
+def test_a_wide_beam_finds_the_best_of_all_texts(params, memory, whole, penalty):
+    texts = search(params, memory, LENGTHS, LIMIT, width=3**4, nbest=5, penalty=penalty)
+    texts = jax.device_get(texts)
+    for row, limit in enumerate(LIMIT):
+        wanted = _all_texts(whole, memory, row, limit, penalty)[:5]
+        for n, (score, labels, ended) in enumerate(wanted):
+            assert texts.labels[row, n, : texts.count[row, n]].tolist() == labels
+            assert texts.ended[row, n] == ended
+            np.testing.assert_allclose(texts.score[row, n], score, rtol=1e-4)
+
+
+def test_a_beam_of_one_is_greedy_and_rows_do_not_see_each_other(params, memory):
+    one = jax.device_get(search(params, memory, LENGTHS, LIMIT))
+    same = jax.device_get(search(params, memory, LENGTHS, LIMIT, width=1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, same)
+    wide = jax.device_get(search(params, memory, LENGTHS, LIMIT, width=3, nbest=2))
+    turned = search(params, memory[::-1], LENGTHS[::-1], LIMIT[::-1], width=3, nbest=2)
+    np.testing.assert_array_equal(wide.labels, turned.labels[::-1])
+    np.testing.assert_allclose(wide.score, turned.score[::-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [0, 3])
+def test_what_does_not_end_is_cut_at_its_limit_and_said_to_be(params, memory, width):
+    endless = jax.tree.map(lambda x: x, params)
+    endless["output"]["bias"] = params["output"]["bias"].at[DECODER.begin].set(-1e9)
+    texts = jax.device_get(search(endless, memory, LENGTHS, LIMIT, width=width))
+    np.testing.assert_array_equal(texts.count[:, 0], LIMIT)
+    assert not texts.ended.any()
+    assert (texts.labels[:, 0][np.arange(LONGEST)[None] < LIMIT[:, None]] > 0).all()
