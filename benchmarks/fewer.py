@@ -185,7 +185,7 @@ def _seconds(asked: argparse.Namespace, name: str) -> float:
 
 def _update_times(asked: argparse.Namespace, rows: Mapping[str, Mapping]) -> dict[str, float]:
     """Median seconds of an update of each, taken in turns."""
-    main._keep_memory()  # as trainings do
+    main.keep_memory()  # as trainings do
     updates = {name: _updates(asked, name, changes) for name, changes in rows.items()}
     return table.interleaved_medians(updates, repeats=UPDATES, warmup=2)
 

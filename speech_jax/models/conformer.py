@@ -97,7 +97,7 @@ class Conformer(nn.Module):
         x = layers.dropout(x, self.dropout, seeds[-1])
         block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
         if self.scan:
-            one = block(**self._block_settings(), name="layers")
+            one = block(**self.block_settings(), name="layers")
             by_layer = None if deterministic else seeds[:-1]
             first = x
             x, each = layers.scan_layers(one, self.num_layers, layers_too, x, mask, by_layer)
@@ -105,14 +105,15 @@ class Conformer(nn.Module):
         else:
             each = [x]
             for layer in range(self.num_layers):
-                one = block(**self._block_settings(), name=f"layer_{layer}")
+                one = block(**self.block_settings(), name=f"layer_{layer}")
                 x, _ = one(x, mask, seeds[layer])
                 each.append(x)
         if layers_too:
             x, mask = jnp.stack(each, axis=2), mask[:, :, None]  # [B, T', L + 1, D]
         return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), lengths
 
-    def _block_settings(self) -> dict[str, Any]:
+    def block_settings(self) -> dict[str, Any]:
+        """The attributes of a layer."""
         names = (
             "heads", "kernel", "position", "conv_norm", "dropout", "attention_dropout", "adapter",
             "dtype",
