@@ -196,10 +196,13 @@ def _transcribe(
     refuse: Callable[[str], None],
 ) -> None:
     # Only now, so that --help and a wrong flag answer at once.
+    from speech_jax import compiled
+    from speech_jax.data import sources
     from speech_jax.deploy import formats
     from speech_jax.deploy.acoustic import open_acoustic
     from speech_jax.deploy.transcribe import Model
 
+    compiled.keep(sources.default_cache())
     format = formats.FORMATS[chosen.format]
     if len(inputs) > 1 and not chosen.out and not format.joins:
         refuse(f"--format={chosen.format} of {len(inputs)} recordings needs --out=FOLDER")
