@@ -111,7 +111,8 @@ RANGES = {
         (
             "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
             "model.mask_time", "model.mask_channel", "task.mask_fraction", "task.mixup",
-            "task.omega", "task.ctc_weight", "task.inter_ctc", "optimizer.eps", "optimizer.eps_root",
+            "task.omega", "task.ctc_weight", "task.inter_ctc", "optimizer.eps",
+            "optimizer.eps_root",
         ),
         _SHARE,
     ),
