@@ -15,7 +15,7 @@ from speech_jax.evaluators.errors import Errors
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import augment, ctc
 from speech_jax.rules import Rules
-from speech_jax.tasks import Batch, Pytree
+from speech_jax.tasks import Batch, Pytree, hearing
 
 # How the head's parameters lie on a mesh.
 RULES: Rules = ((r"head/kernel", ("fsdp", "tensor")), (r"head/bias", ("tensor",)))
@@ -78,10 +78,7 @@ class Recognize:
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Parameters (float32) and model state (empty without batch norm)."""
-        inputs, lengths = self.frontend(batch)
-        variables = self.model.init(rng, inputs, lengths, True)
-        params = variables.pop("params")
-        return params, variables
+        return hearing.init(self.model, self.frontend, rng, batch)
 
     def logits(
         self,
@@ -92,16 +89,8 @@ class Recognize:
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array, Pytree]:
         """(logits [B, T', K], frames [B], new state); trains where there is a key."""
-        train = rng is not None
-        keys = jax.random.split(rng) if train else (None, None)
-        inputs, lengths = self.frontend(batch, keys[0], step)
-        (logits, lengths), state = self.model.apply(
-            {"params": params, **state},
-            inputs,
-            lengths,
-            not train,
-            rngs={"dropout": keys[1]} if train else None,
-            mutable=list(state),
+        (logits, lengths), state = hearing.heard(
+            self.model, self.frontend, params, state, batch, rng, step
         )
         return logits, lengths, state
 
