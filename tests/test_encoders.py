@@ -69,6 +69,11 @@ CASES = {
         "tiny",
         {"width": 16, "num_layers": 4, "kernel": 2, "causal": True, "subsampling": 8},
     ),
+    "wavenet-waveform": (
+        "wavenet_waveform",
+        "tiny",
+        {"width": 16, "num_layers": 4, "cycle": 2, "dropout": 0.1, "remat": True},
+    ),
     "wav2vec2-conformer": ("wav2vec2_conformer", "tiny", WAVEFORM | {"kernel": 5}),
     "wav2vec2-conformer-rotary-scan": (
         "wav2vec2_conformer",
