@@ -20,6 +20,8 @@ RECIPES = {
     "librispeech": ("librispeech", ["conformer_s"]),
     "librispeech_conformer_tiny": ("librispeech", ["conformer_tiny"]),
     "librispeech_conformer_l": ("librispeech", ["conformer_l"]),
+    "librispeech_deepspeech": ("librispeech", ["deepspeech"]),
+    "librispeech_wavenet_tiny": ("librispeech", ["wavenet_tiny"]),
     "pretrain_wav2vec2_base": ("pretrain_wav2vec2_base", []),
     "pretrain_best_rq": ("pretrain_best_rq", []),
     "speaker_id": ("speaker_id", []),

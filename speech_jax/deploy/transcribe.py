@@ -15,7 +15,7 @@ import math
 import numbers
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -280,25 +280,35 @@ class Model:
     def _hear(self, pool: "list[_Piece]") -> None:
         """Decodes pieces, and gives the memory of their samples back."""
         if self._search:
-            self._find(pool, self._searched)
+            self._by_pieces(pool, self._read_all)
         else:
             self._listen(pool)
         for piece in pool:
             piece.samples, piece.logits = None, []
 
-    def _searched(self, samples: np.ndarray, lengths: np.ndarray) -> list[Decoded]:
-        found = self._search(samples, lengths)
-        return [
-            self._decoder.read({name: array[row] for name, array in found.items()})
-            for row in range(len(lengths))
-        ]
+    def _translate(self, pool: "list[_Piece]") -> None:
+        """Translates pieces, and gives the memory of their samples back."""
+        if not self.translates:
+            raise TranscriptionError(
+                "this model does not translate: use transcribe, or load one that was trained with "
+                "config.task.name='translate'"
+            )
+        self._by_pieces(pool, self.acoustic.translate)
+        for piece in pool:
+            piece.samples = None
 
-    def _find(
+    def _read_all(self, samples: np.ndarray, lengths: np.ndarray) -> list[Decoded]:
+        """What the model's own search finds in recordings int16 [B, S] of lengths [B]."""
+        found = self._search(samples, lengths)
+        rows = ({name: of[row] for name, of in found.items()} for row in range(len(lengths)))
+        return [self._decoder.read(row) for row in rows]
+
+    def _by_pieces(
         self,
         pool: "list[_Piece]",
-        find: Callable[[np.ndarray, np.ndarray], Iterable[Decoded]],
+        decode: Callable[[np.ndarray, np.ndarray], Sequence[Decoded]],
     ) -> None:
-        """Finds the text of pieces, each whole: of samples [B, S] and their lengths, row by row."""
+        """Gives pieces what `decode` makes of them, each as a whole, in batches by length."""
         rows = collections.defaultdict(list)
         for piece in pool:
             if self.acoustic.frames(len(piece.samples)):
@@ -310,7 +320,7 @@ class Model:
                 for row, piece in enumerate(some):
                     samples[row, : len(piece.samples)] = piece.samples
                     lengths[row] = len(piece.samples)
-                for piece, decoded in zip(some, find(samples, lengths), strict=False):
+                for piece, decoded in zip(some, decode(samples, lengths), strict=False):
                     piece.decoded = decoded
 
     def _listen(self, pool: "list[_Piece]") -> None:
@@ -335,17 +345,6 @@ class Model:
         )
         for some, count in _batches(spoken, _DECODED_TOGETHER):
             self._decode(some, count)
-
-    def _translate(self, pool: "list[_Piece]") -> None:
-        """Translates pieces, each whole, and gives the memory of their samples back."""
-        if not self.translates:
-            raise TranscriptionError(
-                "this model does not translate: use transcribe, or load one that was trained with "
-                "config.task.name='translate'"
-            )
-        self._find(pool, self.acoustic.translate)
-        for piece in pool:
-            piece.samples = None
 
     def _hear_chunks(
         self, members: "list[tuple[_Piece, int, pieces.Chunk]]", shape: tuple[int, int]
