@@ -286,6 +286,17 @@ class Model:
         for piece in pool:
             piece.samples, piece.logits = None, []
 
+    def _translate(self, pool: "list[_Piece]") -> None:
+        """Translates pieces, and gives the memory of their samples back."""
+        if not self.translates:
+            raise TranscriptionError(
+                "this model does not translate: use transcribe, or load one that was trained with "
+                "config.task.name='translate'"
+            )
+        self._by_pieces(pool, self.acoustic.translate)
+        for piece in pool:
+            piece.samples = None
+
     def _read_all(self, samples: np.ndarray, lengths: np.ndarray) -> list[Decoded]:
         """What the model's own search finds in recordings int16 [B, S] of lengths [B]."""
         found = self._search(samples, lengths)
@@ -334,17 +345,6 @@ class Model:
         )
         for some, count in _batches(spoken, _DECODED_TOGETHER):
             self._decode(some, count)
-
-    def _translate(self, pool: "list[_Piece]") -> None:
-        """Translates pieces, each whole, and gives the memory of their samples back."""
-        if not self.translates:
-            raise TranscriptionError(
-                "this model does not translate: use transcribe, or load one that was trained with "
-                "config.task.name='translate'"
-            )
-        self._by_pieces(pool, self.acoustic.translate)
-        for piece in pool:
-            piece.samples = None
 
     def _hear_chunks(
         self, members: "list[tuple[_Piece, int, pieces.Chunk]]", shape: tuple[int, int]

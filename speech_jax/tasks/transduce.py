@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speech_jax.decoding import transducer as searches
+from speech_jax.decoding import transducer as search
 from speech_jax.decoding.decoder import Decoder
 from speech_jax.errors import UserError
 from speech_jax.evaluators.errors import Errors, Searched
@@ -107,7 +107,7 @@ class Transduce:
       omega: the share of the loss without durations in the loss, with durations.
       span: positions of a frame at which the joiner is computed in training, where a simple joint
         says; 0: at all. It spares time and memory where labels are many.
-      warmup: updates until the band counts in full.
+      warmup: updates until the band counts in full; 0: it does from the first one.
       ctc_weight: of CTC in the loss, by a head of its own; 0: none.
       most: labels that a search may say in a frame.
     """
@@ -230,9 +230,10 @@ class Transduce:
         """
         labels, labels_length = batch["labels"], batch["labels_length"]
         heard, state = self._apply(params, state, batch, rng, step, labels, method="__call__")
-        done = jnp.asarray(step, jnp.float32) / max(self.warmup, 1)
-        ramp = jnp.minimum(done, 1.0) if rng is not None else jnp.ones(())
-        nats = self._nats(params["joiner"]["output"], heard, labels, labels_length, ramp)
+        ramp = jnp.ones(())
+        if rng is not None and self.warmup:
+            ramp = jnp.minimum(jnp.asarray(step, jnp.float32) / self.warmup, 1.0)
+        nats = self._nats(params["joiner"]["logits"], heard, labels, labels_length, ramp)
         fits = jnp.isfinite(nats)
         nats = jnp.where(fits, nats, 0.0)
         if self.ctc_weight:
@@ -282,10 +283,10 @@ class Transduce:
         scale = lambda ends: ends[0] + (ends[1] - ends[0]) * ramp
         return scale(_BAND) * nats + scale(_SIMPLE) * simple
 
-    def searched(self, params: Pytree) -> searches.Transducer:
+    def searched(self, params: Pytree) -> search.Transducer:
         """What a search asks of the model; it is given what `encode` gives."""
         model, variables = self.model, {"params": params}
-        return searches.Transducer(
+        return search.Transducer(
             start=model.predictor.start,
             advance=lambda *given: model.apply(variables, *given, method="advance"),
             join=lambda *given: model.apply(variables, *given, method="join"),
@@ -300,13 +301,13 @@ class Transduce:
         model, others = self.searched(params), {}
         if self._search == "transducer_beam":
             width, nbest = self.decoder.settings.width, self.decoder.settings.nbest
-            found, said = searches.beam(model, encoded, lengths, width=width, nbest=nbest)
+            found, said = search.beam(model, encoded, lengths, width=width, nbest=nbest)
             if nbest > 1:
                 names = ("nbest", "nbest_length", "nbest_score")
                 others = dict(zip(names, found, strict=True))
         else:
-            begun = searches.start(model, len(encoded))
-            said, _ = searches.greedy(model, begun, encoded, lengths, self.most)
+            begun = search.start(model, len(encoded))
+            said, _ = search.greedy(model, begun, encoded, lengths, self.most)
         return others | {
             "labels": said.labels,
             "labels_length": said.count,
