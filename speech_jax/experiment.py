@@ -46,19 +46,23 @@ _ROUND_SECONDS = 0.1
 
 
 def open_splits(config: ConfigDict, names: str) -> sources.Source:
-    """One source of the splits in `names`, or portions of them, which are joined by commas."""
+    """One source of the splits in `names`, or portions of them, which are joined by commas.
+
+    What ends in .jsonl is a manifest, whatever the source of the others is.
+    """
     data = config.data
     arguments = {name: value for name, value in data.arguments.items() if value is not None}
     opened = []
     for name in split_names(names):
         split, low, high = portions.parse(name)
+        is_manifest = split.endswith(".jsonl")  # as of pseudo_label.py, beside any other source
         source = sources.open_source(
-            data.source,
+            "manifest" if is_manifest else data.source,
             root=data.root,
             split=split,
             on_error=data.on_error,
             cache=data.cache or None,
-            **arguments,
+            **({} if is_manifest and data.source != "manifest" else arguments),
         )
         kept = {"within": data.portion_within, "together": data.portion_together}
         opened.append(portions.portion(source, low, high, **kept))
@@ -87,12 +91,14 @@ def make_parts(config: ConfigDict, folder: pathlib.Path, source: sources.Source)
       PartError: `source` lacks what a part learns from.
       UserError: the folder cannot be written.
     """
-    for name, constructor, settings in _parts(config, making=True):
-        if jax.process_index() == 0:
+
+    def make() -> None:
+        for name, constructor, settings in _parts(config, making=True):
             part = constructor.make(source, name, **settings)
             with files.writing(folder):
                 part.save(folder)
-    sharding.barrier("parts")
+
+    sharding.from_first(make)
     return restore_parts(config, folder)
 
 
@@ -249,6 +255,7 @@ def training_plan(
         seed=config.seed,
         speeds=tuple(data.speeds),
         stretched=corpus.stretched,
+        short_first=data.short_first,
     )
 
 
@@ -357,13 +364,17 @@ def make_frontend(config: ConfigDict, encoder, parts: Mapping[str, Part]) -> Fro
     settings = dict(config.features)
     normalize = settings.pop("normalize")
     masks = dict(config.spec_augment)
-    start = masks.pop("start_step")
+    begin = {
+        "spec_augment_start": masks.pop("start_step"),
+        "spec_augment_ramp": masks.pop("ramp"),
+        "vocal_tract": masks.pop("vocal_tract"),
+    }
     return FrontEnd(
         listens=encoder.listens,
         log_mel={"sample_rate": config.data.sample_rate, **settings},
         normalize=normalize,
         spec_augment=masks,
-        spec_augment_start=start,
+        **begin,
         **(parts["audio"].statistics or {}),
     )
 
