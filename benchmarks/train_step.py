@@ -19,6 +19,7 @@ layers of width 256. The medians of both, and how often they took turns, are in 
 
 import argparse
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -145,14 +146,16 @@ def main():
     chosen = parser.parse_args()
     if jax.default_backend() == "cpu":
         command.keep_memory()  # as a run has it; it is the peer's memory too
-    costs.peak_flops()
-    names = chosen.model.split(",")
+    names, rows = chosen.model.split(","), []
     with tempfile.TemporaryDirectory() as folder:
-        if not chosen.peer:
+        if not chosen.peer:  # before anything is compiled
             jax.config.update("jax_compilation_cache_dir", folder)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        measure = against_transformers if chosen.peer else whole_steps
-        table.report(list(measure(names, chosen)), file=chosen.json)
+        costs.peak_flops()
+        for row in (against_transformers if chosen.peer else whole_steps)(names, chosen):
+            print(f"{row['step']}: {row['ms']:.1f} ms", file=sys.stderr, flush=True)
+            rows.append(row)
+        table.report(rows, file=chosen.json)
 
 
 if __name__ == "__main__":

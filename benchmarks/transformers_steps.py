@@ -236,6 +236,7 @@ def _their_encoder(width, layers, rows, seconds, front) -> Callable[[], float]:
         position_embeddings_type="rotary", apply_spec_augment=False, layerdrop=0.0,
         conformer_conv_dropout=0.0, **{f"{place}_dropout": 0.0 for place in off}, **EXTRACTOR,
     )  # fmt: skip
+    config._attn_implementation = "eager"  # the only one that it has
     torch.manual_seed(0)
     cuda = jax.devices()[0].platform == "gpu"
     device = "cuda" if cuda else "cpu"

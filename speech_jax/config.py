@@ -136,7 +136,8 @@ def default() -> ConfigDict:
     config.data = data = ConfigDict()
     data.source = "librispeech"  # or another of data/sources/
     data.root = ""  # the folder that holds the splits
-    data.cache = ""  # for what is derived from the data; empty: ~/.cache/speech_jax
+    # For what is derived from the data, and compiled programs; empty: ~/.cache/speech_jax.
+    data.cache = ""
     data.train_splits = ""  # names joined by commas; NAME.jsonl is a manifest beside any source
     data.only = ""  # utterances with these tags alone, of every split: "speaker=84", "speaker!=84"
     data.train_minutes = 0.0  # of the training splits, drawn with the seed; 0: all of them

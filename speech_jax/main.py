@@ -12,6 +12,8 @@ Train and run the same command again after an interruption: it goes on where it 
 holds config.json, plan.json, what the vocabulary and features have learned, checkpoints/,
 metrics.jsonl, tensorboard/, predictions/, results.json and, once it is evaluated, report.html;
 speech_jax/workdir.py names them all.
+What takes long to compile is kept in config.data.cache, for the next run on such a machine;
+JAX_ENABLE_COMPILATION_CACHE=false keeps nothing, JAX_COMPILATION_CACHE_DIR names another folder.
 Every setting and its meaning: speech_jax/config.py; override any with --config.SECTION.KEY=VALUE.
 """
 
