@@ -76,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         "--decoder",
         metavar="NAME",
         help="greedy, beam, or lexicon (the words of --lm alone); of a model with an attention "
-        "decoder also attention, joint or rescore; default: that of the model, or beam where --beam, --nbest, --lm or --lm-weight is given",
+        "decoder also attention, joint or rescore; default: that of the model, or beam where "
+        "--beam, --nbest, --lm or --lm-weight is given",
     )
     low, high = _WIDTHS
     add(
