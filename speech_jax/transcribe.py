@@ -24,7 +24,9 @@ _STATUS = """exit status: 0, all is transcribed; 1, something failed: it is name
 with the reason, and the rest is done; 2, the command line is wrong."""
 # What follows is known elsewhere too; --help and a wrong flag answer at once, without libraries.
 _FORMATS = ("text", "json", "srt", "vtt", "ctm", "textgrid", "tsv")
-_DECODERS = ("greedy", "beam", "lexicon", "attention", "joint", "rescore")
+_DECODERS = (
+    "greedy", "beam", "lexicon", "attention", "joint", "rescore", "transducer", "transducer_beam",
+)  # fmt: skip
 _CHUNK_SECONDS, _WIDTHS, _DEFAULT_WIDTH, _DEFAULT_LM_WEIGHT = (5, 300), (1, 1024), 16, 0.5
 
 
@@ -195,10 +197,13 @@ def _transcribe(
     refuse: Callable[[str], None],
 ) -> None:
     # Only now, so that --help and a wrong flag answer at once.
+    from speech_jax import compiled
+    from speech_jax.data import sources
     from speech_jax.deploy import formats
     from speech_jax.deploy.acoustic import open_acoustic
     from speech_jax.deploy.transcribe import Model
 
+    compiled.keep(sources.default_cache())
     format = formats.FORMATS[chosen.format]
     if len(inputs) > 1 and not chosen.out and not format.joins:
         refuse(f"--format={chosen.format} of {len(inputs)} recordings needs --out=FOLDER")

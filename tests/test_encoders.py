@@ -2,12 +2,17 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import stepwise
 from speech_jax import models, rules
+from speech_jax.errors import UserError
+from speech_jax.models import deepspeech
+from speech_jax.models import stepwise as pieces
 
 SMALL = {"width": 16, "num_layers": 2, "heads": 2, "kernel": 5, "dropout": 0.1}
 WAVEFORM = {
@@ -28,7 +33,11 @@ CASES = {
         "tiny",
         {**SMALL, "subsampling_kind": "separable", "subsampling": 8},
     ),
-    "conformer-over-time": ("conformer", "tiny", {**SMALL, "subsampling_kind": "time"}),
+    "conformer-over-time": (
+        "conformer",
+        "tiny",
+        {**SMALL, "subsampling_kind": "time", "layer_drop": 0.2},
+    ),
     "wav2vec2": (
         "wav2vec2",
         "tiny",
@@ -273,17 +282,133 @@ def test_scan_and_remat_change_nothing():
         )
 
 
-def test_bfloat16_computes_in_it_and_stays_close():
-    settings = {**SMALL, "scan": False}
-    exact = Case("conformer", "tiny", settings)
-    coarse = models.make_encoder(
-        **models.settings("conformer", "tiny", **settings, dtype="bfloat16")
-    )
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_layer_that_is_dropped_at_times_changes_on_average_what_it_does_in_evaluation(scan):
+    settings = {**SMALL, "num_layers": 1, "dropout": 0.0, "layer_drop": 0.4, "scan": scan}
+    encoder = models.make_encoder(**models.settings("conformer", "tiny", **settings))
+    inputs = jnp.asarray(np.random.default_rng(0).standard_normal((400, 8, 40)), jnp.float32)
+    inputs, lengths = jnp.broadcast_to(inputs[:1], inputs.shape), jnp.full(400, 8)
+    params = jax.jit(encoder.init, static_argnums=3)(jax.random.key(0), inputs, lengths, True)
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    run = lambda train: encoder.apply(
+        params, inputs, lengths, not train, True, rngs={"dropout": jax.random.key(1)}
+    )[0]
+    whole, dropped = jax.jit(run, static_argnums=0)(False), jax.jit(run, static_argnums=0)(True)
+    change = dropped[:, :, 1] - dropped[:, :, 0]
+    skipped = jnp.abs(change).max((1, 2)) == 0
+    assert 0.3 < skipped.mean() < 0.5
+    expected = whole[0, :, 1] - whole[0, :, 0]
+    np.testing.assert_allclose(change[~skipped][0], expected / 0.6, atol=1e-5)
+
+
+def test_layers_are_dropped_more_often_towards_the_end():
+    encoder = models.make_encoder(**models.settings("conformer", "tiny", layer_drop=0.4))
+
+    def shares(module):
+        return module._shares(jnp.zeros((4_000, 1, 1)))
+
+    found = nn.apply(shares, encoder)({}, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_allclose((found == 0).mean((1, 2, 3)), [0.1, 0.2, 0.3, 0.4], atol=0.03)
+    np.testing.assert_allclose(found.mean((1, 2, 3)), 1.0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("deepspeech", {}),  # in several chunks, the last of which is not whole
+        ("deepspeech-lookahead-batch", {}),
+        ("wavenet", {}),
+    ],
+)
+def test_remat_changes_nothing(name, changes, monkeypatch):
+    monkeypatch.setattr(deepspeech, "CHUNK", 7)
+    kind, variant, settings = CASES[name]
+    case, key = make_case(name), jax.random.key(1)
+    again = Case(kind, variant, {**settings, "remat": True})
+    found, expected = (each.gradient(case.params, key) for each in (again, case))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", ["conformer", "deepspeech", "wavenet"])
+def test_bfloat16_computes_in_it_and_stays_close(name):
+    kind, variant, settings = CASES[name]
+    exact = make_case(name)
+    coarse = models.make_encoder(**models.settings(kind, variant, **settings, dtype="bfloat16"))
     apply = jax.jit(coarse.apply, static_argnums=3)
     hidden, _ = apply({"params": exact.params}, exact.inputs, exact.lengths, True)
     assert hidden.dtype == jnp.bfloat16
     expected = exact.apply(exact.params, exact.inputs, exact.lengths)[0]
     assert np.abs(hidden.astype(jnp.float32) - expected).mean() < 0.05 * np.abs(expected).mean()
+
+
+@pytest.mark.parametrize("name", ["deepspeech-lookahead-batch", "wavenet-causal-8"])
+def test_no_frame_hears_more_of_the_future_than_it_says(name):
+    """By the gradient of a frame: of what comes later than its delay there is none."""
+    case, frame = make_case(name), 2
+    delay, each = getattr(case.encoder, "delay", 0), case.encoder.subsampling
+
+    def output(inputs):
+        hidden = case.apply(case.params, inputs, case.lengths)[0]
+        return hidden[0, frame] @ jnp.cos(jnp.arange(hidden.shape[2], dtype=hidden.dtype))
+
+    heard = np.abs(jax.grad(output)(case.inputs)[0]).max(axis=-1) > 0
+    known = (frame + delay + 1) * each  # frames of log-mel that there must be
+    assert heard[known - each : known].any()
+    assert not heard[known:].any()
+    assert heard[: each * frame].all()
+
+
+STREAMS = {
+    "lookahead": {
+        "cell": "gru", "lookahead": 3, "norm": "batch", "conv_kernels": (6, 5), "adapter": 3,
+    },
+    "odd lags": {
+        "subsampling": 2, "conv_channels": (4, 4, 4), "conv_kernels": (8, 3, 2),
+        "conv_bands": (3, 3, 3),
+    },
+    "original": {
+        "conv_channels": (), "conv_kernels": (), "conv_bands": (), "context": 4, "subsampling": 2,
+        "cell": "simple", "residual": False, "dense_before": 1, "dense_after": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", STREAMS.values(), ids=STREAMS)
+def test_pieces_give_what_the_whole_gives(settings):
+    small = {"width": 12, "num_layers": 2, "conv_channels": (4, 4), "bidirectional": False}
+    case = Case("deepspeech", "tiny", small | settings)
+    valid, each = jnp.ones((3, case.size), bool), case.encoder.subsampling
+    whole, _ = case.apply(case.params, case.inputs, jnp.full(3, case.size))
+    stepwise.check(
+        case.encoder, case.params, (case.inputs, valid), whole,
+        state=case.state, reads=(40,), sizes=(each, 6 * each),
+    )  # fmt: skip
+    # Rows that end in the middle of a piece, with noise behind them.
+    valid = jnp.arange(case.size)[None, :] < case.lengths[:, None]
+    variables = {"params": case.params, **case.state}
+    outputs = jax.jit(
+        lambda inputs: pieces.run(
+            case.encoder, variables, case.encoder.start(3, 40), (inputs, valid), 6 * each
+        )
+    )(case.inputs)
+    whole, _ = case.apply(case.params, case.inputs, case.lengths)
+    np.testing.assert_allclose(outputs, whole, atol=1e-5)
+
+
+def test_what_hears_all_of_the_future_has_no_pieces():
+    with pytest.raises(UserError, match="bidirectional=False"):
+        make_case("deepspeech").encoder.start(1, 40)
+
+
+def test_a_piece_is_of_whole_hidden_frames():
+    case = make_case("deepspeech-lookahead-batch")
+    piece = jnp.zeros((1, 3, 40)), jnp.ones((1, 3), bool)
+    with pytest.raises(UserError, match="3 log-mel frames is no multiple of subsampling=2"):
+        case.encoder.apply(
+            {"params": case.params, **case.state},
+            case.encoder.start(1, 40), piece, method="advance",
+        )  # fmt: skip
 
 
 def test_published_sizes():

@@ -36,8 +36,8 @@ class Carry(NamedTuple):
     """A text that is being written.
 
     at: int32 [R], how many symbols were read, the same in all rows; written: of each layer,
-    [R, S, H, W] each; memory: of each layer, [B, T, H, W] each; mask: bool [B, T], frames of the
-    memory.
+    [R, S, H, W] each; memory: of each layer, [B, T, H, W] each; mask: bool [B, T], the frames of
+    the memory.
     """
 
     at: jax.Array
