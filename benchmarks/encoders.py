@@ -9,9 +9,9 @@ torch.nn.LSTM or GRU, runs over packed sequences, which is how it leaves padding
 and by all of them, of which the better counts. The extra `parity` installs it.
 
 The second is of whole updates of a recognizer, in turns, on full rows of noise: with Conformer,
-wav2vec2, Deep Speech and WaveNet, all of them tiny, as in configs/spoken_digits.py. The time to the first update is that of building the model,
-tracing, compiling and running it, without the cache of compiled programs; `temporary` is the memory
-that the compiled step needs beside state and batch.
+wav2vec2, Deep Speech and WaveNet, all of them tiny, as in configs/spoken_digits.py. The time to the
+first update is that of building the model, tracing, compiling and running it, without the cache of
+compiled programs; `temporary` is the memory that the compiled step needs beside state and batch.
 """
 
 import argparse
