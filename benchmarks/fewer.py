@@ -45,6 +45,28 @@ EIGHT = PIECES | {"model.subsampling": 8}
 TIME = EIGHT | {"model.subsampling_kind": "time"}
 WIDE = TIME | {"model.width": 192, "model.num_layers": 6, "model.subsampling_channels": 192}
 
+IDEAS: dict[str, Mapping[str, Any]] = {
+    "inter_ctc": {"task.inter_ctc": 0.3},
+    "layer_drop": {"model.layer_drop": 0.1},
+    "consistency": {
+        "task.consistency": 0.2,
+        "data.batch_seconds": 20.0,
+        "spec_augment.time_masks": 4,
+        "spec_augment.frequency_masks": 2,
+    },
+    "vocal_tract": {"spec_augment.vocal_tract": 0.1},
+    "speeds": {"data.speeds": (0.9, 1.0, 1.1)},
+    "decay": {"optimizer.weight_decay": 0.1},
+    "ema": {"train.ema_decay": 0.999},
+    "short_first": {"data.short_first": 4},
+    "ramp": {
+        "spec_augment.time_masks": 4,
+        "spec_augment.frequency_masks": 2,
+        "spec_augment.ramp": 4_000,
+    },
+    "peak": {"schedule.peak": 2e-3},
+}
+
 # Row -> what it changes.
 ROWS: dict[str, Mapping[str, Any]] = {
     BASELINE: {},
@@ -58,6 +80,11 @@ ROWS: dict[str, Mapping[str, Any]] = {
     | {"model.width": 192, "model.num_layers": 6, "model.subsampling_channels": 16},
     "deep": TIME | {"model.width": 144, "model.num_layers": 10, "model.subsampling_channels": 144},
     "wide_128": WIDE | {"text.vocabulary_size": 128},
+    # One idea each, on the wide one.
+    **{f"wide+{name}": WIDE | changes for name, changes in IDEAS.items()},
+    "wide+all": {
+        key: value for changes in (WIDE, *IDEAS.values()) for key, value in changes.items()
+    },
 }
 
 
@@ -185,7 +212,7 @@ def _seconds(asked: argparse.Namespace, name: str) -> float:
 
 def _update_times(asked: argparse.Namespace, rows: Mapping[str, Mapping]) -> dict[str, float]:
     """Median seconds of an update of each, taken in turns."""
-    main._keep_memory()  # as trainings do
+    main.keep_memory()  # as trainings do
     updates = {name: _updates(asked, name, changes) for name, changes in rows.items()}
     return table.interleaved_medians(updates, repeats=UPDATES, warmup=2)
 
@@ -209,7 +236,7 @@ def _updates(asked: argparse.Namespace, name: str, changes: Mapping) -> Callable
 
     def update() -> None:
         nonlocal state
-        state, sums, _ = programs.at(1, batch).run(state, batch)
+        state, sums, _ = programs.at(1, signature(batch)).run(state, batch)
         jax.block_until_ready(sums)
 
     return update

@@ -38,18 +38,17 @@ MODELS = {
 }
 # Settings of the task, and of what it decodes with.
 TASKS = {
-    "recognize": ({}, {}),
-    "attend": ({"layers": 4}, {"name": "joint", "width": 10}),
+    "recognize": (tasks.settings("recognize"), {}),
+    "attend": (tasks.settings("attend", layers=4), {"name": "joint", "width": 10}),
+    # Characters and pieces are many: the joint is computed where they are said.
+    "transduce": (tasks.settings("transduce", span=5), {"name": "transducer"}),
 }
 
 
 def get_config(model: str = "conformer_tiny"):
     config = defaults.default()
-    name, task = defaults.encoder_and_task(model, TASKS)
+    name = defaults.choose_task(config, model, TASKS)
     encoder, variant, changes, peak = registry.lookup("model of this recipe", MODELS, name)
-    settings, decoder = TASKS[task]
-    config.task = tasks.settings(task, **settings)
-    config.decoder.update(decoder)
     config.data.train_splits = "train-clean-100,train-clean-360,train-other-500"
     config.data.eval_splits = "dev-clean,dev-other"
     config.data.speeds = (0.9, 1.0, 1.1)

@@ -11,7 +11,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -94,7 +94,9 @@ RANGES = {
             "data.train_minutes", "data.min_seconds", "data.threads", "features.low_hz",
             "features.floor", "spec_augment.start_step", "spec_augment.time_masks",
             "spec_augment.frequency_masks", "spec_augment.time_width", "spec_augment.time_warp",
-            "spec_augment.frequency_width", "optimizer.clip_norm", "optimizer.weight_decay",
+            "spec_augment.frequency_width", "spec_augment.ramp", "data.short_first",
+            "task.consistency", "task.consistency_warmup",
+            "optimizer.clip_norm", "optimizer.weight_decay",
             "schedule.warmup", "schedule.hold", "train.max_skipped", "checkpoint.patience",
             "checkpoint.patience_epochs", "checkpoint.min_delta", "train.eval_epochs",
             "checkpoint.watchdog_seconds", "model.position_kernel", "model.feature_gradient",
@@ -109,7 +111,8 @@ RANGES = {
         (
             "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
             "model.mask_time", "model.mask_channel", "task.mask_fraction", "task.mixup",
-            "task.ctc_weight", "task.omega", "optimizer.eps", "optimizer.eps_root",
+            "task.omega", "task.ctc_weight", "task.inter_ctc", "optimizer.eps",
+            "optimizer.eps_root",
         ),
         _SHARE,
     ),
@@ -118,7 +121,7 @@ RANGES = {
             "train.ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum",
             "model.dropout", "model.attention_dropout", "model.input_dropout",
             "model.layer_drop", "task.feature_dropout", "task.dropout",
-            "task.smoothing", "task.ctc",
+            "task.smoothing", "spec_augment.vocal_tract",
         ),
         _SHARE_BELOW_ONE,
     ),
@@ -134,7 +137,7 @@ def default() -> ConfigDict:
     data.source = "librispeech"  # or another of data/sources/
     data.root = ""  # the folder that holds the splits
     data.cache = ""  # for what is derived from the data; empty: ~/.cache/speech_jax
-    data.train_splits = ""  # names joined by commas
+    data.train_splits = ""  # names joined by commas; NAME.jsonl is a manifest beside any source
     data.only = ""  # utterances with these tags alone, of every split: "speaker=84", "speaker!=84"
     data.train_minutes = 0.0  # of the training splits, drawn with the seed; 0: all of them
     data.eval_splits = ""  # evaluated while training; the first one picks the best checkpoint
@@ -163,6 +166,7 @@ def default() -> ConfigDict:
     data.eval_buckets = 3
     data.eval_max_seconds = 120.0  # longer utterances of evaluation splits are refused by name
     data.speeds = (1.0,)  # speed perturbation: (0.9, 1.0, 1.1)
+    data.short_first = 0  # epochs at first whose batches come by their length
     data.noise_root = ""  # a folder of noise to add; empty: none
     data.noise_probability = 0.5
     data.noise_snr_db = (0.0, 30.0)
@@ -186,6 +190,8 @@ def default() -> ConfigDict:
 
     config.spec_augment = ConfigDict(augment.POLICIES["conformer"])  # see ops/augment.py
     config.spec_augment.start_step = 0
+    config.spec_augment.ramp = 0  # updates from there on over which the masks grow to their widths
+    config.spec_augment.vocal_tract = 0.0  # frequencies are stretched by 1 +- this; 0.1 is usual
 
     config.task = ConfigDict(tasks.settings("recognize"))  # or another of tasks/
     config.parts = ConfigDict()  # settings of single parts of a batch: parts.target.tag = "speaker"
@@ -247,7 +253,8 @@ def default() -> ConfigDict:
     # How logits become words: fields of Settings in decoding/decoder.py. None: what the model's
     # own record says, or else the default there.
     config.decoder = decoder = ConfigDict()
-    # Of CTC greedy, beam or lexicon; of the task attend also attention, joint or rescore.
+    # Of CTC greedy, beam or lexicon; of the task attend also attention, joint or rescore; of the
+    # task transduce also transducer or transducer_beam.
     decoder.name = config_dict.placeholder(str)
     decoder.width = config_dict.placeholder(int)  # hypotheses of a beam
     decoder.labels = config_dict.placeholder(int)  # of a frame, that a hypothesis is extended by
@@ -288,14 +295,20 @@ def default() -> ConfigDict:
     return config.lock()
 
 
-def encoder_and_task(argument: str, known: Collection[str]) -> tuple[str, str]:
-    """("conformer", "attend") of "conformer+attend", the argument of a recipe.
+def choose_task(
+    config: ConfigDict, argument: str, known: Mapping[str, tuple[Mapping, Mapping]]
+) -> str:
+    """The encoder of a recipe's argument, "ENCODER" or "ENCODER+TASK"; sets the task in `config`.
 
-    Without a task it is recognize; one that is not among `known` is a UserError.
+    Args:
+      known: the recipe's tasks, `recognize` among them, which it is without one: each is a section
+        `task`, and what the section `decoder` has beside its defaults.
     """
-    encoder, _, task = argument.partition("+")
-    registry.lookup("task of this recipe", dict.fromkeys(known), task or "recognize")
-    return encoder, task or "recognize"
+    encoder, _, name = argument.partition("+")
+    task, decoder = registry.lookup("task of this recipe", known, name or "recognize")
+    config.task = dict(task)
+    config.decoder.update(decoder)
+    return encoder
 
 
 def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
@@ -440,7 +453,8 @@ def check(config: ConfigDict) -> None:
         )
     Adversary(**config.adversarial)
     changed = _changed(config)
-    listens, of_log_mel = models.listens(config.model.name), config.task.name == "best_rq"
+    listens = models.listens(config.model.name)
+    of_log_mel = config.task.name == "best_rq" or config.task.get("mel", False)
     # A recipe for several encoders may say more than one of them heeds.
     for name, cure in frontend.unused(listens, changed, log_mel_targets=of_log_mel).items():
         logging.warning(

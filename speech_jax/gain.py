@@ -123,7 +123,8 @@ def head_alone(config: ConfigDict) -> ConfigDict | None:
             alone.model.adapter = adapter
             alone.optimizer.frozen = ((peft.ADDED, groups.FOREVER),) * bool(adapter) + (_ENCODER,)
         alone.data.update({"cache_hidden": True, "speeds": (1.0,), "noise_root": ""})
-        alone.spec_augment.update({"time_masks": 0, "frequency_masks": 0, "time_warp": 0})
+        for name in ("time_masks", "frequency_masks", "time_warp", "vocal_tract"):
+            alone.spec_augment[name] *= 0
         alone.adversarial.method = "none"
         alone.lora.rank = 0
         alone.task.mixup = 0.0

@@ -123,9 +123,8 @@ def replace_audio(
 
 def check(config: ConfigDict) -> None:
     """Raises UserError where the input of the encoder is to be changed at random."""
-    masks = any(
-        config.spec_augment[name] for name in ("time_masks", "frequency_masks", "time_warp")
-    )
+    names = ("time_masks", "frequency_masks", "time_warp", "vocal_tract")
+    masks = any(config.spec_augment[name] for name in names)
     random = {
         "config.data.noise_root": config.data.noise_root,
         "config.data.speeds": tuple(config.data.speeds) != (1.0,),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from speech_jax.models import frontend
 from speech_jax.ops import augment, masking
 from speech_jax.ops import features as feature_ops
 from speech_jax.tasks import recognize
@@ -125,3 +126,63 @@ def test_the_loss_of_mixed_speech_is_that_of_both_transcripts():
     assert each[1][0] > 0
     # It is not done in evaluation.
     assert mixing.loss({}, {}, batch)[0] == plain.loss({}, {}, batch)[0]
+
+
+def test_views_share_a_warp_and_have_masks_of_their_own():
+    settings = augment.POLICIES["switchboard_strong"]
+    off = {"time_masks": 0, "frequency_masks": 0}
+    for change, alike in ((off, True), ({}, False)):
+        both = augment.spec_augment(
+            jax.random.key(0), FEATURES, LENGTHS, **{**settings, **change}, views=2
+        )
+        assert both.shape == (8, 200, 80)
+        assert np.array_equal(both[::2], both[1::2]) == alike
+        assert (both[::2] != FEATURES).any()
+
+
+def test_masks_grow_with_their_extent():
+    settings = augment.POLICIES["conformer"]
+    masked = [
+        augment.spec_augment(jax.random.key(0), FEATURES, LENGTHS, **settings, extent=extent)
+        for extent in (jnp.float32(0), jnp.float32(0.5), jnp.float32(1), None)
+    ]
+    np.testing.assert_array_equal(masked[0], FEATURES)
+    np.testing.assert_array_equal(masked[2], masked[3])
+    hidden = [(one == 0).sum() - (FEATURES == 0).sum() for one in masked]
+    assert hidden[0] == 0 < hidden[1] < hidden[2]
+
+
+def test_a_front_end_begins_to_mask_at_its_step():
+    log_mel = {"sample_rate": 16_000, "mels": 80, "window_ms": 25.0, "hop_ms": 10.0}
+    masks = {"time_warp": 0} | augment.POLICIES["conformer"]
+    one = frontend.FrontEnd(
+        "log_mel", log_mel, "none", spec_augment=masks, spec_augment_start=10, spec_augment_ramp=10
+    )
+    # Of 200 frames at 10 ms with windows of 25.
+    batch = {"features": FEATURES[:1], "audio_length": jnp.array([32_240])}
+    hidden = [
+        int((one(batch, jax.random.key(0), step)[0] == 0).sum()) for step in (0, 9, 10, 15, 20, 99)
+    ]
+    assert hidden[0] == hidden[1] == hidden[2] == 0 < hidden[3] < hidden[4] == hidden[5]
+    views, lengths = one(batch, jax.random.key(0), 99, views=2)
+    assert views.shape[0] == 2
+    assert lengths.tolist() == [200, 200]
+
+
+def test_a_stretched_vocal_tract_moves_tones():
+    """A peak moves to another frequency, flat spectra stay, rows have factors of their own."""
+    bands = {"mels": 80, "sample_rate": 16_000}
+    ends = feature_ops.hz_to_mel(20.0), feature_ops.hz_to_mel(8_000.0)
+    centres = feature_ops.mel_to_hz(np.linspace(*ends, 82)[1:-1])
+    peak = 30  # about 1 kHz
+    logs = -jnp.square((jnp.arange(80.0) - peak) / 3)
+    logs = jnp.broadcast_to(logs[None, None], (64, 2, 80))
+    run = jax.jit(lambda x, limit: augment.vocal_tract(jax.random.key(0), x, limit, **bands))
+    np.testing.assert_allclose(run(jnp.ones((3, 2, 80)), 0.2), 1.0, atol=1e-5)
+    np.testing.assert_allclose(run(logs, 0.0), logs, atol=1e-3)
+    moved = np.asarray(run(logs, 0.2))
+    np.testing.assert_array_equal(moved[:, 0], moved[:, 1])
+    factors = centres[peak] / centres[moved[:, 0].argmax(axis=1)]
+    assert 0.78 < factors.min() < 0.85
+    assert 1.15 < factors.max() < 1.22
+    assert np.isfinite(moved).all()

@@ -172,6 +172,19 @@ def test_shuffles_within_and_across_buckets(corpus):
     assert not partners[0] & partners[1]
 
 
+def test_short_utterances_come_first_for_some_epochs(corpus):
+    """The batches are the same ones, by length; then all is as it would be without."""
+    buckets = _buckets(corpus)
+    usual, sorted_ = (_plan(corpus, buckets, seed=3, short_first=n) for n in (0, 2))
+    key = lambda batch: tuple(batch.ids)
+    for epoch in range(3):
+        ours, theirs = sorted_.epoch(epoch), usual.epoch(epoch)
+        assert sorted(map(key, ours)) == sorted(map(key, theirs))
+        sizes = [batch.bucket.size("samples") for batch in ours if (batch.ids >= 0).all()]
+        assert (sizes == sorted(sizes)) == (epoch < 2)
+        assert (list(map(key, ours)) == list(map(key, theirs))) == (epoch == 2)
+
+
 def test_evaluation_is_by_duration(corpus):
     buckets = _buckets(corpus)
     planned = _plan(corpus, buckets, shuffle=False).epoch(0)

@@ -144,6 +144,8 @@ class Plan:
       shuffle: random order within and across buckets; otherwise by length.
       speeds: the speed factors that an utterance draws from, another one in each epoch.
       stretched: the dimensions that get shorter with the speed.
+      short_first: so many epochs at first have their batches by length, not in random order
+        (Amodei et al. 2016): alignments of short utterances are learned sooner.
     """
 
     lengths: Lengths
@@ -153,6 +155,7 @@ class Plan:
     shuffle: bool = True
     speeds: Sequence[float] = (1.0,)
     stretched: Sequence[str] = ("samples",)
+    short_first: int = 0
 
     def __post_init__(self):
         if not len(self.speeds) or min(self.speeds) <= 0:
@@ -190,6 +193,8 @@ class Plan:
             planned += [(bucket, ids) for ids in np.delete(group, up).reshape(-1, bucket.rows)]
         if self.shuffle:
             planned = [planned[i] for i in rng.permutation(len(planned))]
+        if number < self.short_first:
+            planned.sort(key=lambda batch: batch[0].size(self.along))
         if len(left):
             bucket = next(b for b in buckets[home[left].max() :] if b.rows >= len(left))
             planned.append((bucket, np.pad(left, (0, bucket.rows - len(left)), constant_values=-1)))

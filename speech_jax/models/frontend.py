@@ -23,6 +23,9 @@ class FrontEnd:
         training set) or 'none'.
       spec_augment: keyword arguments of ops.augment.spec_augment; None turns it off.
       spec_augment_start: the first step that is augmented.
+      spec_augment_ramp: steps from there on over which the masks grow to their widths.
+      vocal_tract: the largest factor less one by which the frequencies of an utterance are
+        stretched in training (augment.vocal_tract); 0.0 turns it off.
     """
 
     listens: str
@@ -32,6 +35,8 @@ class FrontEnd:
     std: np.ndarray | None = None
     spec_augment: Mapping[str, float] | None = None
     spec_augment_start: int = 0
+    spec_augment_ramp: int = 0
+    vocal_tract: float = 0.0
 
     def __post_init__(self) -> None:
         if self.normalize not in ("utterance", "global", "none"):
@@ -63,18 +68,34 @@ class FrontEnd:
         batch: Mapping[str, jax.Array],
         rng: jax.Array | None = None,
         step: jax.Array | int = 0,
+        views: int = 1,
     ) -> tuple[jax.Array, jax.Array]:
-        """Inputs ([B, T] or [B, F, mels], float32) and lengths, augmented if there is a key."""
+        """Inputs ([B, T] or [B, F, mels], float32) and lengths, augmented if there is a key.
+
+        With `views`, so many of each row come one behind the other, with masks of their own.
+        """
         if self.listens == "waveform":
             waveform, lengths = features.to_waveform(batch["audio"]), batch["audio_length"]
-            return self._normalize_waveform(waveform, lengths), lengths
+            return _viewed(self._normalize_waveform(waveform, lengths), lengths, views)
         inputs, lengths = self.features(batch)
+        if rng is not None and self.vocal_tract:
+            rng, key = jax.random.split(rng)
+            names = ("mels", "sample_rate", "low_hz", "high_hz")
+            bands = {name: self.log_mel[name] for name in names if name in self.log_mel}
+            inputs = augment.vocal_tract(key, inputs, self.vocal_tract, **bands)
         if self.normalize != "none":
             inputs = features.normalize(inputs, lengths, self.mean, self.std)
-        if rng is not None and self.spec_augment:
-            augmented = augment.spec_augment(rng, inputs, lengths, **self.spec_augment)
-            inputs = jnp.where(step >= self.spec_augment_start, augmented, inputs)
-        return inputs, lengths
+        viewed = _viewed(inputs, lengths, views)
+        if rng is None or not self.spec_augment:
+            return viewed
+        extent = None
+        if self.spec_augment_ramp:
+            gone = (step - self.spec_augment_start) / self.spec_augment_ramp
+            extent = jnp.clip(gone, 0.0, 1.0)
+        augmented = augment.spec_augment(
+            rng, inputs, lengths, **self.spec_augment, views=views, extent=extent
+        )
+        return jnp.where(step >= self.spec_augment_start, augmented, viewed[0]), viewed[1]
 
     def features(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Log-mel [B, F, mels] before normalization, and frames; a batch may bring `features`."""
@@ -89,6 +110,13 @@ class FrontEnd:
         valid = masking.length_mask(lengths, waveform.shape[1])
         mean, variance = masking.masked_mean_and_variance(waveform, valid, axes=(1,))
         return jnp.where(valid, (waveform - mean) * jax.lax.rsqrt(variance + 1e-7), 0.0)
+
+
+def _viewed(inputs: jax.Array, lengths: jax.Array, views: int) -> tuple[jax.Array, jax.Array]:
+    if views == 1:
+        return inputs, lengths
+    # Of a row, one behind the other: so they stay on its device.
+    return jnp.repeat(inputs, views, axis=0), jnp.repeat(lengths, views, axis=0)
 
 
 def unused(

@@ -19,8 +19,8 @@ from speech_jax.rules import Rules
 # How the parameters lie on a mesh.
 RULES: Rules = (
     (r"predictor/embedding", (None, "fsdp")),
-    (r"predictor/(context|inputs)/kernel", ("fsdp", None)),
-    (r"predictor/(context|inputs)/bias", ()),
+    (r"predictor/(window|inputs)/kernel", ("fsdp", None)),
+    (r"predictor/(window|inputs)/bias", ()),
     (r"predictor/recurrent", (None, "fsdp", None)),
     (r"joiner/\w+/kernel", ("fsdp", None)),
     (r"joiner/\w+/bias", ()),
@@ -54,7 +54,7 @@ class Stateless(nn.Module):
         ids = jnp.concatenate([carry, labels], axis=1)
         x = _embedded(self, ids)  # [B, N + context - 1, width]
         x = jnp.concatenate([x[:, i : i + count] for i in range(self.context)], axis=-1)
-        x = nn.Dense(self.width, dtype=self.dtype, name="context")(x)
+        x = nn.Dense(self.width, dtype=self.dtype, name="window")(x)
         return nn.relu(x), ids[:, count:]
 
 
@@ -132,11 +132,11 @@ class Joiner(nn.Module):
     def setup(self) -> None:
         self.encoded = nn.Dense(self.width, dtype=self.dtype)
         self.predicted = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
-        self.output = nn.Dense(self.outputs, dtype=self.dtype)
+        self.logits = nn.Dense(self.outputs, dtype=self.dtype)
 
     def __call__(self, encoded: jax.Array, predicted: jax.Array) -> jax.Array:
         """Float32 [..., outputs] of projections [..., width] that broadcast to each other."""
-        return self.output(jnp.tanh(encoded + predicted)).astype(jnp.float32)
+        return self.logits(jnp.tanh(encoded + predicted)).astype(jnp.float32)
 
 
 class Simple(nn.Module):

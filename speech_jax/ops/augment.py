@@ -1,13 +1,15 @@
 """Augmentation in the step.
 
 SpecAugment (Park et al. 2019, 2020): masks and a warp on normalized features. Mixup (Zhang et al.
-2018): two utterances at once, as which MixSpeech (Meng et al. 2021) has it for recognition.
+2018): two utterances at once, as which MixSpeech (Meng et al. 2021) has it for recognition. Vocal
+tract length perturbation (Jaitly and Hinton 2013): the same words by another speaker.
 """
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from speech_jax.ops import features as feature_ops
 from speech_jax.ops import masking
@@ -79,6 +81,8 @@ def spec_augment(
     time_masks: int,
     time_width: int,
     time_fraction: float,
+    views: int = 1,
+    extent: jax.Array | None = None,
 ) -> jax.Array:
     """Masks (with 0, the mean of normalized features) and warps each utterance on its own.
 
@@ -88,23 +92,73 @@ def spec_augment(
       frequency_masks, frequency_width: count and largest width, in feature dimensions.
       time_masks, time_width, time_fraction: count and largest width, in frames and as a fraction
         of the utterance.
+      views: copies of each warped row, with masks of their own, that come one behind the other.
+      extent: float32, what the largest widths are multiplied by; None leaves them.
+
+    Returns:
+      float32 [B * views, F, M].
     """
-    batch, frames, mels = features.shape
     warp_rng, time_rng, frequency_rng = jax.random.split(rng, 3)
     if time_warp:
         features = _warp(warp_rng, features, lengths, time_warp)
+    if views > 1:
+        features, lengths = (jnp.repeat(x, views, axis=0) for x in (features, lengths))
+    batch, frames, mels = features.shape
     masked = jnp.zeros((batch, frames, mels), bool)
     if time_masks:
         width = jnp.minimum(
             time_width, (time_fraction * lengths.astype(jnp.float32)).astype(jnp.int32)
         )
-        widths = jnp.broadcast_to(width[:, None], (batch, time_masks))
+        widths = _scaled(jnp.broadcast_to(width[:, None], (batch, time_masks)), extent)
         masked |= masking.span_mask(time_rng, lengths, widths, frames)[:, :, None]
     if frequency_masks:
         widths = jnp.full((batch, frequency_masks), frequency_width, jnp.int32)
+        widths = _scaled(widths, extent)
         whole = jnp.full((batch,), mels, jnp.int32)
         masked |= masking.span_mask(frequency_rng, whole, widths, mels)[:, None, :]
     return jnp.where(masked, 0.0, features)
+
+
+def _scaled(widths: jax.Array, extent: jax.Array | None) -> jax.Array:
+    if extent is None:
+        return widths
+    return jnp.round(widths.astype(jnp.float32) * extent).astype(widths.dtype)
+
+
+def vocal_tract(
+    rng: jax.Array,
+    log_mel: jax.Array,
+    limit: float,
+    *,
+    mels: int,
+    sample_rate: int,
+    low_hz: float = 20.0,
+    high_hz: float | None = None,
+) -> jax.Array:
+    """Stretches the frequencies of each utterance by a factor of its own, as another speaker would.
+
+    Vocal tract length perturbation (Jaitly and Hinton 2013): a factor drawn from [1 - limit,
+    1 + limit] up to 4,800 Hz, and from there on a line to the highest frequency. What a band gets
+    lies between two bands, so it is interpolated.
+
+    Args:
+      log_mel: float32 [B, F, mels], before normalization; the rest is that of features.log_mel.
+    """
+    highest = high_hz or sample_rate / 2
+    corner = min(4_800.0, 0.6 * highest)
+    ends = feature_ops.hz_to_mel(low_hz), feature_ops.hz_to_mel(highest)
+    step = (ends[1] - ends[0]) / (mels + 1)
+    centres = feature_ops.mel_to_hz(ends[0] + step * np.arange(1, mels + 1))  # [M]
+    factor = 1 + limit * (2 * jax.random.uniform(rng, (log_mel.shape[0], 1)) - 1)  # [B, 1]
+    centres, knee = jnp.asarray(centres, jnp.float32)[None], corner / jnp.maximum(factor, 1.0)
+    slope = (highest - factor * knee) / (highest - knee)
+    warped = jnp.where(centres < knee, factor * centres, highest - slope * (highest - centres))
+    place = (1127.0 * jnp.log1p(warped / 700.0) - ends[0]) / step - 1  # of bands, [B, M]
+    place = jnp.clip(place, 0.0, mels - 1.0)
+    # As a product: a gather along bands is slow everywhere.
+    bands = jnp.arange(mels, dtype=jnp.float32)[None, :, None]
+    weight = jnp.maximum(0.0, 1.0 - jnp.abs(place[:, None, :] - bands))  # [B, M from, M to]
+    return jnp.einsum("bfm,bmn->bfn", log_mel, weight, precision=jax.lax.Precision.HIGHEST)
 
 
 def _warp(rng: jax.Array, features: jax.Array, lengths: jax.Array, limit: int) -> jax.Array:

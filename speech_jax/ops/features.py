@@ -95,6 +95,16 @@ def _frame(audio: jax.Array, window: int, hop: int) -> jax.Array:
     return jnp.concatenate(overlapping, axis=-1)[..., :window]
 
 
+def hz_to_mel(hz: float | np.ndarray) -> np.ndarray:
+    """Place on the HTK mel scale, float64."""
+    return 1127.0 * np.log1p(np.asarray(hz, np.float64) / 700.0)
+
+
+def mel_to_hz(mel: float | np.ndarray) -> np.ndarray:
+    """The inverse of `hz_to_mel`."""
+    return 700.0 * np.expm1(np.asarray(mel, np.float64) / 1127.0)
+
+
 @functools.cache
 def mel_filters(
     mels: int, fft_size: int, sample_rate: int, low_hz: float, high_hz: float
@@ -106,11 +116,8 @@ def mel_filters(
             f"rate), got low_hz={low_hz:g}, high_hz={high_hz:g}"
         )
 
-    def mel(hz):
-        return 1127.0 * np.log1p(np.asarray(hz, np.float64) / 700.0)
-
-    edges = np.linspace(mel(low_hz), mel(high_hz), mels + 2)
-    bins = mel(np.arange(fft_size // 2 + 1) * sample_rate / fft_size)[:, None]
+    edges = np.linspace(hz_to_mel(low_hz), hz_to_mel(high_hz), mels + 2)
+    bins = hz_to_mel(np.arange(fft_size // 2 + 1) * sample_rate / fft_size)[:, None]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     filters = np.maximum(0.0, np.minimum(rising, falling))

@@ -13,9 +13,9 @@ from speech_jax.decoding.ctc import greedy
 from speech_jax.decoding.decoder import Decoder
 from speech_jax.evaluators.errors import Errors
 from speech_jax.models.frontend import FrontEnd
-from speech_jax.ops import augment, ctc
+from speech_jax.ops import augment, ctc, masking
 from speech_jax.rules import Rules
-from speech_jax.tasks import Batch, Pytree
+from speech_jax.tasks import Batch, Pytree, hearing
 
 # How the head's parameters lie on a mesh.
 RULES: Rules = ((r"head/kernel", ("fsdp", "tensor")), (r"head/bias", ("tensor",)))
@@ -29,11 +29,26 @@ class CTCModel(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+        self,
+        inputs: jax.Array,
+        lengths: jax.Array,
+        deterministic: bool,
+        middle_too: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
-        hidden, lengths = self.encoder(inputs, lengths, deterministic)
+        if middle_too:
+            hidden, lengths = self.encoder(inputs, lengths, deterministic, layers_too=True)
+            middle = self.encoder.num_layers // 2
+            hidden = jnp.stack([hidden[:, :, middle], hidden[:, :, -1]])
+        else:
+            hidden, lengths = self.encoder(inputs, lengths, deterministic)
         head = nn.Dense(self.vocabulary_size, dtype=hidden.dtype, name="head")
         return head(hidden).astype(jnp.float32), lengths
+
+    def both(
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits [2, B, T', vocabulary_size] of the middle layer and of the last one."""
+        return self(inputs, lengths, deterministic, middle_too=True)
 
 
 def _nats_and_tokens(
@@ -48,12 +63,42 @@ def _nats_and_tokens(
     return (nats * weight).sum(), tokens, (batch["weight"] - weight).sum()
 
 
+def _viewed(batch: Batch, views: int) -> Batch:
+    """What is said in `views` views of each row, one behind the other, and a part of its weight."""
+    said = {name: batch[name] for name in ("labels", "labels_length", "weight")}
+    said["weight"] = said["weight"] / views
+    return jax.tree.map(lambda x: jnp.repeat(x, views, axis=0), said)
+
+
+def inconsistency(logits: jax.Array, lengths: jax.Array, weight: jax.Array) -> jax.Array:
+    """How far the distributions over labels of two views of each row are apart, in nats.
+
+    It is the mean of both Kullback-Leibler divergences, summed over frames, of which each pulls one
+    view towards the other as it is (Yao et al. 2024, equation 6).
+
+    Args:
+      logits: float32 [2 B, T', K], the views of a row one behind the other.
+      lengths: int [2 B], frames; weight: float32 [B] of the rows.
+    """
+    rows, frames, labels = logits.shape
+    this = jax.nn.log_softmax(logits).reshape(rows // 2, 2, frames, labels)
+    other = jax.lax.stop_gradient(this[:, ::-1])
+    apart = (jnp.exp(other) * (other - this)).sum(-1)  # [B, 2, T']
+    valid = masking.length_mask(lengths, frames).reshape(apart.shape)
+    return (jnp.where(valid, apart, 0.0).sum((1, 2)) * weight).sum() / 2
+
+
 @dataclasses.dataclass(frozen=True)
 class Recognize:
     """Audio to text. Label 0 is the blank; the loss is in nats, its weight is label tokens.
 
     Attributes:
       mixup: the share of the training utterances that are mixed with another one (augment.mixup).
+      inter_ctc: the weight of the loss of the middle layer's logits, by the same head; the last
+        layer's loss has the rest (intermediate CTC, Lee and Watanabe 2021).
+      consistency: the weight of the consistency between two readings of an utterance under masks
+        of their own (CR-CTC, Yao et al. 2024); the loss is the mean of theirs. 0: one reading.
+      consistency_warmup: updates over which that weight rises from 0.
     """
 
     encoder: nn.Module
@@ -61,6 +106,9 @@ class Recognize:
     counts: Mapping[str, int]
     decoder: Decoder | None = None  # None: greedy labels alone
     mixup: float = 0.0
+    inter_ctc: float = 0.0
+    consistency: float = 0.0
+    consistency_warmup: int = 2_000
 
     parts: ClassVar = {"audio": "audio", "labels": "transcript"}
     along: ClassVar = "samples"
@@ -78,10 +126,7 @@ class Recognize:
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Parameters (float32) and model state (empty without batch norm)."""
-        inputs, lengths = self.frontend(batch)
-        variables = self.model.init(rng, inputs, lengths, True)
-        params = variables.pop("params")
-        return params, variables
+        return hearing.init(self.model, self.frontend, rng, batch)
 
     def logits(
         self,
@@ -92,16 +137,21 @@ class Recognize:
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array, Pytree]:
         """(logits [B, T', K], frames [B], new state); trains where there is a key."""
-        train = rng is not None
-        keys = jax.random.split(rng) if train else (None, None)
-        inputs, lengths = self.frontend(batch, keys[0], step)
-        (logits, lengths), state = self.model.apply(
-            {"params": params, **state},
-            inputs,
-            lengths,
-            not train,
-            rngs={"dropout": keys[1]} if train else None,
-            mutable=list(state),
+        return self._logits(params, state, batch, rng, step)
+
+    def _logits(
+        self,
+        params: Pytree,
+        state: Pytree,
+        batch: Batch,
+        rng: jax.Array | None,
+        step: jax.Array | int,
+        views: int = 1,
+        method: str = "__call__",
+    ) -> tuple[jax.Array, jax.Array, Pytree]:
+        """As `logits`, of so many views of each row (FrontEnd), by a method of the model."""
+        (logits, lengths), state = hearing.heard(
+            self.model, self.frontend, params, state, batch, rng, step, views=views, method=method
         )
         return logits, lengths, state
 
@@ -118,9 +168,25 @@ class Recognize:
         if rng is not None and self.mixup:
             rng, key = jax.random.split(rng)
             readings = augment.mixup(key, batch, self.mixup)
-        logits, lengths, state = self.logits(params, state, readings[0], rng, step)
-        each = [_nats_and_tokens(logits, lengths, reading) for reading in readings]
-        total, tokens, infeasible = (sum(parts) for parts in zip(*each, strict=True))
+        if rng is None or not (self.inter_ctc or self.consistency):
+            logits, lengths, state = self.logits(params, state, readings[0], rng, step)
+            by_layer, views = [(1.0, logits)], 1
+        else:
+            views, method = 1 + bool(self.consistency), "both" if self.inter_ctc else "__call__"
+            logits, lengths, state = self._logits(
+                params, state, readings[0], rng, step, views, method
+            )
+            weights = (self.inter_ctc, 1 - self.inter_ctc)
+            by_layer = zip(weights, logits, strict=True) if self.inter_ctc else [(1.0, logits)]
+        total = 0.0
+        for share, logits in by_layer:
+            each = [_nats_and_tokens(logits, lengths, _viewed(one, views)) for one in readings]
+            nats, tokens, infeasible = (sum(parts) for parts in zip(*each, strict=True))
+            total += share * nats
+        if views > 1:
+            rise = jnp.minimum(1.0, step / max(1, self.consistency_warmup))
+            nats = inconsistency(logits, lengths, batch["weight"])
+            total += self.consistency * rise * nats
         return total, tokens, {"state": state, "sums": {"infeasible": infeasible}}
 
     def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:

@@ -1,0 +1,128 @@
+"""python -m speech_jax.pseudo_label: what a model is sure of becomes a training split."""
+
+import json
+import shutil
+
+import pytest
+
+from speech_jax import config as defaults
+from speech_jax import experiment, pseudo_label
+from speech_jax.data import sources
+from speech_jax.decoding.words import Word
+from speech_jax.deploy import transcribe
+
+
+@pytest.fixture
+def calls(tmp_path, tones):
+    (tmp_path / "calls").mkdir()
+    for file in sorted((tones / "dev" / "1" / "1").glob("*.flac"))[:3]:
+        shutil.copy(file, tmp_path / "calls")
+    (tmp_path / "calls" / "broken.wav").write_bytes(b"no sound")
+    return tmp_path / "calls"
+
+
+@pytest.fixture
+def command(finished, calls, capsys, monkeypatch):
+    """Runs the command on calls; gives (status, what it heard, standard error)."""
+    heard = []
+    hear = transcribe.Model.transcribe_all
+
+    def listen(self, files, *rest):
+        files = list(files)
+        heard.append(len(files))
+        return hear(self, files, *rest)
+
+    monkeypatch.setattr(transcribe.Model, "transcribe_all", listen)
+
+    def run(*flags):
+        model = f"--model={finished.workdir.folder}"
+        heard.clear()
+        try:
+            status = pseudo_label.main([model, *flags, str(calls)])
+        except SystemExit as left:
+            status = left.code
+        return status, sum(heard), capsys.readouterr().err
+
+    return run
+
+
+def test_what_is_heard_is_a_split_beside_others(command, calls, finished, tones):
+    out = calls.parent / "heard.jsonl"
+    status, heard, error = command(f"--out={out}", "--confidence=0")
+    assert (status, heard) == (1, 4)
+    assert "broken.wav" in error
+    lines = finished.workdir.predictions("dev").read_text().splitlines()
+    said = {line["id"]: line["hypothesis"] for line in map(json.loads, lines)}
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    for row in rows:
+        name = row["audio_filepath"].rpartition("/")[2].removesuffix(".flac")
+        assert row["text"] == said[name]
+        assert 0 <= row["confidence"] <= 1
+    assert len(rows) == 3
+
+    config = defaults.default()
+    config.data.update({"root": str(tones), "source": "librispeech"})
+    config.data.arguments.download = False
+    both = experiment.open_splits(config, f"train,{out}")
+    train = sources.open_source("librispeech", root=str(tones), split="train")
+    assert len(both.utterances) == len(train.utterances) + 3
+    added = both.utterances[len(train.utterances)]
+    assert added.text == rows[0]["text"]
+    assert added.duration == pytest.approx(rows[0]["duration"], abs=1e-3)
+
+
+def test_it_goes_on_where_it_was(command, calls, finished):
+    out = calls.parent / "heard.jsonl"
+    assert command(f"--out={out}", "--confidence=0")[1] == 4
+    whole, journal = out.read_text(), calls.parent / "heard.jsonl.heard"
+    (calls / "broken.wav").unlink()
+    # As a command that was killed leaves it.
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
+    out.unlink()
+    assert command(f"--out={out}", "--confidence=0")[:2] == (0, 1)
+    assert out.read_text() == whole
+    # Of another confidence, nothing is heard again.
+    least = max(json.loads(line)["confidence"] for line in whole.splitlines())
+    assert command(f"--out={out}", f"--confidence={least}")[:2] == (0, 0)
+    kept = [json.loads(line)["confidence"] for line in out.read_text().splitlines()]
+    assert kept
+    assert set(kept) == {least}
+    status, _, error = command(f"--out={out}", "--longest=5")
+    assert status == 1
+    assert "name another --out" in error
+    assert len(out.read_text().splitlines()) == len(kept)
+
+
+def test_long_recordings_become_segments_that_share_their_pauses():
+    words = lambda start, end, sure: (Word("A", start, end, sure), Word("B", start, end, 1.0))
+    segments = tuple(
+        transcribe.Segment(start, end, "A B", words(start, end, sure), ())
+        for start, end, sure in ((0.1, 9.0, 0.5), (9.2, 20.0, 0.9), (25.0, 29.9, 0.7))
+    )
+    long = transcribe.Transcription("A B A B A B", 30.0, segments)
+    labels = list(pseudo_label._labels(long, 20.0))
+    assert [label[:2] for label in labels] == [(0.0, 9.1), (9.1, 20.2), (24.8, 29.95)]
+    assert [label.confidence for label in labels] == [0.75, 0.95, 0.85]
+    heard = [pseudo_label.Heard("f", 30.0, tuple(labels))]
+    rows = list(pseudo_label._rows(heard, 0.8))
+    assert [(row["offset"], row["duration"]) for row in rows] == [(9.1, 11.1), (24.8, 5.15)]
+    (whole,) = pseudo_label._labels(long, 30.0)
+    assert whole == (0.0, None, "A B A B A B", pytest.approx(0.85))
+    silent = transcribe.Transcription("", 3.0)
+    assert not list(pseudo_label._labels(silent, 20.0))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--out=a.txt",), "must end in .jsonl"),
+        (("--out=a.jsonl", "--confidence=2"), "from 0 to 1"),
+        (("--out=a.jsonl", "--longest=0"), "more than 0"),
+        (("--out=a.jsonl", "-"), "standard input"),
+    ],
+)
+def test_a_wrong_command_line_says_why(command, flags, said):
+    status, heard, error = command(*flags)
+    assert (status, heard) == (2, 0)
+    assert said in error
