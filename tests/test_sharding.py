@@ -1,5 +1,6 @@
 """Meshes, the rules, and where parameters and activations lie."""
 
+import functools
 import json
 import math
 import pathlib
@@ -102,7 +103,9 @@ def test_parameters_lie_where_they_have_lain(tree):
 
 def test_every_rule_is_of_use():
     used, known = set(), set()
-    for tree in (*TREES.values(), lambda: recognizer("conformer", adapter=8)):
+    settings = ({"adapter": 8}, *({"subsampling_kind": kind} for kind in ("separable", "time")))
+    more = [functools.partial(recognizer, "conformer", **changes) for changes in settings]
+    for tree in (*TREES.values(), *more):
         params, task_rules = tree()
         for pattern, _ in task_rules:
             known.add(pattern)
