@@ -10,8 +10,8 @@
       --config.data.eval_splits=dev-clean-5   (23 minutes on two cores)
 
 The argument is the model: conformer_s (9 M parameters), conformer_m (27 M), conformer_l (111 M),
-deepspeech (@DS@ M) or wavenet (@WN@ M), for accelerators. Without one it is conformer_tiny (1.6 M);
-that one, deepspeech_tiny (@DT@ M) and wavenet_tiny (@WT@ M) have batches and a schedule for a few
+deepspeech (85 M) or wavenet (66 M), for accelerators. Without one it is conformer_tiny (1.6 M);
+that one, deepspeech_tiny (1.9 M) and wavenet_tiny (1.0 M) have batches and a schedule for a few
 hours of speech on two cores. Behind a `+` stands the task, if it is not CTC alone:
 conformer_tiny+attend adds an attention decoder and searches with both, and
 conformer_tiny+transduce makes it a transducer. Splits that the root lacks
