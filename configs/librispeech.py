@@ -10,10 +10,11 @@
       --config.data.eval_splits=dev-clean-5   (23 minutes on two cores)
 
 The argument is the model: conformer_s (9 M parameters), conformer_m (27 M), conformer_l (111 M),
-deepspeech (@DS@ M) or wavenet (@WN@ M), for accelerators. Without one it is conformer_tiny (1.6 M);
-that one, deepspeech_tiny (@DT@ M) and wavenet_tiny (@WT@ M) have batches and a schedule for a few
+deepspeech (85 M) or wavenet (66 M), for accelerators. Without one it is conformer_tiny (1.6 M);
+that one, deepspeech_tiny (1.9 M) and wavenet_tiny (1.0 M) have batches and a schedule for a few
 hours of speech on two cores. Behind a `+` stands the task, if it is not CTC alone:
-conformer_tiny+attend adds an attention decoder and searches with both. Splits that the root lacks
+conformer_tiny+attend adds an attention decoder and searches with both, and
+conformer_tiny+transduce makes it a transducer. Splits that the root lacks
 are downloaded. Trained by 8 accelerators of 200 TFLOP/s, S is a matter of a day; published figures
 of comparable CTC models are WER 3.4 (S), 3.0 (M) and 2.7 (L) on test-clean without a language
 model. Not yet run to its end by us; what conformer_tiny reaches is in benchmarks/RESULTS.md. Then:

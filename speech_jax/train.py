@@ -24,6 +24,7 @@ from speech_jax.data.plan import Epochs, Plan
 from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
 from speech_jax.evaluators import layer_weights
+from speech_jax.evaluators.generated import Generated
 from speech_jax.evaluators.loop import Evaluation, alone, measure
 from speech_jax.evaluators.report import write_report
 from speech_jax.tasks import Task
@@ -217,6 +218,10 @@ class _Loop:
         self._started, self._watchdog, self._interruption = started, watchdog, interruption
         self._splits = split_names(config.data.eval_splits)
         self._watched = _watched(config, self._splits[0], data) if self._splits else None
+        self._generated = None
+        if self._splits and hasattr(data.task, "generate"):
+            corpus, rate = data.evaluation.corpus(self._splits[0]), config.data.sample_rate
+            self._generated = Generated(data.task, corpus, rate, data.mesh, workdir)
         settings = config.checkpoint
         self.stopper = EarlyStopping(
             settings.patience,
@@ -342,6 +347,8 @@ class _Loop:
             for split, score in found.items()
         }
         self.report.scores(step, rates, {split: score.line for split, score in found.items()})
+        if self._generated:
+            self._generated.write(self.state.evaluated, self.state.model_state, step)
         first, metric = found[self._splits[0]], self._watched.metric
         self.stopper.update(first.results, self._epochs.after(step))
         return first.rates | {metric: first.results[metric]}

@@ -90,6 +90,10 @@ class Workdir:
         """The predictions for a split, which may be named by a path."""
         return self.folder / "predictions" / f"{_file_name(split)}.jsonl"
 
+    def generated(self, step: int) -> pathlib.Path:
+        """What the model sounded like after an update (evaluators/generated.py)."""
+        return self.folder / "generated" / f"{step}.wav"
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """The only run in the workdir; the lock ends with the process, however that ends.

@@ -13,6 +13,7 @@ from speech_jax import models, rules
 from speech_jax.errors import UserError
 from speech_jax.models import deepspeech
 from speech_jax.models import stepwise as pieces
+from speech_jax.training import sharding
 
 SMALL = {"width": 16, "num_layers": 2, "heads": 2, "kernel": 5, "dropout": 0.1}
 WAVEFORM = {
@@ -68,6 +69,11 @@ CASES = {
         "wavenet",
         "tiny",
         {"width": 16, "num_layers": 4, "kernel": 2, "causal": True, "subsampling": 8},
+    ),
+    "wavenet-waveform": (
+        "wavenet_waveform",
+        "tiny",
+        {"width": 16, "num_layers": 4, "cycle": 2, "dropout": 0.1, "remat": True},
     ),
     "wav2vec2-conformer": ("wav2vec2_conformer", "tiny", WAVEFORM | {"kernel": 5}),
     "wav2vec2-conformer-rotary-scan": (
@@ -312,22 +318,42 @@ def test_layers_are_dropped_more_often_towards_the_end():
     np.testing.assert_allclose(found.mean((1, 2, 3)), 1.0, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("deepspeech", {}),  # in several chunks, the last of which is not whole
-        ("deepspeech-lookahead-batch", {}),
-        ("wavenet", {}),
-    ],
-)
-def test_remat_changes_nothing(name, changes, monkeypatch):
-    monkeypatch.setattr(deepspeech, "CHUNK", 7)
+@pytest.mark.parametrize("name", ["deepspeech", "deepspeech-lookahead-batch", "wavenet"])
+def test_remat_changes_nothing(name, monkeypatch):
+    monkeypatch.setattr(deepspeech, "CHUNK", 7)  # several, the last of which is not whole
     kind, variant, settings = CASES[name]
     case, key = make_case(name), jax.random.key(1)
     again = Case(kind, variant, {**settings, "remat": True})
-    found, expected = (each.gradient(case.params, key) for each in (again, case))
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).max())
+    found, expected = (jax.tree.leaves(each.gradient(case.params, key)) for each in (again, case))
+    largest = max(np.abs(leaf).max() for leaf in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("name", ["deepspeech", "wavenet"])
+def test_on_a_mesh_it_is_the_same(name):
+    case = make_case(name)
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    rng = np.random.default_rng(1)
+    batch = {
+        "inputs": rng.standard_normal((8, 32, 40)).astype(np.float32),
+        "lengths": np.array([32, 30, 17, 0, 32, 8, 25, 31], np.int32),
+    }
+
+    def loss(params, batch):
+        hidden, _ = case.encoder.apply({"params": params}, batch["inputs"], batch["lengths"], True)
+        return (hidden * jnp.cos(jnp.arange(hidden.size)).reshape(hidden.shape)).sum()
+
+    gradient = jax.value_and_grad(loss)
+    expected = jax.tree.leaves(jax.jit(gradient)(case.params, batch))
+    placed = sharding.shard_params(case.params, mesh, case.encoder.rules)
+    assert not all(where.is_fully_replicated for where in jax.tree.leaves(placed))
+    with jax.set_mesh(mesh):
+        given = jax.device_put(case.params, placed), sharding.put_batch(batch, mesh)
+        found = jax.tree.leaves(jax.jit(gradient)(*given))
+    largest = max(np.abs(leaf).max() for leaf in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("name", ["conformer", "deepspeech", "wavenet"])

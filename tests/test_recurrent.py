@@ -149,7 +149,8 @@ def test_it_is_torchs(case):
 
     def ours(x, kernel, weight):
         inputs = jnp.einsum("btd,dng->tnbg", x, kernel)
-        outputs = recurrent.recur(cell, inputs, weight, valid)[0] * valid[:, None, :, None]
+        outputs, _ = recurrent.recur(cell, inputs, weight, valid)
+        outputs = jnp.where(valid[:, None, :, None], outputs, 0.0)
         return (outputs * mix).sum(), outputs
 
     given = (jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(weight))

@@ -379,6 +379,8 @@ def _run(arguments: argparse.Namespace) -> None:
             f"the search {search!r} stays behind: a file holds one program, which gives the logits "
             "of CTC, and a decoder of these reads them"
         )
+    if heard.target:
+        say("the translation stays behind: a file gives the logits of CTC, and so a transcript")
     scores = _scores(files.expand(arguments.model))
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     try:
