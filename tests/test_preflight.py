@@ -211,7 +211,7 @@ def test_products_are_counted_in_the_compiled_program():
         )
         return seen.sum() + (x * 2 @ x).sum()
 
-    traced = jax.jit(jax.grad(function)).trace(jnp.ones((48, 48)), jnp.ones((3, 3, 1, 4)))
+    traced = jax.jit(jax.value_and_grad(function)).trace(jnp.ones((48, 48)), jnp.ones((3, 3, 1, 4)))
     text = traced.lower().compile().as_text()
     assert hlo.products(text) == pytest.approx(costs.matmul_flops(traced.jaxpr), rel=0.05)
     found = hlo.costs(text)

@@ -285,6 +285,14 @@ def _banded_backward(left: int, residuals: tuple, gradient: jax.Array) -> tuple:
     x, weight = residuals
     kernel, width = weight.shape
     by_input = _shifted_and_banded(gradient, weight[::-1], kernel - 1 - left)
+    if partition.is_split():  # devices would exchange the product, many times what they need
+        padded = jnp.pad(x, ((0, 0), (left, kernel - 1 - left), (0, 0))).astype(jnp.float32)
+        wide = gradient.astype(jnp.float32)
+        taps = [
+            (lax.slice_in_dim(padded, tap, tap + x.shape[1], axis=1) * wide).sum((0, 1))
+            for tap in range(kernel)
+        ]
+        return by_input, jnp.stack(taps).astype(weight.dtype)
     # Blocks of `size` frames of the gradient [B, n, i, D], times those frames of x that they and
     # their taps saw [B, n, j, D]: tap k is the sum of the diagonal j - i = k.
     batch, frames, _ = x.shape
