@@ -12,6 +12,7 @@ RECIPE is speaker_id, accent, emotion or verification. The rows are
   random_sum   the head alone, on a learned sum of all layers of the random encoder
   scratch      all learns, from random weights
   logmel       logistic regression on the mean and standard deviation of log-mel frames
+  means        logistic regression on the mean of log-mel frames
 
 Each is a run of its own in FOLDER, with each seed; a run that is there already is read, so that the
 same command goes on where it was. Further flags go to all runs.
@@ -51,6 +52,7 @@ ROWS = {
     "random_sum": ("random", (*STILL, SUM)),
     "scratch": ("encoder", ("--config.init.folder=", "--config.optimizer.rates=()")),
     "logmel": ("", ()),
+    "means": ("", ()),
 }
 MEASURES = ("accuracy", "balanced_accuracy", "macro_f1", "eer", "eer_normalized")
 
@@ -79,8 +81,8 @@ def main() -> None:
 
 def _scores(asked: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
     """What the run of a row measured on the test split."""
-    if name == "logmel":
-        return _logistic_regression(asked, seed)
+    if name in ("logmel", "means"):
+        return _logistic_regression(asked, seed, spread=name == "logmel")
     start, flags = ROWS[name]
     workdir = pathlib.Path(asked.out) / asked.recipe / f"{name}_{seed}"
     results = workdir / "results.json"
@@ -114,11 +116,15 @@ def _random(asked: argparse.Namespace, seed: int) -> pathlib.Path:
     return folder
 
 
-def _logistic_regression(asked: argparse.Namespace, seed: int) -> dict[str, float]:
+def _logistic_regression(asked: argparse.Namespace, seed: int, spread: bool) -> dict[str, float]:
     from sklearn import linear_model, metrics, pipeline, preprocessing
 
     config = importlib.import_module(f"configs.{asked.recipe}").get_config()
     config.data.root = asked.root
+    for flag in asked.flags:  # which splits, for a corpus that is not the recipe's
+        name, _, value = flag.removeprefix("--config.").partition("=")
+        if name.startswith("data.") and isinstance(config.data[name[5:]], str):
+            config.data[name[5:]] = value
     config.features.normalize = "none"  # or an utterance would have no mean of its own
     if config.task.verify:
         return {}
@@ -126,15 +132,17 @@ def _logistic_regression(asked: argparse.Namespace, seed: int) -> dict[str, floa
     folder = pathlib.Path(asked.out) / asked.recipe / "logmel"
     parts = experiment.make_parts(config, folder, source)
     task = experiment.make_task(config, parts)
-    fitted = list(_features(config, task.frontend, parts, config.data.train_splits))
-    tested = list(_features(config, task.frontend, parts, config.data.test_splits))
+    splits = (config.data.train_splits, config.data.test_splits)
+    fitted, tested = (list(_features(config, task.frontend, parts, split)) for split in splits)
     regression = linear_model.LogisticRegression(
         max_iter=2_000, class_weight="balanced" if config.task.balance else None, random_state=seed
     )
     model = pipeline.make_pipeline(preprocessing.StandardScaler(), regression)
-    model.fit(*(np.stack(column) for column in zip(*fitted, strict=True)))
-    inputs, truth = (np.stack(column) for column in zip(*tested, strict=True))
-    said = model.predict(inputs)
+    used = None if spread else task.frontend.log_mel["mels"]  # the means come first
+    (heard, labels), (inputs, truth) = (
+        [np.stack(column) for column in zip(*rows, strict=True)] for rows in (fitted, tested)
+    )
+    said = model.fit(heard[:, :used], labels).predict(inputs[:, :used])
     return {
         "accuracy": metrics.accuracy_score(truth, said),
         "balanced_accuracy": metrics.balanced_accuracy_score(truth, said),
