@@ -13,14 +13,7 @@ from configs import speaker_id
 
 
 def get_config(encoder: str = ""):
-    config = speaker_id.get_config(encoder)
-    config.data.source = "manifest"
-    config.data.train_splits = "train[:80%]"
-    config.data.eval_splits = "train[80%:]"
-    config.data.test_splits = "dev"
-    config.data.portion_within = "label"
-    config.data.portion_together = ""
-    config.parts = {"target": {"tag": "label"}}
+    config = speaker_id.of_labels(encoder, within="label")
     config.task.balance = 1.0
     config.checkpoint.metric = "balanced_accuracy"
     config.checkpoint.mode = "max"

@@ -12,12 +12,4 @@ from configs import speaker_id
 
 
 def get_config(encoder: str = ""):
-    config = speaker_id.get_config(encoder)
-    config.data.source = "manifest"
-    config.data.train_splits = "train[:80%]"
-    config.data.eval_splits = "train[80%:]"
-    config.data.test_splits = "dev"
-    config.data.portion_within = ""
-    config.data.portion_together = "speaker"
-    config.parts = {"target": {"tag": "label"}}
-    return config
+    return speaker_id.of_labels(encoder, together="speaker")

@@ -28,18 +28,14 @@ PEAK = {"tiny": 2e-3, "s": 2e-3, "m": 1.5e-3, "l": 1e-3}
 
 # Settings of the task, and of what it decodes with.
 TASKS = {
-    "recognize": ({}, {}),
-    "attend": ({"layers": 4}, {"name": "joint", "width": 10}),
+    "recognize": (tasks.settings("recognize"), {}),
+    "attend": (tasks.settings("attend", layers=4), {"name": "joint", "width": 10}),
 }
 
 
 def get_config(model: str = "conformer_tiny"):
     config = defaults.default()
-    encoder, task = defaults.encoder_and_task(model, TASKS)
-    size = encoder.removeprefix("conformer_")
-    settings, decoder = TASKS[task]
-    config.task = tasks.settings(task, **settings)
-    config.decoder.update(decoder)
+    size = defaults.choose_task(config, model, TASKS).removeprefix("conformer_")
     config.data.train_splits = "train-clean-100,train-clean-360,train-other-500"
     config.data.eval_splits = "dev-clean,dev-other"
     config.data.speeds = (0.9, 1.0, 1.1)

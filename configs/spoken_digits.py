@@ -5,9 +5,9 @@
 
 53 minutes of training speech in LibriSpeech layout, splits `train` and `dev`; scores are in
 benchmarks/RESULTS.md. The argument is the encoder: `configs/spoken_digits.py:deepspeech`,
-`wavenet`, or `conformer`, which it is without one; and behind a `+` the task, if it is not CTC
-alone: `conformer+attend` adds an attention decoder and searches with both, `conformer+transduce` is
-a transducer, `conformer+tdt` one with durations.
+`wavenet`, or `conformer`, which it is without one. What follows a plus is the task: CTC without
+one, `conformer+attend` for CTC and an attention decoder together, `conformer+transduce` for a
+transducer, `conformer+tdt` for one with durations.
 """
 
 from speech_jax import config as defaults
@@ -22,21 +22,18 @@ ENCODERS = {
     },
     "wavenet": {"subsampling": 8},
 }  # fmt: skip
-# The task, its settings, and those of what it decodes with.
+# Settings of the task, and of what it decodes with.
 TASKS = {
-    "recognize": ("recognize", {}, {}),
-    "attend": ("attend", {"layers": 2}, {"name": "joint", "width": 8}),
-    "transduce": ("transduce", {"width": 128}, {}),
-    "tdt": ("transduce", {"width": 128, "durations": (0, 1, 2, 3, 4)}, {}),
+    "recognize": (tasks.settings("recognize"), {}),
+    "attend": (tasks.settings("attend"), {"name": "joint", "width": 8}),
+    "transduce": (tasks.settings("transduce", width=128), {}),
+    "tdt": (tasks.settings("transduce", width=128, durations=(0, 1, 2, 3, 4)), {}),
 }
 
 
 def get_config(model: str = "conformer"):
     config = defaults.default()
-    encoder, chosen = defaults.encoder_and_task(model, TASKS)
-    task, settings, decoder = TASKS[chosen]
-    config.task = tasks.settings(task, **settings)
-    config.decoder.update(decoder)
+    encoder = defaults.choose_task(config, model, TASKS)
     config.data.train_splits = "train"
     config.data.eval_splits = "dev"
     config.data.batch_seconds = 15.0

@@ -11,7 +11,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -111,7 +111,7 @@ RANGES = {
         (
             "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
             "model.mask_time", "model.mask_channel", "task.mask_fraction", "task.mixup",
-            "task.ctc_weight", "task.omega", "optimizer.eps", "optimizer.eps_root",
+            "task.omega", "task.ctc_weight", "optimizer.eps", "optimizer.eps_root",
             "task.inter_ctc",
         ),
         _SHARE,
@@ -121,7 +121,7 @@ RANGES = {
             "train.ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum",
             "model.dropout", "model.attention_dropout", "model.input_dropout",
             "model.layer_drop", "task.feature_dropout", "task.dropout",
-            "task.smoothing", "task.ctc", "spec_augment.vocal_tract",
+            "task.smoothing", "spec_augment.vocal_tract",
         ),
         _SHARE_BELOW_ONE,
     ),
@@ -294,14 +294,20 @@ def default() -> ConfigDict:
     return config.lock()
 
 
-def encoder_and_task(argument: str, known: Collection[str]) -> tuple[str, str]:
-    """("conformer", "attend") of "conformer+attend", the argument of a recipe.
+def choose_task(
+    config: ConfigDict, argument: str, known: Mapping[str, tuple[Mapping, Mapping]]
+) -> str:
+    """The encoder of a recipe's argument, "ENCODER" or "ENCODER+TASK"; sets the task in `config`.
 
-    Without a task it is recognize; one that is not among `known` is a UserError.
+    Args:
+      known: the recipe's tasks, `recognize` among them, which it is without one: each is a section
+        `task`, and what the section `decoder` has beside its defaults.
     """
-    encoder, _, task = argument.partition("+")
-    registry.lookup("task of this recipe", dict.fromkeys(known), task or "recognize")
-    return encoder, task or "recognize"
+    encoder, _, name = argument.partition("+")
+    task, decoder = registry.lookup("task of this recipe", known, name or "recognize")
+    config.task = dict(task)
+    config.decoder.update(decoder)
+    return encoder
 
 
 def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
@@ -446,7 +452,8 @@ def check(config: ConfigDict) -> None:
         )
     Adversary(**config.adversarial)
     changed = _changed(config)
-    listens, of_log_mel = models.listens(config.model.name), config.task.name == "best_rq"
+    listens = models.listens(config.model.name)
+    of_log_mel = config.task.name == "best_rq" or config.task.get("mel", False)
     # A recipe for several encoders may say more than one of them heeds.
     for name, cure in frontend.unused(listens, changed, log_mel_targets=of_log_mel).items():
         logging.warning(

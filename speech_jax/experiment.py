@@ -221,7 +221,10 @@ def evaluation_corpus(
     parts = {name: part.for_evaluation() for name, part in parts.items()}
     if isinstance(hidden := parts.get("hidden"), Hidden):
         parts["hidden"] = hidden.of(split)
-    return pipeline.make_corpus(source, parts, unusable=unusable, on_error=config.data.on_error)
+    try:
+        return pipeline.make_corpus(source, parts, unusable=unusable, on_error=config.data.on_error)
+    except pipeline.CorpusError as error:
+        raise pipeline.CorpusError(f"{split}: {error}") from error
 
 
 def training_plan(

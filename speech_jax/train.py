@@ -142,7 +142,7 @@ def _open_data(config: ConfigDict, workdir: Workdir, on_batch: Callable[[], None
     plan, note = _plan(config, workdir, corpus, task, mesh)
     evaluation = Evaluation(config, task, parts, mesh, on_batch)
     for split in _splits(config):
-        evaluation.corpus(split)  # what is missing is said before the training, not after it
+        evaluation.check(split)  # what is missing is said before the training, not after it
     return _Data(mesh, source, parts, task, corpus, plan, note, evaluation)
 
 

@@ -1,4 +1,4 @@
-"""Writes down what is said in recordings.
+"""Writes down what is said in recordings, or its translation where the model translates.
 
   python -m speech_jax.transcribe talk.flac --model=runs/quickstart
   python -m speech_jax.transcribe calls/ 'more/*.m4a' --model=runs/quickstart --format=srt --out=subtitles
@@ -160,6 +160,13 @@ def _wrong_for(chosen: argparse.Namespace, own: Mapping[str, Any]) -> str:
     return ""
 
 
+def _of_logits(chosen: argparse.Namespace) -> str:
+    """The first flag that says something of logits and their decoder, or nothing."""
+    names = ("decoder", "beam", "nbest", "lm", "lm_weight", "chunk")
+    given = [name for name in names if getattr(chosen, name) is not None]
+    return given[0].replace("_", "-") if given else ""
+
+
 def _decoder(chosen: argparse.Namespace) -> dict[str, object]:
     """The settings of the decoder that flags ask for."""
     given = {
@@ -194,6 +201,8 @@ def _transcribe(
     if wrong := _wrong_for(chosen, acoustic.decoder):
         refuse(wrong)
     model = Model(acoustic, chunk_seconds=chosen.chunk, decoder=_decoder(chosen))
+    if model.translates and (given := _of_logits(chosen)):
+        refuse(f"--{given} does nothing with a model that translates: leave it out")
     folder = None
     if chosen.out:
         folder = files.expand(chosen.out)
@@ -202,7 +211,8 @@ def _transcribe(
     if not folder:
         recordings.say(format.header)
     with recordings.progress(len(inputs), "Transcribing") as (progress, write):
-        found = model.transcribe_all((recordings.opened(one.file) for one in inputs), progress)
+        write_down = model.translate_all if model.translates else model.transcribe_all
+        found = write_down((recordings.opened(one.file) for one in inputs), progress)
         for one, transcription in zip(inputs, found, strict=True):
             name = one.name
             if isinstance(transcription, UserError):

@@ -54,7 +54,7 @@ def check(module, params, inputs, whole, *, reads=None, sizes=(1, 3, 8), atol=1e
     order = jnp.arange(rows)[::-1]
 
     def take(tree):
-        return jax.tree.map(lambda x: jnp.take(x, order, axis=0), tree)
+        return jax.tree.map(lambda x: jnp.take(x, order, axis=0) if x.ndim else x, tree)
 
     @jax.jit
     def advance(carry, piece):

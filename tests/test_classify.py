@@ -432,13 +432,43 @@ def test_a_class_that_training_had_not_is_named_or_counted(calls, finished, tmp_
     parts = experiment.make_parts(config, tmp_path, experiment.open_training(config))
     config.data.only = ""
     with pytest.raises(
-        UserError, match=r"utterance 1-1-\d+: unknown label: 'A' is not one of B, C"
+        UserError, match=r"train: utterance 1-1-\d+: unknown label: 'A' is not one of B, C"
     ):
         experiment.evaluation_corpus(config, "train", parts)
     config.data.on_error = "skip"
     corpus = experiment.evaluation_corpus(config, "train", parts)
     assert len(corpus) + len(corpus.left_out) == 48
     assert "unknown label: 'A'" in next(iter(corpus.left_out.values()))
+
+
+def test_what_cannot_be_compared_or_used_is_named_before_the_training(
+    calls, finished, tmp_path, monkeypatch
+):
+    config = configure(calls, finished.workdir.folder)
+    config.train.compare = False
+    monkeypatch.setattr(experiment, "make_setup", None)
+    with config.unlocked():
+        config.parts = {"target": {"tag": "label", "unseen": True}}
+    config.task.verify = True
+    config.checkpoint.metric = ""
+    shutil.copytree(calls, tmp_path / "calls")
+    config.data.root = str(tmp_path / "calls")
+    rows = list(map(json.loads, (calls / "dev.jsonl").read_text().splitlines()))
+    rows[3].pop("label")
+    write = lambda: (tmp_path / "calls" / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write()
+    with pytest.raises(UserError, match=f"utterance {rows[3]['id']} has no tag 'label', so nobody"):
+        train.run(config, Workdir(tmp_path / "one"))
+    config.task.verify = False
+    config.parts.target.unseen = False
+    config.data.on_error = "skip"
+    for row in rows:
+        row["label"] = "Q"
+    write()
+    with pytest.raises(
+        UserError, match=r"dev: no utterances left to use \(6 unknown label\); the first is .*'Q'"
+    ):
+        train.run(config, Workdir(tmp_path / "two"))
 
 
 def test_a_metric_that_nothing_measures_is_refused(calls, finished, tmp_path):

@@ -15,6 +15,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 RECIPES = {
     "quickstart": ("quickstart", []),
     "spoken_digits": ("spoken_digits", []),
+    "spoken_digits_attend": ("spoken_digits", ["conformer+attend"]),
     "librispeech": ("librispeech", ["conformer_s"]),
     "librispeech_conformer_tiny": ("librispeech", ["conformer_tiny"]),
     "librispeech_conformer_l": ("librispeech", ["conformer_l"]),

@@ -8,11 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile
 
+import speech_jax
+from speech_jax import bundle, experiment, models, tasks, transcribe
 from speech_jax import config as defaults
-from speech_jax import experiment, models, tasks
+from speech_jax.bundle.format import Bundle
+from speech_jax.data import text
 from speech_jax.data.parts import PartError
+from speech_jax.data.parts.audio import Audio
+from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.pipeline import CorpusError
+from speech_jax.errors import UserError
 from speech_jax.ops import ctc
 from speech_jax.training import adversarial, peft
 
@@ -230,3 +237,54 @@ def test_ctc_may_learn_from_translations(write):
     results = task.evaluator(parts).results()
     assert "transcript_wer" not in results
     assert results["bleu"] is None
+
+
+# ---- Use ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """A saved translator that says something."""
+    names = {"labels": "abcd", "target": "vwxyz"}
+    parts = {
+        name: Transcript(text.CharacterTokenizer(letters), name, "" if name == "labels" else "t")
+        for name, letters in names.items()
+    }
+    config = configure(".", beam=2)
+    config.parts.target.tag = "t"
+    found = Bundle(config, {"audio": Audio(), **parts}, *jax.device_get(model))
+    path = tmp_path_factory.mktemp("translator") / "model"
+    bundle.save(found, path)
+    return path
+
+
+def test_recordings_are_translated(folder, task, model, batch, tmp_path, capsys):
+    """What the task predicts is what is read, on the command line too."""
+    translator = speech_jax.load(folder)
+    assert translator.translates
+    rows, recordings = [], tmp_path / "calls"
+    recordings.mkdir()
+    predicted = jax.device_get(jax.jit(task.predict)(*model, batch))
+    for row, length in enumerate(batch["audio_length"]):
+        samples = batch["audio"][row, :length]
+        count = predicted["target_length"][row]
+        expected = "".join("vwxyz"[i - 1] for i in predicted["target"][row, :count])
+        found = translator.translate(samples)
+        assert found.text == expected != ""
+        (word,) = found.words
+        assert (word.start, word.end) == (0, pytest.approx(length / RATE))
+        assert word.confidence == pytest.approx(float(predicted["sure"][row]), rel=1e-4)
+        assert set(translator.transcribe(samples).text) <= set("abcd")
+        soundfile.write(recordings / f"{row}.wav", samples, RATE, subtype="PCM_16")
+        rows.append(f"{recordings / f'{row}.wav'}: {expected}\n")
+    assert transcribe.main([str(recordings), f"--model={folder}"]) == 0
+    assert capsys.readouterr().out == "".join(rows)
+    with pytest.raises(SystemExit):
+        transcribe.main([str(recordings), f"--model={folder}", "--beam=3"])
+    assert "--beam does nothing with a model that translates" in capsys.readouterr().err
+
+
+def test_a_recognizer_does_not_translate(finished):
+    recognizer = speech_jax.load(finished.workdir.folder)
+    with pytest.raises(UserError, match="does not translate: use transcribe"):
+        recognizer.translate(np.ones(RATE, np.int16))

@@ -40,6 +40,12 @@ CASES: dict[str, dict[str, Any]] = {
     "sort": {"parts": _OF_TAGS},
     "say": {"parts": {"target": {"tag": "translation"}}},
     "verify": {"parts": _OF_TAGS},
+    "attend": {
+        "task": {"layers": 1, "heads": 2},
+        "model": {"width": 8, "num_layers": 1, "heads": 2, "subsampling_channels": 4},
+        "peak": 1e-2,
+        "decoder": {"name": "joint", "width": 2},
+    },
     "translate": {
         "parts": {"target": {"tag": "translation"}},
         "task": {"layers": 1, "heads": 2, "beam": 2},
@@ -103,6 +109,7 @@ def configure(name: str, root: pathlib.Path):
     config.task = tasks.settings(name, **CASES[name].get("task", {"width": 3}))
     config.model = models.settings("conformer", "tiny", **CASES[name].get("model", {}))
     config.parts = CASES[name].get("parts", {})
+    config.decoder.update(CASES[name].get("decoder", {}))
     config.text.normalizer = "none"
     config.schedule = {"name": "constant", "peak": CASES[name].get("peak", 1e-1), "warmup": 1}
     config.train.update({"steps": STEPS, "eval_every": 3, "log_every": 1})

@@ -193,7 +193,11 @@ def make_corpus(
         if source.skipped:
             counts["skipped by the source"] = len(source.skipped)
         why = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        raise CorpusError(f"no utterances left to use ({why or 'the source is empty'})")
+        first = "; the first is utterance " + ": ".join(next(iter(left_out.items()), ("", "")))
+        raise CorpusError(
+            f"no utterances left to use ({why or 'the source is empty'})"
+            + (first if left_out else "")
+        )
     named = size_names({k: field for part in parts.values() for k, field in part.fields.items()})
     return Corpus(
         source=source,

@@ -164,7 +164,9 @@ def search(
         keep = lambda old, new: jnp.where(begins.reshape(B, width, *[1] * (new.ndim - 2)), old, new)
         prefixes = jax.tree.map(keep, carry.prefixes, grown)
         scores = continued(heard, prefixes)
-        total = weight * (scores - prefixes.score[..., None]).reshape(B * width, 1, -1)
+        # No text is more probable than what it begins with; what is no hypothesis stays none.
+        more = jnp.minimum(scores - prefixes.score[..., None], 0)
+        total = weight * more.reshape(B * width, 1, -1)
         text = carry.text
         if weight < 1:
             written, text = advance(text, symbols)

@@ -8,7 +8,7 @@ import functools
 import importlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -17,6 +17,8 @@ import numpy as np
 from speech_jax import bundle, experiment, files
 from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.transcript import Transcript
+from speech_jax.decoding.decoder import OF_TASKS, Settings
+from speech_jax.decoding.words import Decoded, Word
 from speech_jax.errors import UserError
 
 # Models that are one file: how its name ends -> "module:function" that opens it.
@@ -35,7 +37,7 @@ class AcousticError(UserError):
 
 
 class Acoustic(Protocol):
-    """A recognizer up to its logits.
+    """A recognizer up to its logits; one that is not exported may have a `search` besides.
 
     Attributes:
       sample_rate: of the samples that it hears, in Hz.
@@ -92,6 +94,7 @@ class BundleAcoustic:
 
     Attributes:
       bundle: the model as plain data.
+      target: reads translations; None where the model makes none.
       function: (params, state, samples, lengths) -> (logits, frames), as `logits` but traceable.
       frames: how many frames come of so many samples.
     """
@@ -110,6 +113,7 @@ class BundleAcoustic:
             )
         self.bundle = model
         self.transcript = labels
+        self.target = model.parts.get(getattr(task, "translates", ""))
         self.sample_rate = model.config.data.sample_rate
         self.longest_seconds = float(model.config.data.max_seconds)
         self.decoder = dict(model.config.decoder)
@@ -118,13 +122,63 @@ class BundleAcoustic:
         self._params, self._state = jax.device_put((model.params, model.state))
         self.function = functools.partial(_logits, task)
         self._logits = jax.jit(self.function)
+        self._predict = jax.jit(functools.partial(_predict, task))
 
     def logits(self, samples: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As Acoustic says."""
         return jax.device_get(self._logits(self._params, self._state, samples, lengths))
+
+    def translate(self, samples: np.ndarray, lengths: np.ndarray) -> list[Decoded]:
+        """The translation of each recording of a batch, as `logits` is given it.
+
+        Its words have the seconds that they would have if they were spoken evenly.
+        """
+        found = jax.device_get(self._predict(self._params, self._state, samples, lengths))
+        decoded = []
+        for row, length in enumerate(lengths):
+            one = {name: values[row] for name, values in found.items()}
+            text, sure = self.target.read(one), float(one["sure"])
+            words = _spread(text.split(), float(length) / self.sample_rate, sure)
+            score = float(np.log(max(sure, 1e-30)))
+            decoded.append(Decoded(text, words, score, ((text, score),)))
+        return decoded
+
+    def search(self, settings: Mapping[str, Any]) -> Callable[..., dict[str, np.ndarray]] | None:
+        """What finds the text of whole pieces, where no decoder of logits does: the task itself.
+
+        Args:
+          settings: of the decoder.
+
+        Returns:
+          A function of samples and lengths, as `logits` takes them, that gives what
+          `Decoder.read` reads, a row each; None where the decoder takes logits.
+
+        Raises:
+          UserError: this model has no such search.
+        """
+        config = self.bundle.config.copy_and_resolve_references()
+        config.decoder.update(settings)
+        task = experiment.make_task(config, self.bundle.parts)
+        if Settings.of(settings).name not in OF_TASKS:
+            return None
+        predict = jax.jit(functools.partial(_predict, task))
+        return lambda *audio: jax.device_get(predict(self._params, self._state, *audio))
+
+
+def _spread(words: list[str], seconds: float, sure: float) -> tuple[Word, ...]:
+    """Words over so many seconds, each as long as its letters are many."""
+    ends = np.cumsum([0, *map(len, words)]) * seconds / max(sum(map(len, words)), 1)
+    return tuple(
+        Word(word, float(start), float(end), sure)
+        for word, start, end in zip(words, ends[:-1], ends[1:], strict=True)
+    )
 
 
 def _logits(task, params, state, samples, lengths):
     batch = {"audio": samples, "audio_length": lengths}
     logits, frames, _ = task.logits(params, state, batch)
     return logits, frames
+
+
+def _predict(task, params, state, samples, lengths):
+    return task.predict(params, state, {"audio": samples, "audio_length": lengths})

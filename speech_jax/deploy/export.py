@@ -43,6 +43,7 @@ import numpy as np
 import speech_jax
 from speech_jax import bundle, files, rules
 from speech_jax.bundle.format import FILES, kept_name
+from speech_jax.decoding.decoder import OF_TASKS
 from speech_jax.deploy import acoustic, onnx, sjx
 from speech_jax.errors import UserError
 from speech_jax.ops import partition
@@ -244,6 +245,8 @@ def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict
         parts = {path.name: path.read_text("utf-8") for path in pathlib.Path(folder).iterdir()}
     data = config.data
     decoder = files.plain(config)["decoder"]
+    if decoder["name"] in OF_TASKS:  # what is exported are logits, that a decoder of CTC reads
+        decoder["name"] = "greedy"
     return {
         "format": "speech_jax",
         "version": sjx.VERSION,

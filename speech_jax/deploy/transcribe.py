@@ -142,6 +142,10 @@ class Model:
         settings = {**acoustic.decoder, **(decoder or {})}
         self._decoder = Decoder(settings, acoustic.transcript, acoustic.frame_seconds)
         self._decoder.settings.check_files()
+        search = getattr(acoustic, "search", None)
+        self._search = search(settings) if search else None
+        if not self._search:
+            self._decoder.check_task(())
         platform = jax.default_backend()
         self._batch_seconds = _BATCH_SECONDS.get(platform, _BATCH_SECONDS_ELSEWHERE)
 
@@ -164,11 +168,42 @@ class Model:
           AudioError: the file cannot be read.
           TranscriptionError: the array is not audio.
         """
+        return self._one(recording, sample_rate, self._hear)
+
+    def translate(
+        self, recording: File | np.ndarray, sample_rate: int | None = None
+    ) -> Transcription:
+        """Writes down in another language what is said in a recording of any length.
+
+        It takes what `transcribe` takes. Each piece between two pauses is translated by itself; the
+        times of words within one are a guess.
+
+        Raises:
+          AudioError: the file cannot be read.
+          TranscriptionError: the array is not audio, or the model does not translate.
+        """
+        return self._one(recording, sample_rate, self._translate)
+
+    @property
+    def translates(self) -> bool:
+        """Whether `translate` can be used."""
+        return getattr(self.acoustic, "target", None) is not None
+
+    def _one(self, recording: File | np.ndarray, sample_rate: int | None, hear) -> Transcription:
         opened = open_recording(recording, sample_rate, self.sample_rate)
-        found = next(self._transcribe([opened], lambda files, seconds: None))
+        found = next(self._transcribe([opened], lambda files, seconds: None, hear))
         if isinstance(found, UserError):
             raise found
         return found
+
+    def translate_all(
+        self,
+        recordings: Iterable[File],
+        progress: Callable[[float, float], None] = lambda files, seconds: None,
+    ) -> Iterator[Transcription | UserError]:
+        """As `transcribe_all`, but in another language."""
+        opened = (open_recording(file, None, self.sample_rate) for file in recordings)
+        return self._transcribe(opened, progress, self._translate)
 
     def transcribe_all(
         self,
@@ -181,7 +216,7 @@ class Model:
         `progress` is told how many files and how many seconds of audio were read.
         """
         opened = (open_recording(file, None, self.sample_rate) for file in recordings)
-        return self._transcribe(opened, progress)
+        return self._transcribe(opened, progress, self._hear)
 
     def classify(self, *_: Any, **__: Any) -> None:
         """Raises TranscriptionError: a recognizer names no classes."""
@@ -191,9 +226,15 @@ class Model:
         )
 
     def _transcribe(
-        self, opened: Iterable[tuple[str, Any]], progress: Callable[[float, float], None]
+        self,
+        opened: Iterable[tuple[str, Any]],
+        progress: Callable[[float, float], None],
+        hear: "Callable[[list[_Piece]], None]",
     ) -> Iterator[Transcription | UserError]:
-        """What is said in each recording, which `opened` gives as `open_recording` does."""
+        """What is said in each recording, which `opened` gives as `open_recording` does.
+
+        `hear` gives pieces their text, and their memory back.
+        """
         waiting: collections.deque[_Recording] = collections.deque()
         pool: list[_Piece] = []
         most = _POOL_BATCHES * self._batch_seconds * self.sample_rate
@@ -203,13 +244,13 @@ class Model:
             waiting.append(recording)
             for share in self._read(recording, opener, pool):
                 if sum(len(piece.samples) for piece in pool) >= most:
-                    self._hear(pool)
+                    hear(pool)
                     pool.clear()
                     yield from self._ready(waiting)
                 progress(number + share, before + recording.samples / self.sample_rate)
             before += recording.samples / self.sample_rate
             progress(number + 1, before)
-        self._hear(pool)
+        hear(pool)
         yield from self._ready(waiting)
 
     def _read(self, recording: "_Recording", opener: Any, pool: "list[_Piece]") -> Iterator[float]:
@@ -238,6 +279,34 @@ class Model:
 
     def _hear(self, pool: "list[_Piece]") -> None:
         """Decodes pieces, and gives the memory of their samples back."""
+        if self._search:
+            self._write(pool)
+        else:
+            self._listen(pool)
+        for piece in pool:
+            piece.samples, piece.logits = None, []
+
+    def _write(self, pool: "list[_Piece]") -> None:
+        """Finds the text of pieces, each as a whole."""
+        shortest = self.acoustic.frame_seconds * self.sample_rate
+        rows = collections.defaultdict(list)
+        for piece in pool:
+            if len(piece.samples) >= shortest:
+                rows[padded(len(piece.samples), self.sample_rate)].append(piece)
+        for size, members in sorted(rows.items()):
+            full = max(1, int(self._batch_seconds * self.sample_rate / size))
+            for some, count in _batches(members, full):
+                samples, lengths = np.zeros((count, size), np.int16), np.zeros(count, np.int32)
+                for row, piece in enumerate(some):
+                    samples[row, : len(piece.samples)] = piece.samples
+                    lengths[row] = len(piece.samples)
+                found = self._search(samples, lengths)
+                for row, piece in enumerate(some):
+                    own = {name: array[row] for name, array in found.items()}
+                    piece.decoded = self._decoder.read(own)
+
+    def _listen(self, pool: "list[_Piece]") -> None:
+        """Decodes the logits of pieces, of which a model hears a chunk at a time."""
         rows = collections.defaultdict(list)
         for piece in pool:
             for chunk in pieces.chunks(
@@ -258,8 +327,31 @@ class Model:
         )
         for some, count in _batches(spoken, _DECODED_TOGETHER):
             self._decode(some, count)
+
+    def _translate(self, pool: "list[_Piece]") -> None:
+        """Translates pieces, each whole, and gives the memory of their samples back."""
+        if not self.translates:
+            raise TranscriptionError(
+                "this model does not translate: use transcribe, or load one that was trained with "
+                "config.task.name='translate'"
+            )
+        rows = collections.defaultdict(list)
         for piece in pool:
-            piece.samples, piece.logits = None, []
+            if self.acoustic.frames(len(piece.samples)):
+                rows[padded(len(piece.samples), self.sample_rate)].append(piece)
+        for size, members in sorted(rows.items()):
+            full = max(1, int(self._batch_seconds * self.sample_rate / size))
+            for some, count in _batches(members, full):
+                samples, lengths = np.zeros((count, size), np.int16), np.zeros(count, np.int32)
+                for row, piece in enumerate(some):
+                    samples[row, : len(piece.samples)] = piece.samples
+                    lengths[row] = len(piece.samples)
+                for piece, decoded in zip(
+                    some, self.acoustic.translate(samples, lengths), strict=False
+                ):
+                    piece.decoded = decoded
+        for piece in pool:
+            piece.samples = None
 
     def _hear_chunks(
         self, members: "list[tuple[_Piece, int, pieces.Chunk]]", shape: tuple[int, int]

@@ -7,13 +7,14 @@ An evaluator gets every utterance once, in any order, and may keep what it needs
     line() -> the same for people, in a few words
     rates: the names of those results that are logged while training
 
-Two methods are optional, for report.html (report.py); both are given what `add` returned:
+Some methods are optional. Two are for report.html (report.py); both are given what `add` returned:
 
     tallies(line) -> {name of a result: (errors, of how many)}: over a split, the sums of both have
         that result as their quotient. The first one says which utterances are worst.
     sections(lines) -> [page.Section] of its own: a confusion matrix, a table of classes
 
-and one more for a picture beside the predictions of a split: draw(path), a PNG.
+one more for a picture beside the predictions of a split, draw(path), a PNG, and one that is asked
+before the training: check(utterance) raises UserError for one that lacks what it is measured by.
 
 `example` holds the utterance's row of the batch, `prediction` its row of what `task.predict`
 returned, both as numpy arrays by name. Padding and filler rows never reach an evaluator.

@@ -96,6 +96,13 @@ class Evaluation:
             self._corpora[split] = found
         return self._corpora[split]
 
+    def check(self, split: str) -> None:
+        """Raises UserError where an utterance of a split lacks what it is measured by."""
+        corpus = self.corpus(split)
+        check = getattr(self.task.evaluator(self._parts), "check", lambda utterance: None)
+        for index in corpus.index:
+            check(corpus.source.utterances[index])
+
     def check_memory(self, split: str, params: Any, state: Any, fits: int) -> None:
         """Raises UserError where the longest utterances of a split do not fit in memory.
 

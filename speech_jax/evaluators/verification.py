@@ -125,17 +125,21 @@ class Verification:
     def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]:
         """Keeps the embedding of one utterance, which its line has too."""
         del example
+        self.check(utterance)
         who = utterance.tags.get(self._tag, "")
-        if not who and not self._trials:
-            raise UserError(
-                f"utterance {utterance.id} has no tag {self._tag!r}, so nobody knows whom it is "
-                "compared with: add it, or name a file of pairs in config.task.trials"
-            )
         embedding = np.asarray(prediction["embedding"], np.float32)
         unit = embedding / max(np.linalg.norm(embedding), 1e-12)
         self._found[utterance.id] = who, unit, np.asarray(prediction["cohort"], np.float32)
         self._results = None
         return {"speaker": who, "embedding": [round(float(value), 6) for value in unit]}
+
+    def check(self, utterance: Utterance) -> None:
+        """Raises UserError for an utterance of which nobody knows who speaks."""
+        if not self._trials and not utterance.tags.get(self._tag):
+            raise UserError(
+                f"utterance {utterance.id} has no tag {self._tag!r}, so nobody knows whom it is "
+                "compared with: add it, or name a file of pairs in config.task.trials"
+            )
 
     def results(self) -> dict[str, float | None]:
         """Error rates and costs of the pairs, and how many pairs there were."""

@@ -31,6 +31,7 @@ ENCODERS = {
     "deepspeech": "speech_jax.models.deepspeech:DeepSpeech",
     "wav2vec2": "speech_jax.models.wav2vec2:Wav2Vec2",
     "wavenet": "speech_jax.models.wavenet:WaveNet",
+    "wavenet_waveform": "speech_jax.models.waveform:WaveformWaveNet",
     "wav2vec2_conformer": "speech_jax.models.wav2vec2_conformer:Wav2Vec2Conformer",
 }
 

@@ -4,8 +4,9 @@ A linen module is stepwise that has beside its call on whole sequences
 
     delay                     int; output i of all pieces, one after another, is output i - delay
                               of the whole: the first `delay` outputs are of nothing
-    start(rows)               the carry before the first piece, a pytree of arrays [rows, ...]; a
-                              decoder's takes what it reads besides:
+    start(rows)               the carry before the first piece, a pytree of arrays [rows, ...] and
+                              of scalars that all rows share, such as the time; a decoder's takes
+                              what it reads besides:
                               start(rows, memory, memory_lengths, steps)
     advance(carry, piece)     (outputs, the next carry, of the same shapes and dtypes)
 

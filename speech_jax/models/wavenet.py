@@ -100,7 +100,11 @@ class WaveNet(nn.Module):
 
 
 class Layer(nn.Module):
-    """A gated dilated convolution: what it adds to [B, T, D], and what it skips to the end."""
+    """A gated dilated convolution: what it adds to [B, T, D], and what it skips to the end.
+
+    `mask` bool [B, T] is of valid frames; None where no frame hears what is not. `condition`
+    [B, T, 2 D] is added to the gates.
+    """
 
     width: int
     kernel: int
@@ -109,16 +113,22 @@ class Layer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, condition: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         x = layers.LayerNorm(self.dtype, name="norm")(x)
-        x = jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype))
+        if mask is not None:
+            x = jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype))
         shape = (self.kernel, x.shape[-1], 2 * self.width)
         weight = self.param("gate", nn.initializers.lecun_normal(in_axis=(0, 1)), shape)
         bias = self.param("gate_bias", nn.initializers.zeros, (2 * self.width,))
         past = (self.kernel - 1) * self.dilation
         past = past if self.causal else past // 2
         gates = convolution.dilated(x, weight.astype(self.dtype), self.dilation, past)
-        value, gate = jnp.split(gates + bias.astype(self.dtype)[None, None], 2, axis=-1)
+        gates = gates + bias.astype(self.dtype)[None, None]
+        if condition is not None:
+            gates = gates + condition
+        value, gate = jnp.split(gates, 2, axis=-1)
         hidden = jnp.tanh(value) * nn.sigmoid(gate)
         project, skip = (
             nn.Dense(self.width, dtype=self.dtype, name=name) for name in ("project", "skip")

@@ -32,6 +32,8 @@ TASKS = {
     "best_rq": "speech_jax.tasks.best_rq:BestRQ",
     "classify": "speech_jax.tasks.classify:Classify",
     "contrastive": "speech_jax.tasks.contrastive:Contrastive",
+    "next_sample": "speech_jax.tasks.next_sample:NextSample",
+    "next_sample_of_speakers": "speech_jax.tasks.next_sample:NextSampleOfSpeakers",
     "recognize": "speech_jax.tasks.recognize:Recognize",
     "translate": "speech_jax.tasks.translate:Translate",
     "transduce": "speech_jax.tasks.transduce:Transduce",

@@ -23,7 +23,7 @@ from speech_jax.models import layers
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import augment, masking
 from speech_jax.rules import Rules
-from speech_jax.tasks import Batch, Pytree
+from speech_jax.tasks import Batch, Pytree, hearing
 
 # How the head's parameters lie on a mesh; there may be any number of classes.
 RULES: Rules = (
@@ -218,10 +218,7 @@ class Classify:
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Parameters (float32) and model state (empty without batch norm)."""
-        inputs, lengths = self.frontend(batch)
-        variables = self.model.init(rng, inputs, lengths, True)
-        params = variables.pop("params")
-        return params, variables
+        return hearing.init(self.model, self.frontend, rng, batch)
 
     def _apply(
         self,
@@ -235,20 +232,13 @@ class Classify:
 
         The batch holds audio, or what `encode` made of it.
         """
-        train = rng is not None
-        keys = jax.random.split(rng) if train else (None, None)
         if "hidden" in batch:
-            arguments, method = (batch["hidden"], batch["hidden_length"]), "head"
+            key = None if rng is None else jax.random.split(rng)[1]
+            arguments = batch["hidden"], batch["hidden_length"]
+            found = hearing.applied(self.model, params, state, key, *arguments, method="head")
         else:
-            arguments, method = self.frontend(batch, keys[0], step), "__call__"
-        (embedding, scores), state = self.model.apply(
-            {"params": params, **state},
-            *arguments,
-            not train,
-            rngs={"dropout": keys[1]} if train else None,
-            mutable=list(state),
-            method=method,
-        )
+            found = hearing.heard(self.model, self.frontend, params, state, batch, rng, step)
+        (embedding, scores), state = found
         return embedding, scores, state
 
     def encode(self, params: Pytree, state: Pytree, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,7 @@ from speech_jax.evaluators.errors import Errors
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import augment, ctc, masking
 from speech_jax.rules import Rules
-from speech_jax.tasks import Batch, Pytree
+from speech_jax.tasks import Batch, Pytree, hearing
 
 # How the head's parameters lie on a mesh.
 RULES: Rules = ((r"head/kernel", ("fsdp", "tensor")), (r"head/bias", ("tensor",)))
@@ -30,16 +30,13 @@ class CTCModel(nn.Module):
 
     encoder: nn.Module
     vocabulary_size: int
+    middle_too: bool = False
 
     @nn.compact
     def __call__(
-        self,
-        inputs: jax.Array,
-        lengths: jax.Array,
-        deterministic: bool,
-        middle_too: bool = False,
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
     ) -> tuple[jax.Array, jax.Array]:
-        if middle_too:
+        if self.middle_too:
             hidden, lengths = self.encoder(inputs, lengths, deterministic, layers_too=True)
             middle = self.encoder.num_layers // 2
             hidden = jnp.stack([hidden[:, :, middle], hidden[:, :, -1]])
@@ -124,10 +121,7 @@ class Recognize:
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Parameters (float32) and model state (empty without batch norm)."""
-        inputs, lengths = self.frontend(batch)
-        variables = self.model.init(rng, inputs, lengths, True)
-        params = variables.pop("params")
-        return params, variables
+        return hearing.init(self.model, self.frontend, rng, batch)
 
     def logits(
         self,
@@ -138,32 +132,24 @@ class Recognize:
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array, Pytree]:
         """(logits [B, T', K], frames [B], new state); trains where there is a key."""
-        return self._logits(params, state, batch, rng, step)
-
-    def _logits(
-        self,
-        params: Pytree,
-        state: Pytree,
-        batch: Batch,
-        rng: jax.Array | None,
-        step: jax.Array | int,
-        views: int = 1,
-        middle_too: bool = False,
-    ) -> tuple[jax.Array, jax.Array, Pytree]:
-        """As `logits`, of so many views of each row (FrontEnd); see CTCModel for `middle_too`."""
-        train = rng is not None
-        keys = jax.random.split(rng) if train else (None, None)
-        inputs, lengths = self.frontend(batch, keys[0], step, views)
-        (logits, lengths), state = self.model.apply(
-            {"params": params, **state},
-            inputs,
-            lengths,
-            not train,
-            middle_too,
-            rngs={"dropout": keys[1]} if train else None,
-            mutable=list(state),
+        (logits, lengths), state = hearing.heard(
+            self.model, self.frontend, params, state, batch, rng, step
         )
         return logits, lengths, state
+
+    def _viewed_logits(
+        self, params: Pytree, state: Pytree, batch: Batch, rng: jax.Array, step: jax.Array | int
+    ) -> tuple[jax.Array, jax.Array, Pytree]:
+        """As `logits`, of the views and with the layers that the loss is made of."""
+        model = CTCModel(self.encoder, self.counts["labels"], bool(self.inter_ctc))
+        keys = jax.random.split(rng)
+        viewed = self.frontend(batch, keys[0], step, self._views)
+        (logits, lengths), state = hearing.applied(model, params, state, keys[1], *viewed)
+        return logits, lengths, state
+
+    @property
+    def _views(self) -> int:
+        return 2 if self.consistency else 1
 
     def loss(
         self,
@@ -178,18 +164,17 @@ class Recognize:
         if rng is not None and self.mixup:
             rng, key = jax.random.split(rng)
             readings = augment.mixup(key, batch, self.mixup)
+        views = 1
         if rng is None or not (self.inter_ctc or self.consistency):
             logits, lengths, state = self.logits(params, state, readings[0], rng, step)
-            by_layer, views = [(1.0, logits)], 1
+            shares, layers = (1.0,), (logits,)
         else:
-            views, middle_too = 1 + bool(self.consistency), bool(self.inter_ctc)
-            logits, lengths, state = self._logits(
-                params, state, readings[0], rng, step, views, middle_too
-            )
-            weights = (self.inter_ctc, 1 - self.inter_ctc)
-            by_layer = zip(weights, logits, strict=True) if middle_too else [(1.0, logits)]
+            views = self._views
+            logits, lengths, state = self._viewed_logits(params, state, readings[0], rng, step)
+            shares = (self.inter_ctc, 1 - self.inter_ctc) if self.inter_ctc else (1.0,)
+            layers = logits if self.inter_ctc else (logits,)
         total = 0.0
-        for share, logits in by_layer:
+        for share, logits in zip(shares, layers, strict=True):  # the last layer comes last
             each = [_nats_and_tokens(logits, lengths, _viewed(one, views)) for one in readings]
             nats, tokens, infeasible = (sum(parts) for parts in zip(*each, strict=True))
             total += share * nats

@@ -1,5 +1,8 @@
-"""Speech recognition with a transducer (Graves 2012), its pruned form (Kuang et al. 2022) and with
-durations (Xu et al. 2023)."""
+"""Speech recognition with a transducer (Graves 2012), also with durations (Xu et al. 2023).
+
+What it says is searched as config.decoder.name says: 'transducer', the best label of each step,
+'transducer_beam', or a decoder of CTC ('greedy', 'beam', 'lexicon') where there is a head of CTC.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from speech_jax.decoding import transducer as searches
+from speech_jax.decoding import transducer as search
 from speech_jax.decoding.decoder import Decoder
 from speech_jax.errors import UserError
-from speech_jax.evaluators.errors import Searched
+from speech_jax.evaluators.errors import Errors, Searched
 from speech_jax.models import transducer as models
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc, transducer
@@ -105,14 +108,14 @@ class Transduce:
       span: positions of a frame at which the joiner is computed in training, where a simple joint
         says; 0: at all. It spares time and memory where labels are many.
       warmup: updates until the band counts in full.
-      ctc: the share of CTC in the loss, by a head of its own; 0: none.
+      ctc_weight: of CTC in the loss, by a head of its own; 0: none.
       most: labels that a search may say in a frame.
     """
 
     encoder: nn.Module
     frontend: FrontEnd
     counts: Mapping[str, int]
-    decoder: Decoder | None = None  # None: greedy labels alone
+    decoder: Decoder | None = None  # None: the best label of each step
     predictor: str = "stateless"
     context: int = 2
     width: int = 256
@@ -121,12 +124,13 @@ class Transduce:
     omega: float = 0.1
     span: int = 0
     warmup: int = 2_000
-    ctc: float = 0.3
+    ctc_weight: float = 0.3
     most: int = 4
 
     parts: ClassVar = {"audio": "audio", "labels": "transcript"}
     along: ClassVar = "samples"
     best: ClassVar = ("wer", "min")
+    searches: ClassVar = ("transducer", "transducer_beam")  # beside those of CTC
 
     def __post_init__(self) -> None:
         if self.durations and not {0, 1} <= set(self.durations):
@@ -134,11 +138,24 @@ class Transduce:
                 f"config.task.durations={tuple(self.durations)} must hold 0 and 1, so that labels "
                 "that are many fit: (0, 1, 2, 3, 4) are usual"
             )
-        search = self.decoder.settings.name if self.decoder else "greedy"
-        if search == "lexicon" or (self.durations and search != "greedy"):
-            known = "greedy" if self.durations else "greedy or beam"
+        if self.durations and self._search == "transducer_beam":
             raise UserError(
-                f"config.decoder.name={search!r} is no search of this transducer: set it to {known}"
+                "config.decoder.name='transducer_beam' is for transducers without durations: set "
+                "it to 'transducer'"
+            )
+        if self._search not in self.searches:
+            self._check_head(f"config.decoder.name={self._search!r}")
+
+    @property
+    def _search(self) -> str:
+        return self.decoder.settings.name if self.decoder else "transducer"
+
+    def _check_head(self, what: str) -> None:
+        """UserError where there is no head of CTC, which `what` needs."""
+        if not self.ctc_weight:
+            raise UserError(
+                f"{what} needs CTC, which config.task.ctc_weight=0 leaves out: train with more, or "
+                "set config.decoder.name='transducer'"
             )
 
     @property
@@ -154,7 +171,7 @@ class Transduce:
             self.encoder,
             models.make_predictor(self.predictor, count, self.width, self.context, dtype),
             models.Joiner(self.width, count + len(self.durations), dtype),
-            nn.Dense(count, dtype=dtype) if self.ctc else None,
+            nn.Dense(count, dtype=dtype) if self.ctc_weight else None,
             models.Simple(count, dtype) if self.span else None,
         )
 
@@ -189,12 +206,12 @@ class Transduce:
         rng: jax.Array | None = None,
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array, Pytree]:
-        """(logits of CTC [B, T', K], frames [B], new state); trains where there is a key."""
-        if not self.ctc:
-            raise UserError(
-                "this transducer has no head of CTC, and this needs its logits: train one with "
-                "config.task.ctc=0.3"
-            )
+        """(logits of CTC [B, T', K], frames [B], new state); trains where there is a key.
+
+        Raises:
+          UserError: there is no CTC.
+        """
+        self._check_head("what reads logits of frames")
         found, state = self._apply(params, state, batch, rng, step, method="listen")
         return *found, state
 
@@ -218,10 +235,10 @@ class Transduce:
         nats = self._nats(params["joiner"]["output"], heard, labels, labels_length, ramp)
         fits = jnp.isfinite(nats)
         nats = jnp.where(fits, nats, 0.0)
-        if self.ctc:
+        if self.ctc_weight:
             args = heard.lengths, labels, labels_length
             by_ctc = ctc.ctc_loss(heard.logits, *args, zero_infinity=True)
-            nats = (1 - self.ctc) * nats + self.ctc * by_ctc
+            nats = (1 - self.ctc_weight) * nats + self.ctc_weight * by_ctc
             fits &= ctc.ctc_feasible(*args)
         weight = batch["weight"]
         tokens = (weight * labels_length.astype(jnp.float32)).sum()
@@ -265,10 +282,10 @@ class Transduce:
         scale = lambda ends: ends[0] + (ends[1] - ends[0]) * ramp
         return scale(_BAND) * nats + scale(_SIMPLE) * simple
 
-    def searched(self, params: Pytree) -> searches.Transducer:
+    def searched(self, params: Pytree) -> search.Transducer:
         """What a search asks of the model; it is given what `encode` gives."""
         model, variables = self.model, {"params": params}
-        return searches.Transducer(
+        return search.Transducer(
             start=model.predictor.start,
             advance=lambda *given: model.apply(variables, *given, method="advance"),
             join=lambda *given: model.apply(variables, *given, method="join"),
@@ -277,24 +294,19 @@ class Transduce:
 
     def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
         """{"labels": int32 [B, M], "labels_length": int32 [B]}, and what else a search finds."""
+        if self._search not in self.searches:
+            return self.decoder.search(*self.logits(params, state, batch)[:2])
         (encoded, lengths), _ = self._apply(params, state, batch, None, 0, method="encode")
-        settings = self.decoder.settings if self.decoder else None
-        others = {}
-        if settings and settings.name == "beam":
-            found, said = searches.beam(
-                self.searched(params),
-                encoded,
-                lengths,
-                width=settings.width,
-                nbest=settings.nbest,
-            )
-            if settings.nbest > 1:
+        model, others = self.searched(params), {}
+        if self._search == "transducer_beam":
+            width, nbest = self.decoder.settings.width, self.decoder.settings.nbest
+            found, said = search.beam(model, encoded, lengths, width=width, nbest=nbest)
+            if nbest > 1:
                 names = ("nbest", "nbest_length", "nbest_score")
                 others = dict(zip(names, found, strict=True))
         else:
-            searched = self.searched(params)
-            begun = searches.start(searched, len(encoded))
-            said, _ = searches.greedy(searched, begun, encoded, lengths, self.most)
+            begun = search.start(model, len(encoded))
+            said, _ = search.greedy(model, begun, encoded, lengths, self.most)
         return others | {
             "labels": said.labels,
             "labels_length": said.count,
@@ -322,6 +334,7 @@ class Transduce:
     def check(self, figures: Mapping[str, float], step: int) -> None:
         """Nothing that is logged says that going on is of no use."""
 
-    def evaluator(self, parts: Mapping[str, Any]) -> Searched:
-        """Word and character errors, and the steps of the search."""
-        return Searched(parts["labels"], self.decoder)
+    def evaluator(self, parts: Mapping[str, Any]) -> Errors:
+        """Word and character errors, and the steps of the search if it takes any."""
+        measure = Searched if self._search in self.searches else Errors
+        return measure(parts["labels"], self.decoder)

@@ -57,6 +57,7 @@ class Translate:
     parts: ClassVar = {"audio": "audio", "labels": "transcript", "target": "transcript"}
     along: ClassVar = "samples"
     best: ClassVar = ("bleu", "max")
+    translates: ClassVar = "target"  # the part that a prediction is a translation of
 
     @property
     def rules(self) -> Rules:
@@ -147,20 +148,25 @@ class Translate:
         return total, symbols, {"state": state, "sums": sums}
 
     def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
-        """The translation: {"target": int32 [B, S], "target_length", "ended": bool [B]}.
+        """The translation: {"target": int32 [B, S], "target_length", "sure", "ended": bool [B]}.
 
-        One that has not ended by itself is cut at `longest`. {"labels", "labels_length"} are the
-        transcript, where there is CTC.
+        One that has not ended by itself is cut at `longest`. `sure` is the geometric mean of the
+        probabilities of its symbols. {"labels", "labels_length"} are the transcript, where there is
+        CTC.
         """
         inputs, lengths = self.frontend(batch)
         hidden, logits, frames = self.model.apply(
             {"params": params, **state}, inputs, lengths, True, method="hear"
         )
         texts = self._search(params["decoder"], hidden, frames)
+        count, ended = texts.count[:, 0], texts.ended[:, 0]
+        symbols = (count + ended).astype(jnp.float32)
+        penalty = ((5.0 + symbols) / 6.0) ** (self.length_penalty if self.beam > 1 else 0.0)
         found = {
             "target": texts.labels[:, 0],
-            "target_length": texts.count[:, 0],
-            "ended": texts.ended[:, 0],
+            "target_length": count,
+            "sure": jnp.exp(texts.score[:, 0] * penalty / jnp.maximum(symbols, 1.0)),
+            "ended": ended,
         }
         if logits is None:
             return found

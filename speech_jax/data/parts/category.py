@@ -14,6 +14,9 @@ from speech_jax.data.batch import Field, Fields
 from speech_jax.data.parts import PartError
 from speech_jax.data.sources import Source, Utterance
 
+# Classes that a message names.
+_NAMED = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Category:
@@ -138,7 +141,10 @@ class Category:
             return -1
         if not value:
             raise PartError(f"no {self.tag}: the utterance has no tag {self.tag!r}")
-        raise PartError(f"unknown {self.tag}: {value!r} is not one of {', '.join(self.classes)}")
+        known = ", ".join(self.classes[:_NAMED])
+        if self.count > _NAMED:
+            known += f", ... ({self.count} in all)"
+        raise PartError(f"unknown {self.tag}: {value!r} is not one of {known}")
 
 
 def _file(name: str) -> str:
