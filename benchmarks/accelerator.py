@@ -46,17 +46,17 @@ MARGIN = 2.0  # seconds before its limit at which a part should end by itself
 TOGETHER = 5  # steps that are compiled at the same time
 # Models and the forms that they are tried in (hardware/steps.py), the most telling first.
 STEPS = (
-    "conformer-l+mixed+fused+products",
-    "conformer-l+mixed+fused",
+    "conformer-l+fused+products",
+    "conformer-l+fused",
     "wav2vec2-base+windows+fused",
     "conformer-l+lax+fused",
     "conformer-l+banded+fused@1280",
-    "conformer-l",
-    "recipe+mixed+fused",
+    "conformer-l+grouped",
+    "recipe+fused",
     "wav2vec2-base",
-    "conformer-l+mixed+fused+products@1280",
+    "conformer-l+fused+products@1280",
     "conformer-l+shifted+fused",
-    "conformer-l+mixed+fused+unrolled",
+    "conformer-l+fused+unrolled",
 )
 
 

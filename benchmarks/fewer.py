@@ -212,7 +212,7 @@ def _seconds(asked: argparse.Namespace, name: str) -> float:
 
 def _update_times(asked: argparse.Namespace, rows: Mapping[str, Mapping]) -> dict[str, float]:
     """Median seconds of an update of each, taken in turns."""
-    main._keep_memory()  # as trainings do
+    main.keep_memory()  # as trainings do
     updates = {name: _updates(asked, name, changes) for name, changes in rows.items()}
     return table.interleaved_medians(updates, repeats=UPDATES, warmup=2)
 
@@ -236,7 +236,7 @@ def _updates(asked: argparse.Namespace, name: str, changes: Mapping) -> Callable
 
     def update() -> None:
         nonlocal state
-        state, sums, _ = programs.at(1, batch).run(state, batch)
+        state, sums, _ = programs.at(1, signature(batch)).run(state, batch)
         jax.block_until_ready(sums)
 
     return update

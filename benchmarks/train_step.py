@@ -1,136 +1,132 @@
-"""A fine-tuning step of wav2vec2 with CTC: ours against transformers with PyTorch, taking turns.
+"""A training step: time, rate, MFU, memory and compilation; against transformers, taking turns.
 
-  python -m benchmarks.train_step --model=wav2vec2-base --peer=transformers
-  python -m benchmarks.train_step --model=wav2vec2-base --peer=transformers --frozen --json FILE
+  python -m benchmarks.train_step --model=conformer-s,wav2vec2-base,deepspeech-ds2,wavenet-base
+  python -m benchmarks.train_step --model=conformer-s --profile=FOLDER
+  python -m benchmarks.train_step --model=conformer-s --peer=transformers
+  python -m benchmarks.train_step --model=4x256 --peer=transformers --json FILE
+  python -m benchmarks.train_step --model=wav2vec2-base --peer=transformers --frozen
 
-Both start from the same weights and get the same full batch; forward, backward and AdamW, without
-dropout or masks. On CPU both compute in float32; on a GPU in bfloat16, the peer through
-torch.compile. `--frozen` leaves the feature extractor out of training, as fine-tuning does. MFU is
-of the arithmetic of the unfused program, over the peak of speech_jax/training/costs.py.
+Without a peer: the whole step of a run (front end, SpecAugment, dropout, CTC, clipping, AdamW) on
+full rows of noise, in float32 on CPU and in bfloat16 elsewhere. MFU is of the analytic FLOPs of
+matrix products and convolutions (speech_jax/training/costs.py) over the peak there; "compiler"
+is what is in the compiled program of them, over the analytic ones, which a program that recomputes
+or calls libraries has more or fewer of. "cold" is to trace and compile, "kept" the same again with
+what the first time has kept. --profile leaves a trace and prints what takes most time.
+
+With a peer, benchmarks/transformers_steps.py says what is compared. `4x256` is a Conformer of 4
+layers of width 256. The medians of both, and how often they took turns, are in one row.
 """
 
 import argparse
 import pathlib
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 
-from benchmarks import table
-from speech_jax import models
-from speech_jax.bundle import huggingface as hf
-from speech_jax.ops import ctc
-from speech_jax.tasks.recognize import CTCModel
-from speech_jax.training import costs as flops
+from benchmarks import table, transformers_steps
+from benchmarks.hardware import hottest
+from benchmarks.hardware.build import Model, Step, config_of
+from speech_jax import main as command
+from speech_jax.preflight import hlo
+from speech_jax.training import costs
 
-SIZES = {
-    "wav2vec2-base": {},
-    "wav2vec2-large": {
-        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "intermediate_size": 4096, "do_stable_layer_norm": True, "feat_extract_norm": "layer",
-        "conv_bias": True,
-    },
-}  # fmt: skip
-LEARNING_RATE = 1e-5
+# Layers and width.
+CONFORMERS = {"conformer-s": (16, 144), "conformer-m": (16, 256), "conformer-l": (17, 512)}
+PROFILED = 3  # steps
+SHOWN = 10  # instructions
 
 
-def make_batch(rows, seconds, vocabulary=32):
-    """Full rows of noise and labels at about the rate of speech."""
-    rng = np.random.default_rng(0)
-    samples, labels = round(seconds * 16_000), round(seconds * 12)
-    return {
-        "audio": rng.standard_normal((rows, samples)).astype(np.float32),
-        "audio_length": np.full(rows, samples, np.int32),
-        "labels": rng.integers(1, vocabulary, (rows, labels)).astype(np.int32),
-        "labels_length": np.full(rows, labels, np.int32),
-    }
+def whole_steps(names: list[str], chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each of our own steps."""
+    for name in names:
+        cold, kept = _started(name, chosen), _started(name, chosen)
+        step, seconds = kept
+        step.model.start()
+        step.load()
+        took = table.interleaved_medians({name: step}, repeats=chosen.repeats, warmup=2)[name]
+        found = hlo.products(step.text)
+        yield {
+            "step": name,
+            "ms": 1e3 * took,
+            "audio s/s": step.rows * step.seconds / took,
+            "MFU": step.flops / took / costs.peak_flops(),
+            "GFLOP": step.flops / 1e9,
+            "compiler": found / step.flops,
+            "temporary MiB": step.temporary / 2**20,
+            "M parameters": step.model.parameters / 1e6,
+            "cold s": cold[1],
+            "kept s": seconds,
+        }
+        if chosen.profile:
+            _profile(step, chosen.profile / name)
 
 
-def ours(folder, batch, *, dtype, frozen):
-    """(step, FLOPs): a compiled step that keeps its state, and its arithmetic."""
-    model = hf.read(folder)
-    settings = dict(model.config.model) | {
-        "scan": False,
-        "norm_padding": True,
-        "dropout": 0.0,
-        "input_dropout": 0.0,
-        "feature_gradient": 0.0 if frozen else 1.0,
-        "dtype": dtype,
-    }
-    encoder = models.make_encoder(**settings)
-    network = CTCModel(encoder, len(model.params["head"]["bias"]))
-    mask = jax.tree.map(lambda _: True, model.params)
-    if frozen:
-        mask["encoder"]["extractor"] = jax.tree.map(lambda _: False, mask["encoder"]["extractor"])
-    tx = optax.masked(optax.adamw(LEARNING_RATE, weight_decay=0.01), mask)
-
-    def step(params, state, batch):
-        def loss(params):
-            logits, frames = network.apply(
-                {"params": params}, batch["audio"], batch["audio_length"], True
-            )
-            return ctc.ctc_loss(logits, frames, batch["labels"], batch["labels_length"]).sum()
-
-        value, gradient = jax.value_and_grad(loss)(params)
-        if frozen:
-            zeros = jax.tree.map(jnp.zeros_like, gradient["encoder"]["extractor"])
-            gradient["encoder"] = gradient["encoder"] | {"extractor": zeros}
-        changes, state = tx.update(gradient, state, params)
-        return optax.apply_updates(params, changes), state, value
-
-    params = jax.tree.map(jnp.asarray, model.params)
-    batch = jax.tree.map(jnp.asarray, batch)
-    traced = jax.jit(step, donate_argnums=(0, 1)).trace(params, tx.init(params), batch)
-    compiled = traced.lower().compile()
-    held = [params, tx.init(params)]
-
-    def run():
-        held[0], held[1], value = compiled(*held, batch)
-        return float(value)
-
-    return run, flops.matmul_flops(traced.jaxpr)
+def _started(name: str, chosen: argparse.Namespace) -> tuple[Step, float]:
+    """A compiled step and how long it took to make, from a configuration on."""
+    start = time.perf_counter()
+    config = config_of(name, tiny=chosen.tiny)
+    if jax.default_backend() == "cpu":
+        config.model.dtype = "float32"
+    model = Model(config, vocabulary_size=32 if name.startswith("wav2vec2") else 1024)
+    step = model.trace(chosen.rows, chosen.seconds, labels_per_second=5).compile()
+    return step, time.perf_counter() - start
 
 
-def transformers_step(folder, batch, *, device, frozen):
-    """The peer's step, in training mode; every random part is off in its configuration."""
-    import torch
-    from transformers import Wav2Vec2ForCTC
-
-    model = Wav2Vec2ForCTC.from_pretrained(folder).to(device).train()
-    if frozen:
-        model.freeze_feature_encoder()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01)
-    audio = torch.tensor(batch["audio"], device=device)
-    labels = torch.tensor(batch["labels"], device=device).long()
-    mask = torch.ones_like(audio, dtype=torch.long)
-    forward = torch.compile(model) if device == "cuda" else model
-
-    def run():
-        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            loss = forward(audio, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return run
+def _profile(step: Step, folder: pathlib.Path) -> None:
+    found = hottest.profile(step, PROFILED, step.text, folder=folder)
+    costs_of = hlo.costs(step.text)
+    print(f"{found.milliseconds:.1f} ms in instructions; the trace is in {folder}")
+    rows = []
+    for kernel in found.kernels[:SHOWN]:
+        moved, products = costs_of.get(kernel.name, (0.0, 0.0))
+        rows.append(
+            {
+                "instruction": kernel.name,
+                "ms": kernel.milliseconds,
+                "share": kernel.share,
+                "runs": kernel.count,
+                "MB": moved / 1e6,
+                "MFLOP": products / 1e6,
+                "of": kernel.place[-70:],
+            }
+        )
+    table.report(rows)
 
 
-def write_peer(name, folder):
-    """A folder with the peer's random weights, nothing random in training."""
-    import torch
-    import transformers
+def against_transformers(names: list[str], chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of ours and theirs."""
+    for name in names:
+        if name.startswith("wav2vec2"):
+            kinds = {"fine-tuning": lambda name=name: _fine_tuning(name, chosen)}
+        else:
+            layers, width = CONFORMERS.get(name) or map(int, name.split("x"))
+            kinds = {
+                part: lambda layers=layers, width=width, front=front: transformers_steps.encoders(
+                    width, layers, chosen.rows, chosen.seconds, front=front
+                )
+                for part, front in (("layers", False), ("with their fronts", True))
+            }
+        for part, make in kinds.items():
+            calls, arithmetic = make()
+            losses = {side: call() for side, call in calls.items()}
+            seconds = table.interleaved_medians(calls, repeats=chosen.repeats, warmup=1)
+            for side, took in seconds.items():
+                yield {
+                    "step": f"{name}, {part}: {side}",
+                    "first loss": losses[side],
+                    "ms": 1e3 * took,
+                    "audio s/s": chosen.rows * chosen.seconds / took,
+                    "MFU": arithmetic / took / costs.peak_flops(),
+                    "speed-up": seconds["transformers"] / took,
+                }
 
-    torch.manual_seed(0)
-    off = ("hidden", "activation", "attention", "feat_proj", "final")
-    quiet = {f"{place}_dropout": 0.0 for place in off}
-    config = transformers.Wav2Vec2Config(
-        **SIZES[name], **quiet, layerdrop=0.0, apply_spec_augment=False
-    )
-    transformers.Wav2Vec2ForCTC(config).save_pretrained(folder)
+
+def _fine_tuning(name: str, chosen: argparse.Namespace):
+    return transformers_steps.fine_tuning(name, chosen.rows, chosen.seconds, frozen=chosen.frozen)
 
 
 def main():
@@ -138,40 +134,28 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=SIZES, default="wav2vec2-base")
-    parser.add_argument("--peer", choices=("transformers",), default="transformers")
+    parser.add_argument("--model", default="wav2vec2-base", help="names joined by commas")
+    parser.add_argument("--peer", choices=("transformers",))
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--frozen", action="store_true")
+    parser.add_argument("--frozen", action="store_true", help="without the feature extractor")
+    parser.add_argument("--tiny", action="store_true", help="small models of the same kinds")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--profile", type=pathlib.Path, help="a folder for traces")
     parser.add_argument("--json", type=pathlib.Path)
     chosen = parser.parse_args()
-
-    gpu = jax.devices()[0].platform == "gpu"
-    batch = make_batch(chosen.rows, chosen.seconds)
+    if jax.default_backend() == "cpu":
+        command.keep_memory()  # as a run has it; it is the peer's memory too
+    names, rows = chosen.model.split(","), []
     with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        write_peer(chosen.model, folder)
-        dtype = jnp.bfloat16 if gpu else jnp.float32
-        step, arithmetic = ours(folder, batch, dtype=dtype, frozen=chosen.frozen)
-        device = "cuda" if gpu else "cpu"
-        peer = transformers_step(folder, batch, device=device, frozen=chosen.frozen)
-    calls = {"speech_jax": step, chosen.peer: peer}
-    losses = {name: call() for name, call in calls.items()}  # equal, or they do different work
-    seconds = table.interleaved_medians(calls, repeats=chosen.repeats, warmup=1)
-    rows = [
-        {
-            "step": name,
-            "frozen": chosen.frozen,
-            "first loss": losses[name],
-            "seconds": time,
-            "audio s/s": chosen.rows * chosen.seconds / time,
-            "MFU": arithmetic / time / flops.peak_flops(),
-            "speed-up": seconds[chosen.peer] / time,
-        }
-        for name, time in seconds.items()
-    ]
-    table.report(rows, file=chosen.json)
+        if not chosen.peer:  # before anything is compiled
+            jax.config.update("jax_compilation_cache_dir", folder)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        costs.peak_flops()
+        for row in (against_transformers if chosen.peer else whole_steps)(names, chosen):
+            print(f"{row['step']}: {row['ms']:.1f} ms", file=sys.stderr, flush=True)
+            rows.append(row)
+        table.report(rows, file=chosen.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""LibriSpeech (Panayotov et al. 2015) with a Conformer and CTC, from audio to text.
+"""LibriSpeech (Panayotov et al. 2015) with a Conformer or another encoder, from audio to text.
 
   python -m speech_jax.main --config=configs/librispeech.py:conformer_s --workdir=runs/s \\
       --config.data.root=/data/LibriSpeech
@@ -9,10 +9,12 @@
       --config.data.root=/data/LibriSpeech --config.data.train_splits=train-clean-5 \\
       --config.data.eval_splits=dev-clean-5   (23 minutes on two cores)
 
-The argument is the model: conformer_s (9 M parameters), conformer_m (27 M) or conformer_l (111 M),
-for accelerators. Without one it is conformer_tiny (1.6 M), with batches and a schedule for a few
+The argument is the model: conformer_s (9 M parameters), conformer_m (27 M), conformer_l (111 M),
+deepspeech (85 M) or wavenet (66 M), for accelerators. Without one it is conformer_tiny (1.6 M);
+that one, deepspeech_tiny (1.9 M) and wavenet_tiny (1.0 M) have batches and a schedule for a few
 hours of speech on two cores. Behind a `+` stands the task, if it is not CTC alone:
-conformer_tiny+attend adds an attention decoder and searches with both. Splits that the root lacks
+conformer_tiny+attend adds an attention decoder and searches with both, and
+conformer_tiny+transduce makes it a transducer. Splits that the root lacks
 are downloaded. Trained by 8 accelerators of 200 TFLOP/s, S is a matter of a day; published figures
 of comparable CTC models are WER 3.4 (S), 3.0 (M) and 2.7 (L) on test-clean without a language
 model. Not yet run to its end by us; what conformer_tiny reaches is in benchmarks/RESULTS.md. Then:
@@ -22,31 +24,43 @@ model. Not yet run to its end by us; what conformer_tiny reaches is in benchmark
 """
 
 from speech_jax import config as defaults
-from speech_jax import models, tasks
+from speech_jax import models, registry, tasks
 
-PEAK = {"tiny": 2e-3, "s": 2e-3, "m": 1.5e-3, "l": 1e-3}
-
+# Encoder, variant, what is changed of it, and the highest learning rate.
+MODELS = {
+    "conformer_tiny": ("conformer", "tiny", {}, 2e-3),
+    "conformer_s": ("conformer", "s", {}, 2e-3),
+    "conformer_m": ("conformer", "m", {}, 1.5e-3),
+    "conformer_l": ("conformer", "l", {}, 1e-3),
+    "deepspeech_tiny": ("deepspeech", "tiny", {}, 2e-3),
+    "deepspeech": ("deepspeech", "ds2", {"subsampling": 4}, 5e-4),  # as few frames as pieces need
+    "wavenet_tiny": ("wavenet", "tiny", {}, 2e-3),
+    "wavenet": ("wavenet", "large", {}, 1e-3),
+}
 # Settings of the task, and of what it decodes with.
 TASKS = {
     "recognize": (tasks.settings("recognize"), {}),
     "attend": (tasks.settings("attend", layers=4), {"name": "joint", "width": 10}),
+    # Characters and pieces are many: the joint is computed where they are said.
+    "transduce": (tasks.settings("transduce", span=5), {"name": "transducer"}),
 }
 
 
 def get_config(model: str = "conformer_tiny"):
     config = defaults.default()
-    size = defaults.choose_task(config, model, TASKS).removeprefix("conformer_")
+    name = defaults.choose_task(config, model, TASKS)
+    encoder, variant, changes, peak = registry.lookup("model of this recipe", MODELS, name)
     config.data.train_splits = "train-clean-100,train-clean-360,train-other-500"
     config.data.eval_splits = "dev-clean,dev-other"
     config.data.speeds = (0.9, 1.0, 1.1)
     config.data.batch_seconds = 2_400.0
     config.text.tokenizer = "sentencepiece"
     config.text.normalizer = "english"
-    config.model = models.settings("conformer", size, dtype="bfloat16")
-    config.schedule.peak = PEAK[size]
+    config.model = models.settings(encoder, variant, **changes, dtype="bfloat16")
+    config.schedule.peak = peak
     config.train.steps = 150_000
     config.train.ema_decay = 0.9999
-    if size == "tiny":
+    if variant == "tiny":
         _for_two_cores(config)
     return config
 

@@ -26,8 +26,11 @@ ENCODERS = {
 TASKS = {
     "recognize": (tasks.settings("recognize"), {}),
     "attend": (tasks.settings("attend"), {"name": "joint", "width": 8}),
-    "transduce": (tasks.settings("transduce", width=128), {}),
-    "tdt": (tasks.settings("transduce", width=128, durations=(0, 1, 2, 3, 4)), {}),
+    "transduce": (tasks.settings("transduce", width=128), {"name": "transducer"}),
+    "tdt": (
+        tasks.settings("transduce", width=128, durations=(0, 1, 2, 3, 4)),
+        {"name": "transducer"},
+    ),
 }
 
 

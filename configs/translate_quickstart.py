@@ -20,7 +20,7 @@ def get_config(pair: str = "en-es"):
     config = quickstart.get_config()
     config.data.arguments.update({"language": language, "translation": translation})
     config.text.normalizer = "words"
-    config.parts = {"target": {"tag": "translation", "vocabulary_size": 128}}
+    config.parts = {"target": {"tag": "translation"}}
     config.task = tasks.settings("translate", layers=2, beam=3)
     config.train.steps = 3_000
     return config

@@ -111,8 +111,8 @@ RANGES = {
         (
             "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
             "model.mask_time", "model.mask_channel", "task.mask_fraction", "task.mixup",
-            "task.omega", "task.ctc_weight", "optimizer.eps", "optimizer.eps_root",
-            "task.inter_ctc",
+            "task.omega", "task.ctc_weight", "task.inter_ctc", "optimizer.eps",
+            "optimizer.eps_root",
         ),
         _SHARE,
     ),
@@ -136,7 +136,8 @@ def default() -> ConfigDict:
     config.data = data = ConfigDict()
     data.source = "librispeech"  # or another of data/sources/
     data.root = ""  # the folder that holds the splits
-    data.cache = ""  # for what is derived from the data; empty: ~/.cache/speech_jax
+    # For what is derived from the data, and compiled programs; empty: ~/.cache/speech_jax.
+    data.cache = ""
     data.train_splits = ""  # names joined by commas; NAME.jsonl is a manifest beside any source
     data.only = ""  # utterances with these tags alone, of every split: "speaker=84", "speaker!=84"
     data.train_minutes = 0.0  # of the training splits, drawn with the seed; 0: all of them
@@ -253,7 +254,8 @@ def default() -> ConfigDict:
     # How logits become words: fields of Settings in decoding/decoder.py. None: what the model's
     # own record says, or else the default there.
     config.decoder = decoder = ConfigDict()
-    # Of CTC greedy, beam or lexicon; of the task attend also attention, joint or rescore.
+    # Of CTC greedy, beam or lexicon; of the task attend also attention, joint or rescore; of the
+    # task transduce also transducer or transducer_beam.
     decoder.name = config_dict.placeholder(str)
     decoder.width = config_dict.placeholder(int)  # hypotheses of a beam
     decoder.labels = config_dict.placeholder(int)  # of a frame, that a hypothesis is extended by

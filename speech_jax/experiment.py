@@ -4,12 +4,12 @@ Training, evaluation, preflight and deployment build the same things here, so th
 disagree. `Setup` is what a training step needs, made once and passed whole.
 """
 
-import concurrent.futures
 import dataclasses
+import functools
 import inspect
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from speech_jax.ops import features
 from speech_jax.tasks import Task
 from speech_jax.training import adversarial, costs, groups, optim, peft, sharding
 from speech_jax.training import step as steps
+from speech_jax.training.programs import Program, Programs
 
 # Batch lengths are rounded up to so much audio.
 _ROUND_SECONDS = 0.1
@@ -90,12 +91,14 @@ def make_parts(config: ConfigDict, folder: pathlib.Path, source: sources.Source)
       PartError: `source` lacks what a part learns from.
       UserError: the folder cannot be written.
     """
-    for name, constructor, settings in _parts(config, making=True):
-        if jax.process_index() == 0:
+
+    def make() -> None:
+        for name, constructor, settings in _parts(config, making=True):
             part = constructor.make(source, name, **settings)
             with files.writing(folder):
                 part.save(folder)
-    sharding.barrier("parts")
+
+    sharding.from_first(make)
     return restore_parts(config, folder)
 
 
@@ -392,24 +395,6 @@ def frozen(config: ConfigDict) -> tuple[tuple[str, int], ...]:
 # ---- Step --------------------------------------------------------------------------------------
 
 
-class Program(NamedTuple):
-    """A compiled step and its arithmetic."""
-
-    run: Callable
-    flops: float
-
-
-class Programs(NamedTuple):
-    """The compiled steps of a run, by the updates after which they are used and by batch shape."""
-
-    steps: Mapping[int, Mapping[tuple, Program]]
-
-    def at(self, step: int, batch: Mapping[str, Any]) -> Program:
-        """What makes update number `step`, of which the first is 1."""
-        start = max((start for start in self.steps if start < step), default=min(self.steps))
-        return self.steps[start][signature(batch)]
-
-
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What a training step is made of.
@@ -481,30 +466,36 @@ class Setup:
         starts = groups.starts(self.until)
         return [start for start in starts if start < self.config.train.steps] or starts[:1]
 
-    def compile(self, buckets: Sequence[Bucket]) -> Programs:
-        """Compiles the step for every batch shape, and for every time at which something thaws."""
-        return Programs({start: self._compile(buckets, start) for start in self.starts})
+    def compile(self, buckets: Sequence[Bucket], soonest: Mapping[str, Any] = {}) -> Programs:
+        """The step for every batch shape, and for every time at which something thaws.
 
-    def _compile(self, buckets: Sequence[Bucket], done: int) -> dict[tuple, Program]:
-        step = self.step(done)
+        They are compiled while the caller goes on, the one for the batch `soonest` first.
+        """
+        late = lambda bucket: signature(self.batch(bucket)) != signature(soonest)
+        buckets = sorted(buckets, key=late)
+        wanted = [(start, bucket) for start in self.starts for bucket in buckets]
+        first, *others = (functools.partial(self._trace, *one) for one in wanted)
+        traced = first()  # in this thread, where what is wrong with a model is seen best
+        makers = [functools.partial(self._compile, make) for make in (lambda: traced, *others)]
+        return Programs(
+            (start, signature(self.batch(bucket)), make)
+            for (start, bucket), make in zip(wanted, makers, strict=True)
+        )
+
+    def _trace(self, done: int, bucket: Bucket) -> tuple[Bucket, Any, Any]:
         with jax.set_mesh(self.mesh):  # for what ops/partition.py says
-            traced = [step.trace(self.abstract, self.batch(bucket)) for bucket in buckets]
-            lowered = [program.lower() for program in traced]
+            traced = self.step(done).trace(self.abstract, self.batch(bucket))
+            return bucket, traced, traced.lower()
 
-        def compile(program, bucket: Bucket):
-            return costs.compile_within_memory(
-                program,
-                f"a batch of {bucket}",
-                "lower config.data.batch_seconds, raise config.train.accumulate, set "
-                "config.model.remat=True where the encoder has it, or take a smaller model",
-            )
-
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            compiled = list(pool.map(compile, lowered, buckets))
-        return {
-            signature(self.batch(bucket)): Program(run, costs.matmul_flops(program.jaxpr))
-            for bucket, program, run in zip(buckets, traced, compiled, strict=True)
-        }
+    def _compile(self, trace: Callable[[], tuple[Bucket, Any, Any]]) -> Program:
+        bucket, traced, lowered = trace()
+        run = costs.compile_within_memory(
+            lowered,
+            f"a batch of {bucket}",
+            "lower config.data.batch_seconds, raise config.train.accumulate, set "
+            "config.model.remat=True where the encoder has it, or take a smaller model",
+        )
+        return Program(run, costs.matmul_flops(traced.jaxpr))
 
 
 def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucket: Bucket) -> Setup:

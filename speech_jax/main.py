@@ -12,6 +12,8 @@ Train and run the same command again after an interruption: it goes on where it 
 holds config.json, plan.json, what the vocabulary and features have learned, checkpoints/,
 metrics.jsonl, tensorboard/, predictions/, results.json and, once it is evaluated, report.html;
 speech_jax/workdir.py names them all.
+What takes long to compile is kept in config.data.cache, for the next run on such a machine;
+JAX_ENABLE_COMPILATION_CACHE=false keeps nothing, JAX_COMPILATION_CACHE_DIR names another folder.
 Every setting and its meaning: speech_jax/config.py; override any with --config.SECTION.KEY=VALUE.
 """
 
@@ -64,7 +66,8 @@ def main(argv: list[str]) -> None:
     # Only now, so that --help and a wrong flag answer at once.
     import jax
 
-    from speech_jax import config, train
+    from speech_jax import compiled, config, files, train
+    from speech_jax.data import sources
     from speech_jax.workdir import Workdir
 
     logging.set_verbosity(logging.WARNING)  # the libraries' own progress is not the user's
@@ -81,7 +84,9 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--mode={_MODE.value} needs a --workdir")
         _join_processes(jax)
         if _backend(jax) == "cpu":
-            _keep_memory()
+            keep_memory()
+        cache = _CONFIG.value.data.cache
+        compiled.keep(files.expand(cache) if cache else sources.default_cache())
         workdir = Workdir(_WORKDIR.value)
         if _MODE.value != "train" and jax.process_index() == 0:
             for line in _unheeded(_CONFIG.value, workdir, sys.argv):
@@ -146,7 +151,7 @@ def _backend(jax) -> str:
         ) from error
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Has glibc keep what a step frees: a CPU step would spend a quarter of its time on that."""
     # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, and M_ARENA_MAX: only the first arena can hold
     # more than 64 MiB, and what a thread of XLA's frees in another one is gone.

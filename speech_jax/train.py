@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from speech_jax import bundle, experiment, files, gain, hidden, versions
 from speech_jax.bundle import runs, start
 from speech_jax.config import split_names
+from speech_jax.data.batch import signature
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.pipeline import Corpus
@@ -22,6 +24,7 @@ from speech_jax.data.plan import Epochs, Plan
 from speech_jax.data.sources import Source
 from speech_jax.errors import UserError
 from speech_jax.evaluators import layer_weights
+from speech_jax.evaluators.generated import Generated
 from speech_jax.evaluators.loop import Evaluation, alone, measure
 from speech_jax.evaluators.report import write_report
 from speech_jax.tasks import Task
@@ -82,13 +85,13 @@ def _run(
 
     data = _open_data(config, workdir, on_batch)
     interruption.check()
-    setup, programs = _compile(config, data)
-    interruption.check()
-    loop = _Loop(config, workdir, data, setup, started, watchdog, interruption)
-    if loop.begins:
-        at_start(data.evaluation, loop.state, loop.report.say)
-    with loop.checkpoints, loop.report, watchdog:
-        figures = loop.run(programs)
+    costs.peak_flops()  # measured while nothing else is computed
+    with contextlib.ExitStack() as stack:
+        loop = _Loop(config, workdir, data, started, watchdog, interruption, stack)
+        if loop.begins:
+            at_start(data.evaluation, loop.state, loop.report.say)
+        with loop.checkpoints, loop.report, watchdog:
+            figures = loop.run()
     if figures is None:
         return None
     return _results(loop, figures)
@@ -109,7 +112,7 @@ def _splits(config: ConfigDict) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-# ---- Data and step -----------------------------------------------------------------------------
+# ---- Data --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,19 +186,6 @@ def _plan(
     return plan, f"{note}: from here on the order of the data is another"
 
 
-def _compile(config: ConfigDict, data: _Data) -> tuple[experiment.Setup, experiment.Programs]:
-    """The step, compiled for all batches; evaluations fit in memory too."""
-    buckets, task = data.plan.buckets, data.task
-    setup = experiment.make_setup(config, task, data.corpus.fields, data.mesh, buckets[0])
-    programs = setup.compile(buckets)
-    longest = buckets[-1].size(task.along)
-    for split in _splits(config):
-        data.evaluation.check_memory(
-            split, setup.abstract.params, setup.abstract.model_state, longest
-        )
-    return setup, programs
-
-
 # ---- The loop ----------------------------------------------------------------------------------
 
 
@@ -212,16 +202,26 @@ class _Loop:
         config: ConfigDict,
         workdir: Workdir,
         data: _Data,
-        setup: experiment.Setup,
         started: float,
         watchdog: Watchdog,
         interruption: Interruption,
+        stack: contextlib.ExitStack,
     ):
-        """Restores what there is, and makes the workdir one of this run; `started` is a time."""
-        self.config, self.workdir, self.data, self.setup = config, workdir, data, setup
+        """Restores what there is, and makes the workdir one of this run.
+
+        `started` is a time; `stack` ends what works beside the loop: loading and compiling.
+        """
+        self.config, self.workdir, self.data = config, workdir, data
+        self.setup = setup = experiment.make_setup(
+            config, data.task, data.corpus.fields, data.mesh, data.plan.buckets[0]
+        )
         self._started, self._watchdog, self._interruption = started, watchdog, interruption
         self._splits = split_names(config.data.eval_splits)
         self._watched = _watched(config, self._splits[0], data) if self._splits else None
+        self._generated = None
+        if self._splits and hasattr(data.task, "generate"):
+            corpus, rate = data.evaluation.corpus(self._splits[0]), config.data.sample_rate
+            self._generated = Generated(data.task, corpus, rate, data.mesh, workdir)
         settings = config.checkpoint
         self.stopper = EarlyStopping(
             settings.patience,
@@ -235,14 +235,20 @@ class _Loop:
         self._epochs = Epochs(data.plan.count)
         restored = self.checkpoints.restore(setup.abstract)
         self.begins = restored is None
-        if restored is None:
-            self.state, notes = _first_state(setup)
-            position = {"next_batch": 0, "seconds": 0.0}
-        else:
-            self.state, position = restored.state, restored.data
-            notes = (self.stopper.from_dict(restored.stopper),)
+        position = restored.data if restored else {"next_batch": 0, "seconds": 0.0}
         self._first, self._before = position["next_batch"], position["seconds"]
         self._pending = position.get("pending", False)
+        self._batches, self._programs = iter(()), None
+        if self._first < config.train.steps:
+            self._compile(stack)
+        self._check_memory()
+        if restored is None:
+            self.state, notes = _first_state(setup)
+        else:
+            self.state, notes = restored.state, (self.stopper.from_dict(restored.stopper),)
+        interruption.check()
+        if self._programs:
+            self._programs.at(self._first + 1, self._shape)
         workdir.record(config)  # all that can fail early has not
         workdir.record_plan(data.plan.buckets, data.corpus.fingerprint(), len(data.corpus))
         workdir.write_left_out(data.left_out(_splits(config)))
@@ -252,31 +258,50 @@ class _Loop:
             if line:
                 self.report.say(line)
 
+    def _compile(self, stack: contextlib.ExitStack) -> None:
+        """Begins to load and to compile; the first batch says which step is compiled first."""
+        data = self.data
+        loaded = experiment.training_batches(self.config, data.corpus, data.plan, self._first)
+        stack.callback(loaded.close)
+        batch = next(loaded)
+        self._batches, self._shape = itertools.chain([batch], loaded), signature(batch)
+        self._programs = self.setup.compile(data.plan.buckets, soonest=batch)
+        stack.callback(self._programs.close)
+
+    def _check_memory(self) -> None:
+        """Raises UserError where evaluations do not fit; they are compiled if they must be."""
+        shapes, data = self.setup.abstract, self.data
+        longest = data.plan.buckets[-1].size(data.task.along)
+        for split in _splits(self.config):
+            data.evaluation.check_memory(split, shapes.params, shapes.model_state, longest)
+
     @property
     def seconds(self) -> float:
         """How long the run has worked, in all of its processes."""
         return self._before + time.monotonic() - self._started
 
-    def run(self, programs: experiment.Programs) -> dict[str, Any] | None:
+    def run(self) -> dict[str, Any] | None:
         """Trains to the end; the figures of it, or None where the run was told to leave."""
-        config, data, steps = self.config, self.data, self.config.train.steps
-        batches = experiment.training_batches(config, data.corpus, data.plan, self._first)
-        with contextlib.closing(batches):
-            if self._pending:  # the run left before this evaluation was done
-                with self.report.pause():
-                    self._save(self._first, self._evaluate(self._first))
-            for step in range(self._first + 1, steps + 1):
-                if self.stopper.should_stop:
-                    break
-                self._update(step, next(batches), programs)
-                if self._pause(step):
-                    return self._leave(step)
-            figures = self.report.finish()
-            _check(self.report, config.train.max_skipped, data.task)
+        steps = self.config.train.steps
+        if self._pending:  # the run left before this evaluation was done
+            with self.report.pause():
+                self._save(self._first, self._evaluate(self._first))
+        for step in range(self._first + 1, steps + 1):
+            if self.stopper.should_stop:
+                break
+            self._update(step, next(self._batches))
+            if self._pause(step):
+                return self._leave(step)
+        figures = self.report.finish()
+        _check(self.report, self.config.train.max_skipped, self.data.task)
         return figures
 
-    def _update(self, step: int, batch: Any, programs: experiment.Programs) -> None:
-        program = programs.at(step, batch)
+    def _update(self, step: int, batch: Any) -> None:
+        shape = signature(batch)
+        if not self._programs.has(step, shape):  # it is still being compiled
+            with self.report.pause(), self._watchdog.busy():
+                self._programs.at(step, shape)
+        program = self._programs.at(step, shape)
         self.state, sums, finite = program.run(
             self.state, sharding.put_batch(batch, self.data.mesh)
         )
@@ -322,6 +347,8 @@ class _Loop:
             for split, score in found.items()
         }
         self.report.scores(step, rates, {split: score.line for split, score in found.items()})
+        if self._generated:
+            self._generated.write(self.state.evaluated, self.state.model_state, step)
         first, metric = found[self._splits[0]], self._watched.metric
         self.stopper.update(first.results, self._epochs.after(step))
         return first.rates | {metric: first.results[metric]}

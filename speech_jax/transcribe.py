@@ -24,7 +24,9 @@ _STATUS = """exit status: 0, all is transcribed; 1, something failed: it is name
 with the reason, and the rest is done; 2, the command line is wrong."""
 # What follows is known elsewhere too; --help and a wrong flag answer at once, without libraries.
 _FORMATS = ("text", "json", "srt", "vtt", "ctm", "textgrid", "tsv")
-_DECODERS = ("greedy", "beam", "lexicon", "attention", "joint", "rescore")
+_DECODERS = (
+    "greedy", "beam", "lexicon", "attention", "joint", "rescore", "transducer", "transducer_beam",
+)  # fmt: skip
 _CHUNK_SECONDS, _WIDTHS, _DEFAULT_WIDTH, _DEFAULT_LM_WEIGHT = (5, 300), (1, 1024), 16, 0.5
 
 
@@ -75,8 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--decoder",
         metavar="NAME",
-        help="greedy, beam, or lexicon (the words of --lm alone); default: that of the model, or "
-        "beam where --beam, --nbest, --lm or --lm-weight is given",
+        help="greedy, beam, or lexicon (the words of --lm alone); of a model with an attention "
+        "decoder also attention, joint or rescore; default: that of the model, or beam where "
+        "--beam, --nbest, --lm or --lm-weight is given",
     )
     low, high = _WIDTHS
     add(
@@ -154,6 +157,9 @@ def _wrong_for(chosen: argparse.Namespace, own: Mapping[str, Any]) -> str:
         return "--lm-weight does nothing without a language model: name one with --lm"
     if chosen.decoder == "lexicon" and not (chosen.lm or own.get("lm") or own.get("lexicon")):
         return "--decoder=lexicon needs words: name an ARPA file of words with --lm"
+    name = chosen.decoder or own.get("name")
+    if chosen.lm and name not in (None, "greedy", "beam", "lexicon"):
+        return f"--lm does nothing with --decoder={name}: take --decoder=beam or lexicon with it"
     width = chosen.beam or own.get("width") or _DEFAULT_WIDTH
     if (chosen.nbest or 1) > width:
         return f"--nbest={chosen.nbest} is more than the {width} hypotheses of --beam: raise --beam"
@@ -167,8 +173,8 @@ def _of_logits(chosen: argparse.Namespace) -> str:
     return given[0].replace("_", "-") if given else ""
 
 
-def _decoder(chosen: argparse.Namespace) -> dict[str, object]:
-    """The settings of the decoder that flags ask for."""
+def _decoder(chosen: argparse.Namespace, own: Mapping[str, Any]) -> dict[str, object]:
+    """The settings of the decoder that flags ask for, of a model whose decoder has its own."""
     given = {
         "width": chosen.beam,
         "nbest": chosen.nbest,
@@ -176,7 +182,8 @@ def _decoder(chosen: argparse.Namespace) -> dict[str, object]:
         "lm_weight": chosen.lm_weight,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    name = chosen.decoder or ("beam" if given else None)
+    usual = "beam" if own.get("name") in (None, "greedy") else own["name"]
+    name = chosen.decoder or (usual if given else None)
     return {"name": name, **given} if name else {}
 
 
@@ -190,17 +197,20 @@ def _transcribe(
     refuse: Callable[[str], None],
 ) -> None:
     # Only now, so that --help and a wrong flag answer at once.
+    from speech_jax import compiled
+    from speech_jax.data import sources
     from speech_jax.deploy import formats
     from speech_jax.deploy.acoustic import open_acoustic
     from speech_jax.deploy.transcribe import Model
 
+    compiled.keep(sources.default_cache())
     format = formats.FORMATS[chosen.format]
     if len(inputs) > 1 and not chosen.out and not format.joins:
         refuse(f"--format={chosen.format} of {len(inputs)} recordings needs --out=FOLDER")
     acoustic = open_acoustic(chosen.model)
     if wrong := _wrong_for(chosen, acoustic.decoder):
         refuse(wrong)
-    model = Model(acoustic, chunk_seconds=chosen.chunk, decoder=_decoder(chosen))
+    model = Model(acoustic, chunk_seconds=chosen.chunk, decoder=_decoder(chosen, acoustic.decoder))
     if model.translates and (given := _of_logits(chosen)):
         refuse(f"--{given} does nothing with a model that translates: leave it out")
     folder = None

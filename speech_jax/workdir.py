@@ -90,6 +90,10 @@ class Workdir:
         """The predictions for a split, which may be named by a path."""
         return self.folder / "predictions" / f"{_file_name(split)}.jsonl"
 
+    def generated(self, step: int) -> pathlib.Path:
+        """What the model sounded like after an update (evaluators/generated.py)."""
+        return self.folder / "generated" / f"{step}.wav"
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """The only run in the workdir; the lock ends with the process, however that ends.
@@ -97,9 +101,12 @@ class Workdir:
         Raises:
           WorkdirError: another run has it, or nothing can be written there.
         """
-        if jax.process_index():
+        with contextlib.ExitStack() as held:
+            sharding.from_first(lambda: held.enter_context(self._lock()))
             yield
-            return
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
         now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
         owner = f"process {os.getpid()} on {socket.gethostname()} since {now}"
         if files.is_remote(self.folder):
@@ -134,24 +141,22 @@ class Workdir:
         Raises:
           WorkdirError: one of them cannot be written.
         """
-        if jax.process_index() == 0:
-            written = (self.config, self.plan, self.metrics, self.results, self.robustness)
-            for path in (*written, *map(self.predictions, splits)):
-                with self._writes(path):
-                    _try(path)
-            for folder in (self.checkpoints, self.tensorboard):
-                with self._writes(folder):
-                    folder.mkdir(exist_ok=True)
-            if not self.config.exists():
-                self.plan.unlink(missing_ok=True)
-        sharding.barrier("workdir")
+        sharding.from_first(lambda: self._prepare(splits))
+
+    def _prepare(self, splits: Iterable[str]) -> None:
+        written = (self.config, self.plan, self.metrics, self.results, self.robustness)
+        for path in (*written, *map(self.predictions, splits)):
+            with self._writes(path):
+                _try(path)
+        for folder in (self.checkpoints, self.tensorboard):
+            with self._writes(folder):
+                folder.mkdir(exist_ok=True)
+        if not self.config.exists():
+            self.plan.unlink(missing_ok=True)
 
     def record(self, config: ConfigDict) -> None:
         """Makes the workdir one of this configuration: from now on there is something to resume."""
-        if jax.process_index() == 0:
-            with self._writes(self.config):
-                files.write_atomically(self.config, files.dump_json(files.plain(config)))
-        sharding.barrier("config")
+        sharding.from_first(lambda: self._write(self.config, files.plain(config)))
 
     def recorded(self) -> ConfigDict:
         """What the workdir was trained with; settings that are newer than it have their defaults.
@@ -206,15 +211,12 @@ class Workdir:
 
     def record_plan(self, buckets: Iterable[Bucket], fingerprint: str, utterances: int) -> None:
         """Writes the plan of a run's first start; later ones leave it as it is."""
-        if jax.process_index() == 0 and not self.plan.exists():
-            plan = {
-                "batches": [{"rows": one.rows, "sizes": dict(one.sizes)} for one in buckets],
-                "fingerprint": fingerprint,
-                "utterances": utterances,
-            }
-            with self._writes(self.plan):
-                files.write_atomically(self.plan, files.dump_json(plan))
-        sharding.barrier("plan")
+        plan = {
+            "batches": [{"rows": one.rows, "sizes": dict(one.sizes)} for one in buckets],
+            "fingerprint": fingerprint,
+            "utterances": utterances,
+        }
+        sharding.from_first(lambda: self.plan.exists() or self._write(self.plan, plan))
 
     def recorded_plan(self) -> RecordedPlan | None:
         """The plan of a run's first start; None where there is none.
@@ -258,9 +260,12 @@ class Workdir:
         results["splits"].update(splits)
         results.update(others)
         if jax.process_index() == 0:
-            with self._writes(self.results):
-                files.write_atomically(self.results, files.dump_json(results))
+            self._write(self.results, results)
         return results
+
+    def _write(self, path: pathlib.Path, value: Mapping[str, Any]) -> None:
+        with self._writes(path):
+            files.write_atomically(path, files.dump_json(value))
 
     def write_left_out(self, reasons: Mapping[str, Mapping[str, str]]) -> None:
         """Lists the utterances that are not used, by split and id with the reason, if any are.
@@ -270,8 +275,7 @@ class Workdir:
         """
         listed = {split: dict(of) for split, of in reasons.items() if of}
         if jax.process_index() == 0 and (listed or self.left_out.exists()):
-            with self._writes(self.left_out):
-                files.write_atomically(self.left_out, files.dump_json(listed))
+            self._write(self.left_out, listed)
 
     def _record(self) -> dict[str, Any]:
         """The record as it is, under the names of today; FileNotFoundError where there is none."""

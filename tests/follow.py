@@ -12,6 +12,7 @@ import jax
 
 import runs
 from speech_jax import experiment
+from speech_jax.data.batch import signature
 from speech_jax.training import checkpoint, sharding
 
 STEPS, SAVED = 20, 10
@@ -53,7 +54,7 @@ class Run:
             before = state.sums
             before = {name: float(before[name]) for name in ("loss", "weight")}
             placed = sharding.put_batch(batch, self.mesh)
-            state, sums, _ = self.programs.at(step, batch).run(state, placed)
+            state, sums, _ = self.programs.at(step, signature(batch)).run(state, placed)
             # The sums are of this step and those before it since the last logged one.
             loss, weight = (float(sums[name]) - before[name] for name in ("loss", "weight"))
             losses.append(loss / weight)

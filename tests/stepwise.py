@@ -7,18 +7,19 @@ import numpy as np
 from speech_jax.models import stepwise
 
 
-def check(module, params, inputs, whole, *, reads=None, sizes=(1, 3, 8), atol=1e-5):
+def check(module, params, inputs, whole, *, state=None, reads=None, sizes=(1, 3, 8), atol=1e-5):
     """Pieces of any size give what the whole gives, and rows do not see each other.
 
     Args:
       inputs: an array [B, T, ...] or a pytree of them, B >= 2, of which each position is valid.
       whole: what the module gives of them at once, an array or a pytree of [B, T / s, ...].
+      state: the other variables of the module, such as batch statistics.
       reads: what `start` takes beside the number of rows, arrays [B, ...] or plain values.
       sizes: of the pieces, multiples of s; not all of them should divide T, and twice the
         first one is T at most.
       atol: by the dtype that the module computes in.
     """
-    variables, reads = {"params": params}, tuple(reads or ())
+    variables, reads = {"params": params, **(state or {})}, tuple(reads or ())
     rows = jax.tree.leaves(inputs)[0].shape[0]
 
     def start():

@@ -42,6 +42,7 @@ SMALL = {
         "width": 16, "num_layers": 1, "heads": 2, "feed_forward": 16, "dropout": 0.0,
         "input_dropout": 0.0, "conv_channels": (8,) * 7, "scan": False,
     },
+    "wavenet_waveform": {"width": 16, "num_layers": 2},
 }  # fmt: skip
 
 

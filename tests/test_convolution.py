@@ -83,6 +83,32 @@ def test_depthwise(kernel, monkeypatch):
     assert_same_numbers_by_other_means(monkeypatch, convolution.depthwise, x, weight, bias)
 
 
+@pytest.mark.parametrize(("frames", "kernel", "past"), [(21, 5, 2), (70, 31, 15), (9, 40, 39)])
+def test_depthwise_of_gpus(frames, kernel, past):
+    """The form that bfloat16 has there: sums in float32, its weight's gradient as a product."""
+    x, weight, bias = normal(2, frames, 6), normal(kernel, 6), normal(6)
+    weights = normal(2, frames, 6)
+
+    def gradients(run):
+        total = lambda x, weight: (weights * run(x, weight)).sum()
+        return run(x, weight), *jax.grad(total, (0, 1))(x, weight)
+
+    form = lambda x, weight: convolution._shifted_and_banded(x, weight, past)
+    ours = gradients(form)
+    theirs = gradients(lambda x, weight: convolution.depthwise(x, weight, None, past))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+    device = AbstractDevice(device_kind="any", num_cores=1, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        run = lambda *arrays: convolution.depthwise(*arrays, past)
+        assert "conv_general_dilated" in str(jax.make_jaxpr(run)(x, weight, bias))
+        halves = [one.astype(jnp.bfloat16) for one in (x, weight, bias)]
+        text = str(jax.make_jaxpr(run)(*halves))
+        assert "conv_general_dilated" not in text
+        assert "custom_vjp" in text
+
+
 @pytest.mark.parametrize(("kernel", "dilation", "past"), [(3, 4, 4), (2, 8, 8), (7, 1, 0)])
 def test_dilated(kernel, dilation, past, monkeypatch):
     x, weight = normal(2, 21, 6), normal(kernel, 6, 5)

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import stepwise
 from speech_jax import models, rules
+from speech_jax.errors import UserError
+from speech_jax.models import deepspeech
+from speech_jax.models import stepwise as pieces
+from speech_jax.training import sharding
 
 SMALL = {"width": 16, "num_layers": 2, "heads": 2, "kernel": 5, "dropout": 0.1}
 WAVEFORM = {
@@ -64,6 +69,11 @@ CASES = {
         "wavenet",
         "tiny",
         {"width": 16, "num_layers": 4, "kernel": 2, "causal": True, "subsampling": 8},
+    ),
+    "wavenet-waveform": (
+        "wavenet_waveform",
+        "tiny",
+        {"width": 16, "num_layers": 4, "cycle": 2, "dropout": 0.1, "remat": True},
     ),
     "wav2vec2-conformer": ("wav2vec2_conformer", "tiny", WAVEFORM | {"kernel": 5}),
     "wav2vec2-conformer-rotary-scan": (
@@ -308,17 +318,123 @@ def test_layers_are_dropped_more_often_towards_the_end():
     np.testing.assert_allclose(found.mean((1, 2, 3)), 1.0, atol=0.05)
 
 
-def test_bfloat16_computes_in_it_and_stays_close():
-    settings = {**SMALL, "scan": False}
-    exact = Case("conformer", "tiny", settings)
-    coarse = models.make_encoder(
-        **models.settings("conformer", "tiny", **settings, dtype="bfloat16")
-    )
+@pytest.mark.parametrize("name", ["deepspeech", "deepspeech-lookahead-batch", "wavenet"])
+def test_remat_changes_nothing(name, monkeypatch):
+    monkeypatch.setattr(deepspeech, "CHUNK", 7)  # several, the last of which is not whole
+    kind, variant, settings = CASES[name]
+    case, key = make_case(name), jax.random.key(1)
+    again = Case(kind, variant, {**settings, "remat": True})
+    found, expected = (jax.tree.leaves(each.gradient(case.params, key)) for each in (again, case))
+    largest = max(np.abs(leaf).max() for leaf in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("name", ["deepspeech", "wavenet"])
+def test_on_a_mesh_it_is_the_same(name):
+    case = make_case(name)
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    rng = np.random.default_rng(1)
+    batch = {
+        "inputs": rng.standard_normal((8, 32, 40)).astype(np.float32),
+        "lengths": np.array([32, 30, 17, 0, 32, 8, 25, 31], np.int32),
+    }
+
+    def loss(params, batch):
+        hidden, _ = case.encoder.apply({"params": params}, batch["inputs"], batch["lengths"], True)
+        return (hidden * jnp.cos(jnp.arange(hidden.size)).reshape(hidden.shape)).sum()
+
+    gradient = jax.value_and_grad(loss)
+    expected = jax.tree.leaves(jax.jit(gradient)(case.params, batch))
+    placed = sharding.shard_params(case.params, mesh, case.encoder.rules)
+    assert not all(where.is_fully_replicated for where in jax.tree.leaves(placed))
+    with jax.set_mesh(mesh):
+        given = jax.device_put(case.params, placed), sharding.put_batch(batch, mesh)
+        found = jax.tree.leaves(jax.jit(gradient)(*given))
+    largest = max(np.abs(leaf).max() for leaf in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("name", ["conformer", "deepspeech", "wavenet"])
+def test_bfloat16_computes_in_it_and_stays_close(name):
+    kind, variant, settings = CASES[name]
+    exact = make_case(name)
+    coarse = models.make_encoder(**models.settings(kind, variant, **settings, dtype="bfloat16"))
     apply = jax.jit(coarse.apply, static_argnums=3)
     hidden, _ = apply({"params": exact.params}, exact.inputs, exact.lengths, True)
     assert hidden.dtype == jnp.bfloat16
     expected = exact.apply(exact.params, exact.inputs, exact.lengths)[0]
     assert np.abs(hidden.astype(jnp.float32) - expected).mean() < 0.05 * np.abs(expected).mean()
+
+
+@pytest.mark.parametrize("name", ["deepspeech-lookahead-batch", "wavenet-causal-8"])
+def test_no_frame_hears_more_of_the_future_than_it_says(name):
+    """By the gradient of a frame: of what comes later than its delay there is none."""
+    case, frame = make_case(name), 2
+    delay, each = getattr(case.encoder, "delay", 0), case.encoder.subsampling
+
+    def output(inputs):
+        hidden = case.apply(case.params, inputs, case.lengths)[0]
+        return hidden[0, frame] @ jnp.cos(jnp.arange(hidden.shape[2], dtype=hidden.dtype))
+
+    heard = np.abs(jax.grad(output)(case.inputs)[0]).max(axis=-1) > 0
+    known = (frame + delay + 1) * each  # frames of log-mel that there must be
+    assert heard[known - each : known].any()
+    assert not heard[known:].any()
+    assert heard[: each * frame].all()
+
+
+STREAMS = {
+    "lookahead": {
+        "cell": "gru", "lookahead": 3, "norm": "batch", "conv_kernels": (6, 5), "adapter": 3,
+    },
+    "odd lags": {
+        "subsampling": 2, "conv_channels": (4, 4, 4), "conv_kernels": (8, 3, 2),
+        "conv_bands": (3, 3, 3),
+    },
+    "original": {
+        "conv_channels": (), "conv_kernels": (), "conv_bands": (), "context": 4, "subsampling": 2,
+        "cell": "simple", "residual": False, "dense_before": 1, "dense_after": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", STREAMS.values(), ids=STREAMS)
+def test_pieces_give_what_the_whole_gives(settings):
+    small = {"width": 12, "num_layers": 2, "conv_channels": (4, 4), "bidirectional": False}
+    case = Case("deepspeech", "tiny", small | settings)
+    valid, each = jnp.ones((3, case.size), bool), case.encoder.subsampling
+    whole, _ = case.apply(case.params, case.inputs, jnp.full(3, case.size))
+    stepwise.check(
+        case.encoder, case.params, (case.inputs, valid), whole,
+        state=case.state, reads=(40,), sizes=(each, 6 * each),
+    )  # fmt: skip
+    # Rows that end in the middle of a piece, with noise behind them.
+    valid = jnp.arange(case.size)[None, :] < case.lengths[:, None]
+    variables = {"params": case.params, **case.state}
+    outputs = jax.jit(
+        lambda inputs: pieces.run(
+            case.encoder, variables, case.encoder.start(3, 40), (inputs, valid), 6 * each
+        )
+    )(case.inputs)
+    whole, _ = case.apply(case.params, case.inputs, case.lengths)
+    np.testing.assert_allclose(outputs, whole, atol=1e-5)
+
+
+def test_what_hears_all_of_the_future_has_no_pieces():
+    with pytest.raises(UserError, match="bidirectional=False"):
+        make_case("deepspeech").encoder.start(1, 40)
+
+
+def test_a_piece_is_of_whole_hidden_frames():
+    case = make_case("deepspeech-lookahead-batch")
+    piece = jnp.zeros((1, 3, 40)), jnp.ones((1, 3), bool)
+    with pytest.raises(UserError, match="3 log-mel frames is no multiple of subsampling=2"):
+        case.encoder.apply(
+            {"params": case.params, **case.state},
+            case.encoder.start(1, 40), piece, method="advance",
+        )  # fmt: skip
 
 
 def test_published_sizes():

@@ -22,6 +22,7 @@ from speech_jax.data.sources import Utterance
 from speech_jax.errors import UserError
 from speech_jax.evaluators import Evaluator, verification
 from speech_jax.evaluators.accuracy import Accuracy
+from speech_jax.evaluators.bits import Bits
 from speech_jax.evaluators.bleu import Bleu, compare, main
 from speech_jax.evaluators.errors import ErrorCounts, Errors, count_errors
 from speech_jax.evaluators.masked import Masked
@@ -50,6 +51,11 @@ def _said(number: int, reference: str, hypothesis: str) -> Given:
 def _masked(number: int, nats: float, correct: float, masked: float) -> Given:
     values = {"nats": nats, "correct": correct, "masked": masked}
     rows = {name: np.asarray(value, np.float32) for name, value in values.items()}
+    return Utterance(str(number), 1.0), {}, rows
+
+
+def _foretold(number: int, nats: float, samples: float) -> Given:
+    rows = {"nats": np.float32(nats), "samples": np.float32(samples)}
     return Utterance(str(number), 1.0), {}, rows
 
 
@@ -164,6 +170,13 @@ ROWS = {
         },
         [_masked(0, 0.0, 0.0, 0.0)],
         ("accuracy 0.5000  loss 0.667", "no masked frames"),
+    ),
+    "bits": Row(
+        Bits,
+        [_foretold(0, 4 * np.log(2), 2.0), _foretold(1, np.log(2), 3.0)],
+        {"bits_per_sample": 1.0, "samples": 5.0},
+        [_foretold(0, 0.0, 0.0)],
+        ("1.000 bits a sample", "no samples"),
     ),
     "accuracy": Row(
         lambda: Accuracy(_TARGET),

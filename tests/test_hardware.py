@@ -47,7 +47,7 @@ def test_the_reference_of_the_kernels_is_right():
     assert kernels.worst(np.where(fits, found, 0), found) == (0 if fits.all() else np.inf)
 
 
-@pytest.mark.parametrize("form", [forms.shifted, forms.banded, forms.mixed])
+@pytest.mark.parametrize("form", [forms.shifted, forms.banded, forms.grouped])
 def test_the_forms_are_the_depthwise_convolution(form):
     def total(function):
         return lambda *arrays: jnp.sin(function(*arrays)).sum()
@@ -95,7 +95,7 @@ def test_a_module_is_read_from_where_an_operation_was_written(place, module):
 def test_the_updates_follow_from_the_slower_of_step_and_loader():
     rows = [
         {"what": "recipe, 20 rows of 16 s", "audio_s_per_s": 3_000.0},
-        {"what": "recipe+mixed, 20 rows of 16 s", "audio_s_per_s": 8_000.0},
+        {"what": "recipe+banded, 20 rows of 16 s", "audio_s_per_s": 8_000.0},
         {"what": "loader, WAV, speeds (0.9, 1.0, 1.1)", "audio_s_per_s": 9_000.0},
     ]
     assert training.expected_rate(rows) == pytest.approx(0.85 * 8_000 / (0.92 * 320))
@@ -110,7 +110,7 @@ def test_ratios_are_of_the_same_shapes(table, tmp_path):
         for name, ms in (("xla", 4.0), ("optax", 8.0), ("pallas_gpu", 1.0)):
             barriers = ", own barriers" if "pallas" in name else ""
             times.add(f"{name}, B,T,N,K = {shape}{barriers}", ms=ms)
-    table.add("conformer-l+mixed, 40 rows of 16 s", audio_s_per_s=300.0)
+    table.add("conformer-l+banded, 40 rows of 16 s", audio_s_per_s=300.0)
     Table(tmp_path / "out.md", "peer").add(
         "conformer-l, 40 rows of 16 s, eager", audio_s_per_s=100.0
     )
@@ -119,7 +119,7 @@ def test_ratios_are_of_the_same_shapes(table, tmp_path):
     kernel = rows["CTC, pallas_gpu: times as fast as, geometric mean"]
     assert (kernel["optax"], kernel["xla"]) == pytest.approx((8.0, 4.0))
     step = rows[
-        "conformer-l+mixed, 40 rows of 16 s: times the rate of conformer-l, 40 rows of 16 s, eager"
+        "conformer-l+banded, 40 rows of 16 s: times the rate of conformer-l, 40 rows of 16 s, eager"
     ]
     assert step["ratio"] == 3.0
 

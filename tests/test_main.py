@@ -111,7 +111,7 @@ def test_what_a_run_cannot_do_is_one_clear_line(
     config.update_from_flattened_dict(settings)
     for name, value in (("CONFIG", config), ("MODE", mode), ("WORKDIR", str(tmp_path / "work"))):
         monkeypatch.setattr(main, f"_{name}", types.SimpleNamespace(value=value))
-    monkeypatch.setattr(main, "_keep_memory", lambda: None)  # it is for the whole process
+    monkeypatch.setattr(main, "keep_memory", lambda: None)  # it is for the whole process
     with pytest.raises(SystemExit) as left:
         main.main(["main"])
     said = capsys.readouterr().err

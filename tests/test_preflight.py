@@ -4,6 +4,7 @@ import importlib.util
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import runs
@@ -198,3 +199,22 @@ def test_a_tpu_slice_that_is_not_here():
     assert figures["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert figures["step_seconds"] > 0
     assert jax.devices()[0].platform == "cpu"
+
+
+def test_products_are_counted_in_the_compiled_program():
+    """As costs.py counts them before: those of loops and fusions, convolutions too."""
+
+    def function(x, kernel):
+        x = jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, length=5)[0]
+        seen = jax.lax.conv_general_dilated(
+            x[None, :, :, None], kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return seen.sum() + (x * 2 @ x).sum()
+
+    traced = jax.jit(jax.value_and_grad(function)).trace(jnp.ones((48, 48)), jnp.ones((3, 3, 1, 4)))
+    text = traced.lower().compile().as_text()
+    assert hlo.products(text) == pytest.approx(costs.matmul_flops(traced.jaxpr), rel=0.05)
+    found = hlo.costs(text)
+    largest = max(products for _, products in found.values())
+    assert largest == pytest.approx(2 * 48**3)
+    assert all(moved >= 0 for moved, _ in found.values())

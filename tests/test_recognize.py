@@ -1,5 +1,7 @@
 """The loss of recognition: of two layers, and of two views of an utterance."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +86,8 @@ def test_two_views_are_pulled_together(batch, params):
     none, half, whole, later = (run(params, {}, batch, rng, n)[0] for n in (0, 50, 100, 900))
     assert none < half < whole == later
     assert half - none == pytest.approx(float(whole - none) / 2, rel=1e-3)
-    logits, frames, _ = jax.jit(task._viewed_logits)(params, {}, batch, rng, 0)
+    read = jax.jit(functools.partial(task._logits, views=2))
+    logits, frames, _ = read(params, {}, batch, rng, 0)
     apart = recognize.inconsistency(logits, frames, batch["weight"])
     assert whole - none == pytest.approx(0.2 * float(apart), rel=1e-3)
     expected = loss(make_task(), params, batch, train=False)[0]

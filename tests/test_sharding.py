@@ -1,5 +1,6 @@
 """Meshes, the rules, and where parameters and activations lie."""
 
+import functools
 import json
 import math
 import pathlib
@@ -19,7 +20,11 @@ LARGE = 500_000  # elements: 2 MB
 
 def recognizer(name, **changes):
     """The parameters, as shapes, and the rules of an encoder with a CTC head."""
-    variant = {"conformer": "l", "wav2vec2": "base", "wav2vec2_conformer": "large"}[name]
+    largest = {
+        "conformer": "l", "wav2vec2": "base", "wav2vec2_conformer": "large", "deepspeech": "ds2",
+        "wavenet": "large",
+    }  # fmt: skip
+    variant = changes.pop("variant", largest[name])
     encoder = models.make_encoder(**models.settings(name, variant, **changes))
     task = tasks.constructor("recognize")(encoder, None, {"labels": 1024})
     return parameters(task, *inputs(encoder), True)
@@ -62,11 +67,15 @@ TREES = {
     "rotary input": lambda: recognizer(
         "wav2vec2_conformer", num_layers=12, attention="rotary_input"
     ),
+    "deepspeech": lambda: recognizer("deepspeech"),
+    "original deepspeech": lambda: recognizer("deepspeech", variant="original"),
+    "deepspeech lookahead": lambda: recognizer("deepspeech", variant="ds2_lookahead"),
+    "wavenet": lambda: recognizer("wavenet"),
     "contrastive": lambda: pretraining("contrastive", "wav2vec2", "base"),
     "translate": translator,
     "best-rq": lambda: pretraining("best_rq", "conformer", "s"),
 }
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "sharding.json"
+HAVE_LAIN = json.loads((pathlib.Path(__file__).parent / "golden" / "sharding.json").read_text())
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -82,19 +91,21 @@ def test_nothing_large_is_whole_on_every_device_under_fsdp(tree):
             assert part * 8 == leaf.size, rules.path_name(path)
 
 
-@pytest.mark.parametrize("tree", json.loads(GOLDEN.read_text()))
+@pytest.mark.parametrize("tree", HAVE_LAIN)
 def test_parameters_lie_where_they_have_lain(tree):
     """The table is from when all rules stood in one list and the first that matched held."""
     params, task_rules = TREES[tree]()
     placed = sharding.shard_params(params, sharding.make_mesh(data=2, fsdp=2, tensor=2), task_rules)
     leaves = jax.tree_util.tree_leaves_with_path(placed)
     found = {rules.path_name(path): list(where.spec) for path, where in leaves}
-    assert found == json.loads(GOLDEN.read_text())[tree]
+    assert found == HAVE_LAIN[tree]
 
 
 def test_every_rule_is_of_use():
     used, known = set(), set()
-    for tree in (*TREES.values(), lambda: recognizer("conformer", adapter=8)):
+    settings = ({"adapter": 8}, *({"subsampling_kind": kind} for kind in ("separable", "time")))
+    more = [functools.partial(recognizer, "conformer", **changes) for changes in settings]
+    for tree in (*TREES.values(), *more):
         params, task_rules = tree()
         for pattern, _ in task_rules:
             known.add(pattern)

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 import stepwise
+from speech_jax import models, rules
 from speech_jax.decoding import transducer as searches
 from speech_jax.models import transducer
+from speech_jax.tasks.transduce import Transduce
 
 K, WIDTH = 4, 6
+LEAVES = ("kernel", "bias")
 
 
 @pytest.mark.parametrize(
@@ -77,10 +80,10 @@ def by_hand(made, frames, most):
 @pytest.mark.parametrize("predictor", [None, transducer.Recurrent(K, WIDTH)], ids=["s", "r"])
 def test_greedy_is_what_a_plain_loop_says_in_pieces_too(durations, predictor):
     made, encoded, lengths = model(durations, predictor)
-    most = 2
+    most = 1 if durations else 2
     greedy = jax.jit(lambda *given: searches.greedy(made, *given, most))
     whole, _ = greedy(searches.start(made, 3), encoded, lengths)
-    assert whole.bounded.sum() > 0
+    assert durations or whole.bounded.sum() > 0
     for row, length in enumerate(lengths):
         labels, when, score, steps, bounded = by_hand(made, encoded[row, :length], most)
         count = int(whole.count[row])
@@ -106,22 +109,24 @@ def test_greedy_is_what_a_plain_loop_says_in_pieces_too(durations, predictor):
 
 def test_a_wide_beam_finds_the_best_labels_of_all():
     made, encoded, lengths = model()
-    encoded, lengths = encoded[:, :4], jnp.asarray([4, 3, 1], jnp.int32)
-    width = 1 + 3 + 9 + 27  # whatever can be said before the last of 4 frames, and more
+    encoded, lengths = encoded[:, :3], jnp.asarray([3, 2, 1], jnp.int32)
+    width = 1 + 3 + 9  # whatever can be said before the last of 3 frames
     found, said = jax.jit(lambda *given: searches.beam(made, *given, width=width, nbest=3))(
         encoded, lengths
     )
+    advance = jax.jit(lambda labels: made.advance(made.start(len(labels)), labels)[0])
     for row, length in enumerate(lengths):
+        paths = np.asarray(list(itertools.product(range(K), repeat=int(length))))  # [P, T]
+        texts = [(*(int(label) for label in path if label),) for path in paths]
+        before = np.asarray([(0, *text, *[0] * (3 - len(text))) for text in texts], np.int32)
+        place = np.cumsum(paths > 0, axis=1) - (paths > 0)  # what was said before each frame
+        predicted = np.take_along_axis(np.asarray(advance(before)), place[..., None], 1)
+        logits = made.join(encoded[row, : int(length)][None], predicted)
+        log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        scores = np.take_along_axis(log_probs, paths[..., None], 2).sum((1, 2))
         totals = {}
-        for path in itertools.product(range(K), repeat=int(length)):
-            labels = [0, *filter(None, path)]
-            after, _ = made.advance(made.start(1), jnp.asarray([labels], jnp.int32))
-            place = np.cumsum([0, *(label > 0 for label in path[:-1])])
-            logits = made.join(encoded[row, : int(length)], after[0, place])
-            log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
-            score = log_probs[np.arange(int(length)), list(path)].sum()
-            key = tuple(labels[1:])
-            totals[key] = np.logaddexp(totals.get(key, -np.inf), score)
+        for text, score in zip(texts, scores, strict=True):
+            totals[text] = np.logaddexp(totals.get(text, -np.inf), score)
         best = sorted(totals, key=totals.get, reverse=True)[:3]
         ours = [tuple(found.labels[row, n, : int(found.count[row, n])].tolist()) for n in range(3)]
         assert ours == best
@@ -131,3 +136,21 @@ def test_a_wide_beam_finds_the_best_labels_of_all():
         assert (np.diff(said.frames[row, :count]) > 0).all()
         assert ((said.sure[row, :count] > 0) & (said.sure[row, :count] <= 1)).all()
         assert not said.sure[row, count:].any()
+
+
+@pytest.mark.parametrize("encoder", models.ENCODERS)
+def test_no_rule_of_an_encoder_is_of_the_rest(encoder):
+    """Each parameter has one rule of sharding, whatever the encoder is."""
+    task = Transduce(
+        models.make_encoder(encoder), frontend=None, counts={"labels": K}, predictor="recurrent"
+    )
+    names = [
+        *(f"predictor/{name}" for name in ("embedding", "recurrent")),
+        *(f"predictor/{layer}/{leaf}" for layer in ("window", "inputs") for leaf in LEAVES),
+        *(f"joiner/{layer}/{leaf}" for layer in ("encoded", "logits") for leaf in LEAVES),
+        *(f"simple/{layer}/{leaf}" for layer in ("encoded", "predicted") for leaf in LEAVES),
+        *(f"head/{leaf}" for leaf in LEAVES),
+        "joiner/predicted/kernel",
+    ]
+    for name in names:
+        rules.only(task.rules, name, "sharding")

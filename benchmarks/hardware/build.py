@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.hardware import recipe
 from configs import finetune_wav2vec2, librispeech
-from speech_jax import experiment
+from speech_jax import experiment, models
 from speech_jax.data.batch import Bucket
 from speech_jax.preflight import assumed
 from speech_jax.tasks import Task
@@ -26,13 +26,16 @@ def config_of(name: str, tiny: bool, **changes: object) -> ConfigDict:
     elif kind == "conformer":
         config = librispeech.get_config("conformer_tiny" if tiny else f"conformer_{size}")
         config.model.dtype = "bfloat16"
+    elif kind in ("deepspeech", "wavenet"):
+        config = librispeech.get_config("conformer_tiny" if tiny else "conformer_s")
+        config.model = models.settings(kind, "tiny" if tiny else size)
     else:
         config = finetune_wav2vec2.get_config("tiny" if tiny else "960h")
         config.model.dtype = "bfloat16"
         config.optimizer.frozen = ()
         config.model.feature_gradient = 1.0
         config.model.layer_drop = 0.0
-    if tiny and kind != "recipe":
+    if tiny and kind in ("conformer", "wav2vec2"):
         config.model.update({"num_layers": 2, "scan": True})
     config.model.update(changes)
     config.train.ema_decay = 0.0

@@ -1,6 +1,6 @@
 """Other ways to compute what the models do, to be tried side by side on an accelerator.
 
-A name such as `conformer-l+mixed+fused` is a model and its forms. What wins moves into speech_jax.
+A name such as `conformer-l+banded+fused` is a model and its forms. What wins moves into speech_jax.
 """
 
 import functools
@@ -59,18 +59,26 @@ def banded(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array
     return _plus(out.reshape(x.shape[0], -1, width)[:, : x.shape[1]], bias)
 
 
-def mixed(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Shifted products, whose gradient of the weight is a banded product."""
-    return _plus(_mixed(x, weight), bias)
+def grouped(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """XLA's own."""
+    out = jax.lax.conv_general_dilated(
+        x,
+        weight[:, None],
+        (1,),
+        "SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=weight.shape[1],
+    )
+    return _plus(out, bias)
 
 
 def _plus(x: jax.Array, bias: jax.Array | None) -> jax.Array:
     return x if bias is None else x + bias[None, None]
 
 
-def _shifted(x: jax.Array, weight: jax.Array, left: int | None = None) -> jax.Array:
+def _shifted(x: jax.Array, weight: jax.Array) -> jax.Array:
     kernel, frames = weight.shape[0], x.shape[1]
-    left = (kernel - 1) // 2 if left is None else left
+    left = (kernel - 1) // 2
     padded = jnp.pad(x, ((0, 0), (left, kernel - 1 - left), (0, 0)))
     total = jnp.zeros((), jnp.float32)
     for tap in range(kernel):
@@ -91,34 +99,6 @@ def _overlapping(x: jax.Array, kernel: int) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (left, (count + 1) * size - frames - left), (0, 0)))
     x = x.reshape(batch, count + 1, size, width)
     return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)  # [B, n, 2 size, D]
-
-
-@jax.custom_vjp
-def _mixed(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return _shifted(x, weight)
-
-
-def _mixed_forward(x: jax.Array, weight: jax.Array) -> tuple:
-    return _shifted(x, weight), (x, weight)
-
-
-def _mixed_backward(residuals: tuple, gradient: jax.Array) -> tuple:
-    x, weight = residuals
-    kernel, width = weight.shape
-    size, frames = _block(kernel), x.shape[1]
-    by_input = _shifted(gradient, weight[::-1], left=kernel - 1 - (kernel - 1) // 2)
-    blocks = jnp.pad(gradient, ((0, 0), (0, -frames % size), (0, 0)))
-    blocks = blocks.reshape(x.shape[0], -1, size, width)
-    product = jnp.einsum(
-        "bnjd,bnid->dij", _overlapping(x, kernel), blocks, preferred_element_type=jnp.float32
-    )
-    # Tap k is the sum of the diagonal j - i = k.
-    product = jnp.pad(product.reshape(width, -1), ((0, 0), (0, size)))
-    by_weight = product.reshape(width, size, 2 * size + 1).sum(axis=1)[:, :kernel].T
-    return by_input, by_weight.astype(weight.dtype)
-
-
-_mixed.defvjp(_mixed_forward, _mixed_backward)
 
 
 # ---- Other convolutions --------------------------------------------------------------------------
@@ -155,7 +135,7 @@ FORMS: dict[str, Callable[[], None]] = {
     "banded": _set(convolution, "depthwise", banded),
     "windows": _set(convolution, "strided", strided),
     "lax": _set(convolution, "over_plane", jax.lax.conv_general_dilated),
-    "mixed": _set(convolution, "depthwise", mixed),
+    "grouped": _set(convolution, "depthwise", grouped),
     "products": _keep_products,
     "rolled": _set(ctc, "UNROLL", 1),
     "rolled4": _set(ctc, "UNROLL", 4),

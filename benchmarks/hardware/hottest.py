@@ -5,6 +5,7 @@ which module an instruction stands for.
 """
 
 import collections
+import contextlib
 import pathlib
 import re
 import tempfile
@@ -37,9 +38,15 @@ class Profile(NamedTuple):
     modules: dict[str, float]  # milliseconds
 
 
-def profile(call: Callable[[], object], calls: int, text: str) -> Profile:
-    """Traces so many calls (each blocks) of a program whose compiled text is given."""
-    with tempfile.TemporaryDirectory() as folder:
+def profile(
+    call: Callable[[], object], calls: int, text: str, folder: pathlib.Path | None = None
+) -> Profile:
+    """Traces so many calls (each blocks) of a program whose compiled text is given.
+
+    The trace is left in `folder`, where one is given.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = folder or stack.enter_context(tempfile.TemporaryDirectory())
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = options.host_tracer_level = 0
         if jax.default_backend() == "cpu":
@@ -47,7 +54,7 @@ def profile(call: Callable[[], object], calls: int, text: str) -> Profile:
         with jax.profiler.trace(folder, profiler_options=options):
             for _ in range(calls):
                 call()
-        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        file = max(pathlib.Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
         with warnings.catch_warnings():
             # Of the reader's own types; as an error it would end the process.
             warnings.simplefilter("ignore", DeprecationWarning)

@@ -1,7 +1,7 @@
 """The training step of a model as a run has it: time, rate, MFU, memory, compilation, profile.
 
 --only is a model and its forms (forms.py), and how many seconds of audio a batch has where that is
-not the model's usual: `conformer-l+mixed+fused@1280`. It is timed on full rows of noise. MFU is of
+not the model's usual: `conformer-l+fused@1280`. It is timed on full rows of noise. MFU is of
 the analytic FLOPs of matrix products and convolutions (training/costs.py), forward and backward
 without recomputation, over the data sheet's bfloat16 rate; front end, CTC, clipping and AdamW are
 in the time and not in the FLOPs. Then a trace of some steps says what the time went to.

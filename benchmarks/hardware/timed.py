@@ -19,6 +19,7 @@ import optax
 
 from benchmarks.hardware import Table, compiling, forms, left, recipe, run_part
 from speech_jax import bundle, experiment
+from speech_jax.data.batch import signature
 from speech_jax.evaluators.loop import Evaluation
 from speech_jax.ops import attention
 from speech_jax.training import costs, sharding
@@ -75,7 +76,7 @@ class Training:
             before = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - before
-            program = self.programs.at(step + 1, batch)
+            program = self.programs.at(step + 1, signature(batch))
             state = self.state.replace(
                 opt_state=_at(self.state.opt_state, round(COUNTS * gone / total), self.mesh)
             )

@@ -146,16 +146,6 @@ def depthwise(batch: int, frames: int, width: int, kernel: int = 31):
     def ours(x, weight):
         return convolution.depthwise(x, weight, None)
 
-    def grouped(x, weight):
-        return lax.conv_general_dilated(
-            x,
-            weight[:, None],
-            (1,),
-            "SAME",
-            dimension_numbers=("NWC", "WIO", "NWC"),
-            feature_group_count=width,
-        )
-
     def channels_first(x, weight):
         out = lax.conv_general_dilated(
             x.transpose(0, 2, 1)[:, :, None],
@@ -171,8 +161,7 @@ def depthwise(batch: int, frames: int, width: int, kernel: int = 31):
         "ours": ours,
         "shifted products": lambda x, weight: forms.shifted(x, weight, None),
         "banded products": lambda x, weight: forms.banded(x, weight, None),
-        "shifted, banded weight gradient": lambda x, weight: forms.mixed(x, weight, None),
-        "lax.conv, grouped": grouped,
+        "lax.conv, grouped": lambda x, weight: forms.grouped(x, weight, None),
         "lax.conv, grouped, channels first": channels_first,
     }
     return variants, (_normal(0, batch, frames, width), _normal(1, kernel, width, scale=0.2))

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.traverse_util
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -139,11 +138,13 @@ def parts(config: ConfigDict, folder: pathlib.Path) -> dict[str, Part]:
     origin = files.expand(config.init.folder)
     found = bundle.open(origin)
     tuple(_differences(origin, found.config, config))
-    if jax.process_index() == 0:
+
+    def save() -> None:
         with files.writing(folder):
             for part in found.parts.values():
                 part.save(folder)
-    sharding.barrier("parts")
+
+    sharding.from_first(save)
     return experiment.restore_parts(config, folder)
 
 

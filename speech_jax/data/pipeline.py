@@ -273,6 +273,17 @@ def batches(
     return iterator
 
 
+def first_row(corpus: Corpus, **sizes: int) -> dict[str, np.ndarray] | None:
+    """A batch of the first utterance that can be read, cut to `sizes`; None where there is none."""
+    for index in map(int, corpus.index):
+        try:
+            example = _example(corpus, index, np.random.default_rng(0), 1.0)
+        except UserError:  # evaluations count them
+            continue
+        return collate(corpus.fields, Bucket(1, tuple(sizes.items())), [(index, example)])
+    return None
+
+
 class _Batches:
     """The batches of all epochs as one random-access sequence of (epoch, PlannedBatch)."""
 

@@ -32,6 +32,8 @@ OF_TASKS: dict[str, tuple[str, ...]] = {
     "attention": ("width", "nbest", "length_penalty"),
     "joint": ("width", "nbest", "length_penalty", "ctc_weight"),
     "rescore": ("width", "labels", "nbest", "ctc_weight"),
+    "transducer": (),
+    "transducer_beam": ("width", "nbest"),
 }
 DECODERS = OF_CTC | OF_TASKS
 
@@ -64,7 +66,8 @@ class Settings:
         with n-grams of the labels if there is an `lm`; 'lexicon', beam search over known words with
         n-grams of words, on the host (flashlight-text). Of a model that writes with an attention
         decoder (tasks/attend.py) also 'attention', 'joint' (with CTC, in one pass) and 'rescore'
-        (the `width` best of CTC, put in order by both).
+        (the `width` best of CTC, put in order by both). Of a transducer (tasks/transduce.py) also
+        'transducer', the best label of each step, and 'transducer_beam'.
       width: hypotheses that are kept after each frame, or each label that is written.
       labels: the most probable labels of a frame that extend a hypothesis.
       skip: a frame whose blank is more probable than this extends no hypothesis ('beam'); 1: none.

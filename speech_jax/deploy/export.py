@@ -245,7 +245,7 @@ def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict
         parts = {path.name: path.read_text("utf-8") for path in pathlib.Path(folder).iterdir()}
     data = config.data
     decoder = files.plain(config)["decoder"]
-    if decoder["name"] in OF_TASKS:  # what is exported are logits, that a decoder of CTC reads
+    if decoder["name"] in OF_TASKS:  # what is exported are logits, which a decoder of CTC reads
         decoder["name"] = "greedy"
     return {
         "format": "speech_jax",
@@ -374,6 +374,13 @@ def _run(arguments: argparse.Namespace) -> None:
     say = lambda text: print(text, file=sys.stderr, flush=True)
     say(f"opening {arguments.model}")
     heard = acoustic.BundleAcoustic(bundle.open(arguments.model))
+    if (search := heard.decoder["name"]) in OF_TASKS:
+        say(
+            f"the search {search!r} stays behind: a file holds one program, which gives the logits "
+            "of CTC, and a decoder of these reads them"
+        )
+    if heard.target:
+        say("the translation stays behind: a file gives the logits of CTC, and so a transcript")
     scores = _scores(files.expand(arguments.model))
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     try:

@@ -15,7 +15,7 @@ import math
 import numbers
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -280,18 +280,38 @@ class Model:
     def _hear(self, pool: "list[_Piece]") -> None:
         """Decodes pieces, and gives the memory of their samples back."""
         if self._search:
-            self._write(pool)
+            self._by_pieces(pool, self._read_all)
         else:
             self._listen(pool)
         for piece in pool:
             piece.samples, piece.logits = None, []
 
-    def _write(self, pool: "list[_Piece]") -> None:
-        """Finds the text of pieces, each as a whole."""
-        shortest = self.acoustic.frame_seconds * self.sample_rate
+    def _translate(self, pool: "list[_Piece]") -> None:
+        """Translates pieces, and gives the memory of their samples back."""
+        if not self.translates:
+            raise TranscriptionError(
+                "this model does not translate: use transcribe, or load one that was trained with "
+                "config.task.name='translate'"
+            )
+        self._by_pieces(pool, self.acoustic.translate)
+        for piece in pool:
+            piece.samples = None
+
+    def _read_all(self, samples: np.ndarray, lengths: np.ndarray) -> list[Decoded]:
+        """What the model's own search finds in recordings int16 [B, S] of lengths [B]."""
+        found = self._search(samples, lengths)
+        rows = ({name: of[row] for name, of in found.items()} for row in range(len(lengths)))
+        return [self._decoder.read(row) for row in rows]
+
+    def _by_pieces(
+        self,
+        pool: "list[_Piece]",
+        decode: Callable[[np.ndarray, np.ndarray], Sequence[Decoded]],
+    ) -> None:
+        """Gives pieces what `decode` makes of them, each as a whole, in batches by length."""
         rows = collections.defaultdict(list)
         for piece in pool:
-            if len(piece.samples) >= shortest:
+            if self.acoustic.frames(len(piece.samples)):
                 rows[padded(len(piece.samples), self.sample_rate)].append(piece)
         for size, members in sorted(rows.items()):
             full = max(1, int(self._batch_seconds * self.sample_rate / size))
@@ -300,10 +320,8 @@ class Model:
                 for row, piece in enumerate(some):
                     samples[row, : len(piece.samples)] = piece.samples
                     lengths[row] = len(piece.samples)
-                found = self._search(samples, lengths)
-                for row, piece in enumerate(some):
-                    own = {name: array[row] for name, array in found.items()}
-                    piece.decoded = self._decoder.read(own)
+                for piece, decoded in zip(some, decode(samples, lengths), strict=False):
+                    piece.decoded = decoded
 
     def _listen(self, pool: "list[_Piece]") -> None:
         """Decodes the logits of pieces, of which a model hears a chunk at a time."""
@@ -327,31 +345,6 @@ class Model:
         )
         for some, count in _batches(spoken, _DECODED_TOGETHER):
             self._decode(some, count)
-
-    def _translate(self, pool: "list[_Piece]") -> None:
-        """Translates pieces, each whole, and gives the memory of their samples back."""
-        if not self.translates:
-            raise TranscriptionError(
-                "this model does not translate: use transcribe, or load one that was trained with "
-                "config.task.name='translate'"
-            )
-        rows = collections.defaultdict(list)
-        for piece in pool:
-            if self.acoustic.frames(len(piece.samples)):
-                rows[padded(len(piece.samples), self.sample_rate)].append(piece)
-        for size, members in sorted(rows.items()):
-            full = max(1, int(self._batch_seconds * self.sample_rate / size))
-            for some, count in _batches(members, full):
-                samples, lengths = np.zeros((count, size), np.int16), np.zeros(count, np.int32)
-                for row, piece in enumerate(some):
-                    samples[row, : len(piece.samples)] = piece.samples
-                    lengths[row] = len(piece.samples)
-                for piece, decoded in zip(
-                    some, self.acoustic.translate(samples, lengths), strict=False
-                ):
-                    piece.decoded = decoded
-        for piece in pool:
-            piece.samples = None
 
     def _hear_chunks(
         self, members: "list[tuple[_Piece, int, pieces.Chunk]]", shape: tuple[int, int]

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from speech_jax.data.parts.category import Category
 from speech_jax.data.sources import Utterance
@@ -110,6 +109,8 @@ class Accuracy:
         count = self._target.count
         if count > _DRAWN:
             return
+        from matplotlib.figure import Figure  # takes half a second, and most runs need none
+
         size = 3 + 0.3 * count
         figure = Figure(figsize=(size + 1, size), layout="constrained")
         axes = figure.subplots()

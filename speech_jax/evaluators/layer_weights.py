@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 from speech_jax.evaluators import figures
 
@@ -28,6 +27,8 @@ def shares(weights: jax.Array) -> list[float]:
 
 def draw(shares: Sequence[float], path: pathlib.Path) -> None:
     """Draws them as bars."""
+    from matplotlib.figure import Figure  # takes half a second, and most runs need none
+
     figure = Figure(figsize=(3 + 0.3 * len(shares), 3), layout="constrained")
     axes = figure.subplots()
     axes.bar(["input", *map(str, range(1, len(shares)))], shares)

@@ -19,9 +19,10 @@ import numpy as np
 from absl import logging
 
 from speech_jax import files
+from speech_jax.data import audio
 from speech_jax.data.pipeline import Corpus
 from speech_jax.data.sources import Utterance
-from speech_jax.evaluators import Evaluator, intervals, page, words
+from speech_jax.evaluators import Evaluator, intervals, page, sounds, words
 from speech_jax.evaluators.intervals import FEW
 from speech_jax.evaluators.page import Html, Section, element
 from speech_jax.evaluators.sounds import Media
@@ -36,6 +37,7 @@ _TABLE_BYTES = 10_000_000
 _ROWS = 100
 # More values of a tag than this are no groups but texts or names.
 _VALUES = 50
+_CLIPS = 5  # the last ones of those that were generated
 _CURVE_POINTS = 300
 _DOTS = 30  # a curve of fewer points has a dot for each
 
@@ -84,6 +86,8 @@ def make(
     sections.append(Section("All utterances", _all_utterances(splits)))
     if curves := _curves(workdir.metrics):
         sections.append(Section("Training", curves))
+    if heard := _generated(workdir):
+        sections.append(Section("Generated", heard))
     sections.append(Section("About this model", _about(results)))
     return page.document(workdir.folder.name, sections)
 
@@ -451,6 +455,17 @@ def _thinned(points: Sequence[page.Point]) -> Sequence[page.Point]:
         return points
     pieces = np.array_split(np.asarray(points, np.float64), _CURVE_POINTS)
     return [(float(x), float(y)) for x, y in (piece.mean(0) for piece in pieces)]
+
+
+def _generated(workdir: Workdir) -> Html | None:
+    """Players of what the model made at its last evaluations (evaluators/generated.py)."""
+    folder = workdir.generated(0).parent
+    steps = sorted(int(path.stem) for path in folder.glob("*.wav") if path.stem.isdigit())
+    rows = [
+        [f"update {step:,}", sounds.player(audio.decode(workdir.generated(step), sounds.RATE))]
+        for step in steps[-_CLIPS:]
+    ]
+    return page.table(["after", "a held-out utterance"], rows) if rows else None
 
 
 def _about(results: Mapping[str, Any]) -> Html:

@@ -19,9 +19,16 @@ from speech_jax.evaluators import page, words
 from speech_jax.evaluators.page import Html, element
 from speech_jax.ops import features
 
-_RATE = 16_000  # every browser plays it, whatever the model hears
+RATE = 16_000  # every browser plays it, whatever the model hears
 # So much of an utterance is heard, so that one long recording does not fill the page.
 _LONGEST_SECONDS = 60.0
+
+
+def player(samples: np.ndarray) -> Html:
+    """A player of int16 [T] at 16 kHz."""
+    return element(
+        "audio", controls=True, preload="metadata", src=_data("audio/mpeg", _mp3(samples))
+    )
 
 
 class Media:
@@ -35,16 +42,16 @@ class Media:
         if self._left <= 0:
             return element("p", "There is no room left on this page for its audio.", class_="note")
         try:
-            samples = audio.decode(corpus.source.open(index), _RATE)
+            samples = audio.decode(corpus.source.open(index), RATE)
         except UserError as error:
             return element("p", f"Its audio cannot be shown: {error}", class_="note")
         note = ""
-        if len(samples) > _LONGEST_SECONDS * _RATE:
-            note = f"The first {_LONGEST_SECONDS:.0f} s of {len(samples) / _RATE:.0f} s."
-            samples = samples[: round(_LONGEST_SECONDS * _RATE)]
+        if len(samples) > _LONGEST_SECONDS * RATE:
+            note = f"The first {_LONGEST_SECONDS:.0f} s of {len(samples) / RATE:.0f} s."
+            samples = samples[: round(_LONGEST_SECONDS * RATE)]
         sound, picture = _data("audio/mpeg", _mp3(samples)), _data("image/webp", _picture(samples))
         self._left -= len(sound) + len(picture)
-        seconds = len(samples) / _RATE
+        seconds = len(samples) / RATE
         seen = element(
             "div",
             element("img", src=picture, alt="spectrogram"),
@@ -96,7 +103,7 @@ def _mp3(samples: np.ndarray) -> bytes:
     """About 4 kB a second; every browser plays MP3, which cannot be said of Ogg."""
     file = io.BytesIO()
     soundfile.write(
-        file, samples, _RATE, format="MP3", subtype="MPEG_LAYER_III",
+        file, samples, RATE, format="MP3", subtype="MPEG_LAYER_III",
         bitrate_mode="VARIABLE", compression_level=0.7,
     )  # fmt: skip
     return file.getvalue()
@@ -106,11 +113,11 @@ def _picture(samples: np.ndarray, bands: int = 64, window: int = 400) -> bytes:
     """A log-mel spectrogram of int16 [T], 60 dB deep, as WebP."""
     from matplotlib import image  # takes half a second, and training needs none
 
-    hop = max(_RATE // 100, math.ceil(len(samples) / 1500))
+    hop = max(RATE // 100, math.ceil(len(samples) / 1500))
     padded = np.pad(samples.astype(np.float32) / 32768, (window // 2, window))
     frames = np.lib.stride_tricks.sliding_window_view(padded, window)[: len(samples) : hop]
     power = np.square(np.abs(np.fft.rfft(frames * np.hanning(window), 512)))
-    mels = power @ features.mel_filters(bands, 512, _RATE, 20.0, _RATE / 2)
+    mels = power @ features.mel_filters(bands, 512, RATE, 20.0, RATE / 2)
     decibel = 10 * np.log10(np.maximum(mels, 1e-10)).T
     top = decibel.max()
     file = io.BytesIO()

@@ -103,7 +103,7 @@ class Conformer(nn.Module):
         x = layers.dropout(x, self.dropout, seeds[-1])
         block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
         if self.scan:
-            one = block(**self._block_settings(), name="layers")
+            one = block(**self.block_settings(), name="layers")
             own = [None if of[0] is None else of for of in (seeds[:-1], (None,), shares)]
             first = x
             x, each = layers.scan_layers(one, self.num_layers, layers_too, x, mask, *own)
@@ -111,7 +111,7 @@ class Conformer(nn.Module):
         else:
             each = [x]
             for layer in range(self.num_layers):
-                one = block(**self._block_settings(), name=f"layer_{layer}")
+                one = block(**self.block_settings(), name=f"layer_{layer}")
                 x, _ = one(x, mask, seeds[layer], share=shares[layer])
                 each.append(x)
         if layers_too:
@@ -130,7 +130,8 @@ class Conformer(nn.Module):
         kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
         return (kept.astype(jnp.float32) / keep).astype(x.dtype)
 
-    def _block_settings(self) -> dict[str, Any]:
+    def block_settings(self) -> dict[str, Any]:
+        """The attributes of a layer."""
         names = (
             "heads", "kernel", "position", "conv_norm", "dropout", "attention_dropout", "adapter",
             "dtype",

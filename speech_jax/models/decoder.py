@@ -35,8 +35,9 @@ class Seen(NamedTuple):
 class Carry(NamedTuple):
     """A text that is being written.
 
-    at: int32, how many symbols were read; written: of each layer, [R, S, H, W] each; memory: of
-    each layer, [B, T, H, W] each; mask: bool [B, T], the frames of the memory.
+    at: int32 [R], how many symbols were read, the same in all rows; written: of each layer,
+    [R, S, H, W] each; memory: of each layer, [B, T, H, W] each; mask: bool [B, T], the frames of
+    the memory.
     """
 
     at: jax.Array
@@ -131,7 +132,7 @@ class TextDecoder(nn.Module):
         shape = (rows, steps, self.heads, self.width // self.heads)
         empty = Seen(*(jnp.zeros(shape, self.dtype) for _ in Seen._fields))
         return Carry(
-            at=jnp.int32(0),
+            at=jnp.zeros(rows, jnp.int32),
             written=(empty,) * self.num_layers,
             memory=tuple(layer.remember(memory) for layer in self.layer),
             mask=masking.length_mask(memory_lengths, memory.shape[1]),
@@ -141,7 +142,7 @@ class TextDecoder(nn.Module):
         """Reads int32 [R, N] symbols more: (logits float32 [R, N, V] behind each, new carry)."""
         seeds = [None] * (self.num_layers + 1)
         logits, written = self._write(
-            piece, carry.at, carry.written, carry.memory, carry.mask, seeds
+            piece, carry.at[0], carry.written, carry.memory, carry.mask, seeds
         )
         return logits, carry._replace(at=carry.at + piece.shape[1], written=written)
 

@@ -161,12 +161,10 @@ class SelfAttention(nn.Module):
         # Queries, keys and values are [B, T, H, W].
         if self.position == "rotary_input":
             rotated = rotate(x.reshape(*x.shape[:2], self.heads, each)).reshape(x.shape)
-            projected = dense((2, self.heads, each), name="qk")(rotated)
-            query, key = (projected[:, :, i] for i in range(2))
+            query, key = _apart(dense((2, self.heads, each), name="qk")(rotated))
             value = dense((self.heads, each), name="value")(x)
         else:
-            projected = dense((3, self.heads, each), name="qkv")(x)
-            query, key, value = (projected[:, :, i] for i in range(3))
+            query, key, value = _apart(dense((3, self.heads, each), name="qkv")(x))
         last = (value, mask, dropping(self.weight_dropout, seed, self.site), np.sqrt(each))
         if self.position == "rotary":
             context = attention.attend(rotate(query), rotate(key), *last)
@@ -196,6 +194,14 @@ class SelfAttention(nn.Module):
         by_distance = jnp.einsum("bthd,rhd->bhtr", query_position, position)  # [B, H, T, 2T - 1]
         content = jnp.einsum("bthd,bshd->bhts", query_content, key)
         return content + _distance_to_key(by_distance)
+
+
+def _apart(x: jax.Array) -> list[jax.Array]:
+    """The N arrays [B, T, ...] of one [B, T, N, ...].
+
+    By a split, whose gradient is one array of theirs; that of N slices is a sum of N with zeros.
+    """
+    return [one.squeeze(2) for one in jnp.split(x, x.shape[2], axis=2)]
 
 
 def _distance_to_key(scores: jax.Array) -> jax.Array:
@@ -260,7 +266,8 @@ class ConvolutionModule(nn.Module):
         x = LayerNorm(self.dtype, name="norm")(x)
         bias = {"use_bias": self.use_bias, "dtype": self.dtype}
         gated = nn.DenseGeneral((2, width), name="gate", **bias)(x)  # [B, T, 2, D]
-        x = gated[:, :, 0] * nn.sigmoid(gated[:, :, 1])
+        x, gate = _apart(gated)
+        x = x * nn.sigmoid(gate)
         x = jnp.where(mask[:, :, None], x, jnp.zeros((), self.dtype))
         x = DepthwiseConvolution(self.kernel, name="depthwise", **bias)(x)
         if self.norm == "batch":

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from speech_jax.errors import UserError
 from speech_jax.ops import recurrent
@@ -19,8 +18,8 @@ from speech_jax.rules import Rules
 # How the parameters lie on a mesh.
 RULES: Rules = (
     (r"predictor/embedding", (None, "fsdp")),
-    (r"predictor/(context|inputs)/kernel", ("fsdp", None)),
-    (r"predictor/(context|inputs)/bias", ()),
+    (r"predictor/(window|inputs)/kernel", ("fsdp", None)),
+    (r"predictor/(window|inputs)/bias", ()),
     (r"predictor/recurrent", (None, "fsdp", None)),
     (r"joiner/\w+/kernel", ("fsdp", None)),
     (r"joiner/\w+/bias", ()),
@@ -54,7 +53,7 @@ class Stateless(nn.Module):
         ids = jnp.concatenate([carry, labels], axis=1)
         x = _embedded(self, ids)  # [B, N + context - 1, width]
         x = jnp.concatenate([x[:, i : i + count] for i in range(self.context)], axis=-1)
-        x = nn.Dense(self.width, dtype=self.dtype, name="context")(x)
+        x = nn.Dense(self.width, dtype=self.dtype, name="window")(x)
         return nn.relu(x), ids[:, count:]
 
 
@@ -68,40 +67,30 @@ class Recurrent(nn.Module):
     delay: ClassVar = 0
 
     def __call__(self, labels: jax.Array) -> jax.Array:
-        inputs, weight = self._products(labels)
-        valid = jnp.ones(labels.shape[::-1], bool)
-        inputs = inputs.swapaxes(0, 1)[:, None]  # [N, 1, B, 4 width]
-        hidden = recurrent.recur(recurrent.CELLS["lstm"], inputs, weight, valid)
-        return hidden[:, 0].swapaxes(0, 1).astype(self.dtype)
+        return self.advance(self.start(len(labels)), labels)[0]
 
     @nn.nowrap
     def start(self, rows: int) -> recurrent.States:
         """Output and memory of the LSTM, float32 [rows, width] each."""
         return (jnp.zeros((rows, self.width)),) * 2
 
+    @nn.compact
     def advance(
         self, carry: recurrent.States, labels: jax.Array
     ) -> tuple[jax.Array, recurrent.States]:
         """What follows each of labels int32 [B, N], and the carry."""
-        inputs, weight = self._products(labels)
-
-        def step(states: recurrent.States, product: jax.Array) -> tuple:
-            again = jnp.matmul(
-                states[0].astype(weight.dtype), weight[0], preferred_element_type=jnp.float32
-            )
-            states = recurrent.CELLS["lstm"].step(product.astype(jnp.float32), again, states)
-            return states, states[0]
-
-        carry, hidden = lax.scan(step, carry, inputs.swapaxes(0, 1))
-        return hidden.swapaxes(0, 1).astype(self.dtype), carry
-
-    @nn.compact
-    def _products(self, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         gates = 4 * self.width
         inputs = nn.Dense(gates, dtype=self.dtype, name="inputs")(_embedded(self, labels))
         orthogonal = nn.initializers.orthogonal()
-        weight = self.param("recurrent", orthogonal, (1, self.width, gates))
-        return inputs, weight.astype(self.dtype)
+        weight = self.param("recurrent", orthogonal, (1, self.width, gates)).astype(self.dtype)
+        hidden, states = recurrent.recur(
+            recurrent.CELLS["lstm"],
+            inputs.swapaxes(0, 1)[:, None],  # [N, 1, B, 4 width]
+            weight,
+            jnp.ones(labels.shape[::-1], bool),
+            tuple(state[None] for state in carry),
+        )
+        return hidden[:, 0].swapaxes(0, 1).astype(self.dtype), tuple(s[0] for s in states)
 
 
 def _embedded(module: nn.Module, ids: jax.Array) -> jax.Array:
@@ -132,11 +121,11 @@ class Joiner(nn.Module):
     def setup(self) -> None:
         self.encoded = nn.Dense(self.width, dtype=self.dtype)
         self.predicted = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
-        self.output = nn.Dense(self.outputs, dtype=self.dtype)
+        self.logits = nn.Dense(self.outputs, dtype=self.dtype)
 
     def __call__(self, encoded: jax.Array, predicted: jax.Array) -> jax.Array:
         """Float32 [..., outputs] of projections [..., width] that broadcast to each other."""
-        return self.output(jnp.tanh(encoded + predicted)).astype(jnp.float32)
+        return self.logits(jnp.tanh(encoded + predicted)).astype(jnp.float32)
 
 
 class Simple(nn.Module):

@@ -26,6 +26,7 @@ class WaveNet(nn.Module):
       subsampling: 4 or 8, log-mel frames per hidden frame.
       subsampling_channels: channels of the strided convolutions; None is D.
       dropout: of what each layer adds.
+      remat: recompute each layer's activations in the backward pass.
       dtype: what the arithmetic runs in; parameters are float32.
     """
 
@@ -37,6 +38,7 @@ class WaveNet(nn.Module):
     subsampling: int = 4
     subsampling_channels: int | None = None
     dropout: float = 0.1
+    remat: bool = False
     dtype: Any = "float32"
 
     listens: ClassVar = "log_mel"
@@ -82,8 +84,9 @@ class WaveNet(nn.Module):
         if not deterministic:
             seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
         total, each = jnp.zeros_like(x), [x]
+        make = nn.remat(Layer) if self.remat else Layer
         for i in range(self.num_layers):
-            layer = Layer(
+            layer = make(
                 self.width, self.kernel, 2 ** (i % self.cycle), self.causal, self.dtype,
                 name=f"layer_{i}",
             )  # fmt: skip

@@ -25,6 +25,12 @@ def split_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _ROWS)
 
 
+def is_split() -> bool:
+    """Whether a program is traced for a mesh of several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
 def platform() -> str:
     """Of the devices that a program is traced for: 'cpu', 'gpu' or 'tpu'.
 

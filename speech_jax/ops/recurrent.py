@@ -68,19 +68,72 @@ def clipped_relu(x: jax.Array) -> jax.Array:
     return jnp.clip(x, 0.0, 20.0)
 
 
-def recur(cell: Cell, inputs: jax.Array, weight: jax.Array, valid: jax.Array) -> jax.Array:
-    """The outputs of a layer [T, N, B, H], float32; the second direction runs from the end.
+def recur(
+    cell: Cell,
+    inputs: jax.Array,
+    weight: jax.Array,
+    valid: jax.Array,
+    start: States | None = None,
+) -> tuple[jax.Array, States]:
+    """The outputs of a layer [T, N, B, H], float32, and its states behind the last frame.
 
-    A row's state begins with its first valid frame, from whichever end, and stands still where a
-    frame is not valid, so that padding changes nothing.
+    The second direction runs from the end. A row's state begins with its first valid frame, from
+    whichever end, and stands still where a frame is not valid, so that padding changes nothing.
 
     Args:
       inputs: [T, N, B, G H], the products of the layer's inputs, biases included; both directions
         in the order of time.
       weight: [N, H, G H].
       valid: bool [T, B].
+      start: the states before the first frame; None: zeros.
     """
-    return _in_time(_recur(cell, _in_turn(inputs), weight, _directed(valid, inputs.shape[1])))
+    directions, rows = inputs.shape[1:3]
+    start = _nothing(cell, directions, rows, weight) if start is None else start
+    outputs, end = _recur(cell, _in_turn(inputs), weight, _directed(valid, directions), start)
+    return _in_time(outputs), end
+
+
+def recur_in_chunks(
+    cell: Cell,
+    inputs: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    weight: jax.Array,
+    valid: jax.Array,
+    size: int,
+) -> jax.Array:
+    """The outputs of `recur` where memory is short.
+
+    Of the gates, which are most of what a layer needs, there are only ever those of `size` frames:
+    the gradient makes them again from the inputs and the states between chunks.
+
+    Args:
+      inputs: [T, B, D], of the layer; kernel [D, N, G H] and bias [N, G H] are of their products.
+      weight, valid: as of `recur`.
+    """
+    frames, rows, _ = inputs.shape
+    directions, count = kernel.shape[1], -(-frames // size)
+
+    def chunks(x):  # [T, N, B, ...] to [count, size, N, B, ...]
+        x = jnp.pad(x, ((0, count * size - frames), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(count, size, *x.shape[1:])
+
+    @jax.checkpoint
+    def one(states: States, chunk: tuple) -> tuple[States, jax.Array]:
+        x, inside = chunk
+        products = _product(x, tuple(kernel.swapaxes(0, 1)))
+        products = products + bias.astype(jnp.float32)[None, :, None]
+        outputs, states = _recur(cell, products.astype(x.dtype), weight, inside, states)
+        return states, outputs
+
+    each = _in_turn(jnp.repeat(inputs[:, None], directions, axis=1))
+    start = _nothing(cell, directions, rows, weight)
+    _, outputs = lax.scan(one, start, (chunks(each), chunks(_directed(valid, directions))))
+    return _in_time(outputs.reshape(count * size, *outputs.shape[2:])[:frames])
+
+
+def _nothing(cell: Cell, directions: int, rows: int, weight: jax.Array) -> States:
+    return (jnp.zeros((directions, rows, weight.shape[1]), jnp.float32),) * cell.states
 
 
 def _in_turn(x: jax.Array) -> jax.Array:
@@ -97,16 +150,17 @@ def _directed(valid: jax.Array, directions: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recur(cell: Cell, inputs: jax.Array, weight: jax.Array, valid: jax.Array) -> jax.Array:
-    return _forward(cell, inputs, weight, valid)[0][0]
+def _recur(
+    cell: Cell, inputs: jax.Array, weight: jax.Array, valid: jax.Array, start: States
+) -> tuple[jax.Array, States]:
+    end, after = _forward(cell, inputs, weight, valid, start)
+    return after[0], end
 
 
 def _forward(
-    cell: Cell, inputs: jax.Array, weight: jax.Array, valid: jax.Array
+    cell: Cell, inputs: jax.Array, weight: jax.Array, valid: jax.Array, start: States
 ) -> tuple[States, States]:
-    """The states after every frame [T, N, B, H], and before it."""
-    _, directions, rows, _ = inputs.shape
-    start = (jnp.zeros((directions, rows, weight.shape[1]), jnp.float32),) * cell.states
+    """The states after the last frame [N, B, H], and those after every frame [T, N, B, H]."""
     matrices = tuple(weight)  # here, since XLA would copy them out of `weight` at every frame
 
     def advance(states: States, frame: tuple) -> tuple[States, States]:
@@ -115,9 +169,7 @@ def _forward(
         new = tuple(jnp.where(inside, *pair) for pair in zip(new, states, strict=True))
         return new, new
 
-    _, after = lax.scan(advance, start, (inputs, valid))
-    before = tuple(jnp.concatenate([s[None], a[:-1]]) for s, a in zip(start, after, strict=True))
-    return after, before
+    return lax.scan(advance, start, (inputs, valid))
 
 
 def _product(hidden: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array:
@@ -135,13 +187,17 @@ def _product(hidden: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array:
     )
 
 
-def _keep(cell: Cell, inputs: jax.Array, weight: jax.Array, valid: jax.Array) -> tuple:
-    after, before = _forward(cell, inputs, weight, valid)
-    return after[0], (inputs, weight, valid, before)
+def _keep(
+    cell: Cell, inputs: jax.Array, weight: jax.Array, valid: jax.Array, start: States
+) -> tuple:
+    end, after = _forward(cell, inputs, weight, valid, start)
+    before = tuple(jnp.concatenate([s[None], a[:-1]]) for s, a in zip(start, after, strict=True))
+    return (after[0], end), (inputs, weight, valid, before)
 
 
-def _backward(cell: Cell, kept: tuple, gradient: jax.Array) -> tuple:
+def _backward(cell: Cell, kept: tuple, gradient: tuple[jax.Array, States]) -> tuple:
     inputs, weight, valid, before = kept
+    gradient, end_gradient = gradient
     recurrent = _product(before[0], tuple(weight))  # [T, N, B, G H]
     transposed = tuple(weight.transpose(0, 2, 1))
 
@@ -157,9 +213,8 @@ def _backward(cell: Cell, kept: tuple, gradient: jax.Array) -> tuple:
         own = (recurrent_gradient,) if cell.additive else (recurrent_gradient, inputs_gradient)
         return earlier, tuple(g.astype(inputs.dtype) for g in own)
 
-    nothing = tuple(jnp.zeros_like(state[0]) for state in before)
     frames = (gradient, inputs, recurrent, valid, before)
-    _, gradients = lax.scan(retreat, nothing, frames, reverse=True)
+    start_gradient, gradients = lax.scan(retreat, end_gradient, frames, reverse=True)
     weight_gradient = jnp.stack(
         [
             jnp.einsum(
@@ -171,7 +226,7 @@ def _backward(cell: Cell, kept: tuple, gradient: jax.Array) -> tuple:
             for n in range(weight.shape[0])
         ]
     )
-    return gradients[-1], weight_gradient.astype(weight.dtype), None
+    return gradients[-1], weight_gradient.astype(weight.dtype), None, start_gradient
 
 
 _recur.defvjp(_keep, _backward)

@@ -114,12 +114,12 @@ def _lattice(
 
     Where nobody asks for the occupancy, the compiler leaves it out.
     """
-    _, B, T, U1 = arcs.shape
+    T, U1 = arcs.shape[2:]
     live = _live(moves, frames, labels, T, U1)
     weights = _skewed(jnp.where(live, arcs.astype(jnp.float32), -jnp.inf))  # [D, A, B, U1]
     alpha = _forward(moves, weights)
     ends = frames + labels  # the diagonal of a row's last node
-    last = jax.tree.map(lambda x: x[ends, jnp.arange(B), labels], alpha)
+    last = jax.tree.map(lambda x: _at(x, ends, labels), alpha)
     loss = jnp.where(
         last.mantissa == 0,
         jnp.inf,
@@ -142,6 +142,12 @@ def _lattice_backward(moves, residuals, cotangent):
 
 
 _lattice.defvjp(_lattice_forward, _lattice_backward)
+
+
+def _at(x: jax.Array, diagonal: jax.Array, position: jax.Array) -> jax.Array:
+    """[B] of [D + 1, B, U1], at a node of each row; along the rows, which may be split."""
+    x = jnp.take_along_axis(x, diagonal[None, :, None], axis=0)
+    return jnp.take_along_axis(x, position[None, :, None], axis=2)[0, :, 0]
 
 
 def _live(moves: _Moves, frames: jax.Array, labels: jax.Array, T: int, U1: int) -> jax.Array:

@@ -78,6 +78,53 @@ def traffic(text: str, devices: int) -> Traffic:
     return Traffic(memory, collectives, unread)
 
 
+def products(text: str) -> float:
+    """FLOPs of the matrix products and convolutions of a program, as its compiler left them.
+
+    Those of a library that the program calls (cuBLAS, cuDNN) are not in its text.
+    """
+    computations, entry, _ = _parse(text)
+    total = 0.0
+    for name, times, _ in _runs(computations, entry):
+        body = {instruction.name: instruction for instruction in computations[name]}
+        total += sum(times * _product(instruction, body) for instruction in body.values())
+    return total
+
+
+def costs(text: str) -> dict[str, tuple[float, float]]:
+    """Of each instruction that runs by itself: bytes it moves, FLOPs of the products in it."""
+    computations, entry, _ = _parse(text)
+    found = {}
+    for name, _, fused in _runs(computations, entry):
+        body = {instruction.name: instruction for instruction in computations[name]}
+        for instruction in () if fused else body.values():
+            inner = re.search(r"calls=%([\w.\-]+)", instruction.attributes)
+            within = computations.get(inner[1], ()) if inner else (instruction,)
+            scope = {one.name: one for one in within} if inner else body
+            products = sum(_product(one, scope) for one in within)
+            found[instruction.name] = (_accessed(instruction, body, computations), products)
+    return found
+
+
+def _product(instruction: _Instruction, body: dict[str, _Instruction]) -> float:
+    attributes = instruction.attributes
+    if instruction.opcode == "dot":
+        shape = _dimensions(body[instruction.operands[0]].shape)
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", attributes)[1]
+        summed = math.prod(shape[int(axis)] for axis in contracted.split(",") if axis)
+    elif instruction.opcode == "convolution":
+        shape = _dimensions(body[instruction.operands[1]].shape)
+        kernel = re.search(r"dim_labels=\w+_(\w+)->", attributes)[1]
+        summed = math.prod(shape) / shape[kernel.index("o")]
+    else:
+        return 0.0
+    return 2.0 * math.prod(_dimensions(instruction.shape)) * summed
+
+
+def _dimensions(shape: str) -> list[int]:
+    return [int(size) for size in _SHAPE.search(shape)[2].split(",") if size]
+
+
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str, int]:
     """Computations by name, which of them is the entry, and how many lines were not understood."""
     computations, current, entry, unread = {}, None, "", 0

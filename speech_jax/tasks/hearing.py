@@ -27,15 +27,16 @@ def heard(
     rng: jax.Array | None,
     step: jax.Array | int,
     *more: Any,
+    views: int = 1,
     method: str = "__call__",
 ) -> tuple[Any, Pytree]:
     """What a method of a model makes of the audio of a batch, and the new state.
 
     The method is called with inputs, lengths, `more` and whether it is deterministic: it trains
-    where there is a key.
+    where there is a key. `views` are as of FrontEnd.
     """
     keys = jax.random.split(rng) if rng is not None else (None, None)
-    arguments = frontend(batch, keys[0], step)
+    arguments = frontend(batch, keys[0], step, views)
     return applied(model, params, state, keys[1], *arguments, *more, method=method)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from speech_jax.errors import UserError
 from speech_jax.evaluators.bits import Bits
 from speech_jax.models.frontend import FrontEnd
-from speech_jax.models.waveform import SampleModel
+from speech_jax.models.waveform import SampleModel, generate
 from speech_jax.ops import features, waveform
 from speech_jax.rules import Rules
 from speech_jax.tasks import Batch, Pytree
@@ -93,6 +93,13 @@ class NextSample:
         del state
         nats, samples = self._nats(params, batch)
         return {"nats": nats, "samples": samples}
+
+    def generate(self, params: Pytree, state: Pytree, batch: Batch, rng: jax.Array) -> jax.Array:
+        """Waveforms [B, T] drawn anew, by the batch's log-mel and speakers if conditioned."""
+        del state
+        _, previous, given = self._prepare(batch)
+        rows, samples = previous.shape
+        return generate(self.model, params, rng, samples, *given, rows=rows)
 
     def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
         """Utterances that are too short for a frame of log-mel, or of the encoder."""

@@ -22,21 +22,20 @@ RULES: Rules = ((r"head/kernel", ("fsdp", "tensor")), (r"head/bias", ("tensor",)
 
 
 class CTCModel(nn.Module):
-    """An encoder and a linear layer to [B, T', vocabulary_size] float32 logits.
-
-    With `middle_too` the logits are of two layers, [2, B, T', vocabulary_size]: those that the
-    linear layer makes of the middle one are the first.
-    """
+    """An encoder and a linear layer to [B, T', vocabulary_size] float32 logits."""
 
     encoder: nn.Module
     vocabulary_size: int
-    middle_too: bool = False
 
     @nn.compact
     def __call__(
-        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+        self,
+        inputs: jax.Array,
+        lengths: jax.Array,
+        deterministic: bool,
+        middle_too: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
-        if self.middle_too:
+        if middle_too:
             hidden, lengths = self.encoder(inputs, lengths, deterministic, layers_too=True)
             middle = self.encoder.num_layers // 2
             hidden = jnp.stack([hidden[:, :, middle], hidden[:, :, -1]])
@@ -44,6 +43,12 @@ class CTCModel(nn.Module):
             hidden, lengths = self.encoder(inputs, lengths, deterministic)
         head = nn.Dense(self.vocabulary_size, dtype=hidden.dtype, name="head")
         return head(hidden).astype(jnp.float32), lengths
+
+    def both(
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits [2, B, T', vocabulary_size] of the middle layer and of the last one."""
+        return self(inputs, lengths, deterministic, middle_too=True)
 
 
 def _nats_and_tokens(
@@ -132,24 +137,23 @@ class Recognize:
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array, Pytree]:
         """(logits [B, T', K], frames [B], new state); trains where there is a key."""
+        return self._logits(params, state, batch, rng, step)
+
+    def _logits(
+        self,
+        params: Pytree,
+        state: Pytree,
+        batch: Batch,
+        rng: jax.Array | None,
+        step: jax.Array | int,
+        views: int = 1,
+        method: str = "__call__",
+    ) -> tuple[jax.Array, jax.Array, Pytree]:
+        """As `logits`, of so many views of each row (FrontEnd), by a method of the model."""
         (logits, lengths), state = hearing.heard(
-            self.model, self.frontend, params, state, batch, rng, step
+            self.model, self.frontend, params, state, batch, rng, step, views=views, method=method
         )
         return logits, lengths, state
-
-    def _viewed_logits(
-        self, params: Pytree, state: Pytree, batch: Batch, rng: jax.Array, step: jax.Array | int
-    ) -> tuple[jax.Array, jax.Array, Pytree]:
-        """As `logits`, of the views and with the layers that the loss is made of."""
-        model = CTCModel(self.encoder, self.counts["labels"], bool(self.inter_ctc))
-        keys = jax.random.split(rng)
-        viewed = self.frontend(batch, keys[0], step, self._views)
-        (logits, lengths), state = hearing.applied(model, params, state, keys[1], *viewed)
-        return logits, lengths, state
-
-    @property
-    def _views(self) -> int:
-        return 2 if self.consistency else 1
 
     def loss(
         self,
@@ -164,17 +168,18 @@ class Recognize:
         if rng is not None and self.mixup:
             rng, key = jax.random.split(rng)
             readings = augment.mixup(key, batch, self.mixup)
-        views = 1
         if rng is None or not (self.inter_ctc or self.consistency):
             logits, lengths, state = self.logits(params, state, readings[0], rng, step)
-            shares, layers = (1.0,), (logits,)
+            by_layer, views = [(1.0, logits)], 1
         else:
-            views = self._views
-            logits, lengths, state = self._viewed_logits(params, state, readings[0], rng, step)
-            shares = (self.inter_ctc, 1 - self.inter_ctc) if self.inter_ctc else (1.0,)
-            layers = logits if self.inter_ctc else (logits,)
+            views, method = 1 + bool(self.consistency), "both" if self.inter_ctc else "__call__"
+            logits, lengths, state = self._logits(
+                params, state, readings[0], rng, step, views, method
+            )
+            weights = (self.inter_ctc, 1 - self.inter_ctc)
+            by_layer = zip(weights, logits, strict=True) if self.inter_ctc else [(1.0, logits)]
         total = 0.0
-        for share, logits in zip(shares, layers, strict=True):  # the last layer comes last
+        for share, logits in by_layer:
             each = [_nats_and_tokens(logits, lengths, _viewed(one, views)) for one in readings]
             nats, tokens, infeasible = (sum(parts) for parts in zip(*each, strict=True))
             total += share * nats

@@ -107,7 +107,7 @@ class Transduce:
       omega: the share of the loss without durations in the loss, with durations.
       span: positions of a frame at which the joiner is computed in training, where a simple joint
         says; 0: at all. It spares time and memory where labels are many.
-      warmup: updates until the band counts in full.
+      warmup: updates until the band counts in full; 0: it does from the first one.
       ctc_weight: of CTC in the loss, by a head of its own; 0: none.
       most: labels that a search may say in a frame.
     """
@@ -230,9 +230,10 @@ class Transduce:
         """
         labels, labels_length = batch["labels"], batch["labels_length"]
         heard, state = self._apply(params, state, batch, rng, step, labels, method="__call__")
-        done = jnp.asarray(step, jnp.float32) / max(self.warmup, 1)
-        ramp = jnp.minimum(done, 1.0) if rng is not None else jnp.ones(())
-        nats = self._nats(params["joiner"]["output"], heard, labels, labels_length, ramp)
+        ramp = jnp.ones(())
+        if rng is not None and self.warmup:
+            ramp = jnp.minimum(jnp.asarray(step, jnp.float32) / self.warmup, 1.0)
+        nats = self._nats(params["joiner"]["logits"], heard, labels, labels_length, ramp)
         fits = jnp.isfinite(nats)
         nats = jnp.where(fits, nats, 0.0)
         if self.ctc_weight:

@@ -47,7 +47,9 @@ class LoRA:
 
     rank: int = 0
     alpha: float = 16.0
-    targets: str = r"(attention|feed_forward(_\d)?)/\w+/kernel|layer_\d+/(inputs/kernel|recurrent)"
+    targets: str = (
+        r"((cross_)?attention|feed_forward(_\d)?)/\w+/kernel|layer_\d+/(inputs/kernel|recurrent)"
+    )
 
 
 class Adapted:

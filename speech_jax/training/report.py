@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -88,6 +89,7 @@ class Report:
     def __enter__(self) -> Self:
         if jax.process_index() == 0:
             self._writer = Writer(*self._paths, self._first)
+        self._thread = threading.get_ident()
         jax.monitoring.register_event_duration_secs_listener(self._count_compilations)
         self._bar.start()
         self._start()
@@ -241,7 +243,9 @@ class Report:
 
     def _count_compilations(self, event: str, seconds: float, **_: Any) -> None:
         del seconds
-        self._compiles += event == "/jax/core/compile/backend_compile_duration"
+        # The steps are compiled in other threads, some of them while the run is under way.
+        if threading.get_ident() == self._thread:
+            self._compiles += event == "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass

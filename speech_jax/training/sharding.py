@@ -106,12 +106,6 @@ def shard_optimizer(
     )
 
 
-def barrier(name: str) -> None:
-    """Waits for all processes of the run."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def from_first(make: Callable[[], Any]) -> Any:
     """What `make` returns on the first process of the run, on all of them: something for JSON.
 
