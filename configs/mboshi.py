@@ -4,7 +4,7 @@ python -m speech_jax.main --config=configs/mboshi.py --config.data.root=Mboshi -
 
 Any manifest whose lines have a `translation` will do. For one without transcripts,
 --config.parts.labels.tag=translation has CTC learn from the translations;
---config.task.ctc_weight=0 leaves CTC out.
+--config.task.ctc_weight=0 leaves CTC out, and needs that tag too where there are none.
 """
 
 from speech_jax import config as defaults

@@ -67,8 +67,11 @@ def _classify(
     chosen: argparse.Namespace, inputs: list[recordings.Input], failures: list[str]
 ) -> None:
     # Only now, so that --help and a wrong flag answer at once.
+    from speech_jax import compiled
+    from speech_jax.data import sources
     from speech_jax.deploy.classify import open_classifier
 
+    compiled.keep(sources.default_cache())
     model = open_classifier(chosen.model)
     with recordings.progress(len(inputs), "Classifying") as (progress, write):
         found = model.classify_all((recordings.opened(one.file) for one in inputs), progress)

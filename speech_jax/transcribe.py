@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         "--decoder",
         metavar="NAME",
         help="greedy, beam, or lexicon (the words of --lm alone); of a model with an attention "
-        "decoder also attention, joint or rescore; default: that of the model, or beam where "
+        "decoder also attention, joint or rescore, of a transducer transducer or transducer_beam; "
+        "default: that of the model, or beam where "
         "--beam, --nbest, --lm or --lm-weight is given",
     )
     low, high = _WIDTHS
@@ -160,6 +161,10 @@ def _wrong_for(chosen: argparse.Namespace, own: Mapping[str, Any]) -> str:
     name = chosen.decoder or own.get("name")
     if chosen.lm and name not in (None, "greedy", "beam", "lexicon"):
         return f"--lm does nothing with --decoder={name}: take --decoder=beam or lexicon with it"
+    if chosen.chunk is not None and name not in (None, "greedy", "beam", "lexicon"):
+        return f"--chunk does nothing with --decoder={name}, which hears whole pieces: leave it out"
+    if name == "transducer" and chosen.decoder and (chosen.beam or chosen.nbest):
+        return "--beam and --nbest do nothing with --decoder=transducer: take transducer_beam"
     width = chosen.beam or own.get("width") or _DEFAULT_WIDTH
     if (chosen.nbest or 1) > width:
         return f"--nbest={chosen.nbest} is more than the {width} hypotheses of --beam: raise --beam"
@@ -182,7 +187,9 @@ def _decoder(chosen: argparse.Namespace, own: Mapping[str, Any]) -> dict[str, ob
         "lm_weight": chosen.lm_weight,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    usual = "beam" if own.get("name") in (None, "greedy") else own["name"]
+    # Searches that keep one hypothesis, and those of the same kind that keep many.
+    beams = {None: "beam", "greedy": "beam", "transducer": "transducer_beam"}
+    usual = beams.get(own.get("name"), own.get("name"))
     name = chosen.decoder or (usual if given else None)
     return {"name": name, **given} if name else {}
 

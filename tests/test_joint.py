@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speech_jax.decoding import beam, generate, joint
+from speech_jax.decoding import beam, joint
 from speech_jax.ops.ctc import ctc_loss
 
 B, T, K, END, LONGEST = 3, 6, 4, 4, 6
@@ -27,7 +27,7 @@ def logits():
 def bigrams():
     """Log probabilities [K + 1, K + 1] of a symbol behind another one, of which none is 0."""
     scores = np.random.default_rng(1).normal(size=(K + 1, K + 1)).astype(np.float32)
-    scores[:, 0] = generate.NEVER
+    scores[:, 0] = beam.NEVER
     return jax.nn.log_softmax(scores)
 
 
@@ -67,16 +67,16 @@ def test_a_prefix_has_the_probability_of_all_texts_that_begin_with_it(logits, by
     for prefix in ([], [2], [2, 2], [2, 2, 1]):
         scores = np.asarray(scored(heard, prefixes))[:, 0]  # [B, K + 1]
         np.testing.assert_allclose(
-            scores[:, END], np.maximum(by_ctc[TEXTS.index(prefix)], generate.NEVER), rtol=1e-4
+            scores[:, END], np.maximum(by_ctc[TEXTS.index(prefix)], beam.NEVER), rtol=1e-4
         )
         for label in range(1, K):
             longer = [*prefix, label]
             inside = [text[: len(longer)] == longer for text in TEXTS]
             wanted = np.logaddexp.reduce(by_ctc[inside], axis=0)
             np.testing.assert_allclose(
-                scores[:, label], np.maximum(wanted, generate.NEVER), rtol=1e-4, atol=1e-4
+                scores[:, label], np.maximum(wanted, beam.NEVER), rtol=1e-4, atol=1e-4
             )
-        assert (scores[:, 0] <= generate.NEVER).all()
+        assert (scores[:, 0] <= beam.NEVER).all()
         following = {0: 2, 1: 2, 2: 1, 3: 3}[len(prefix)]
         label = jnp.full((B, 1), following, jnp.int32)
         prefixes = advance(heard, prefixes, label, scores[:, following, None])

@@ -116,8 +116,10 @@ def open_saved(folder: pathlib.Path) -> Bundle:
 
 # Task -> the parameters that end in a number for each symbol of a part, and that part.
 _HEADS = {
+    "attend": ("head", "labels"),
     "recognize": ("head", "labels"),
     "transduce": ("head", "labels"),
+    "translate": ("head", "labels"),
     "classify": ("classifier", "target"),
 }
 

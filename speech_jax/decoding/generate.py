@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-NEVER = -1e30  # stands for the logarithm of 0
+from speech_jax.decoding.beam import NEVER
 
 Advance = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from speech_jax.decoding import beam, generate
-from speech_jax.decoding.generate import NEVER, Advance, Texts
+from speech_jax.decoding.beam import NEVER
+from speech_jax.decoding.generate import Advance, Texts
 from speech_jax.ops import masking
 
 
@@ -165,13 +166,14 @@ def search(
         prefixes = jax.tree.map(keep, carry.prefixes, grown)
         scores = continued(heard, prefixes)
         # No text is more probable than what it begins with; what is no hypothesis stays none.
-        more = jnp.minimum(scores - prefixes.score[..., None], 0)
-        total = weight * more.reshape(B * width, 1, -1)
+        more = jnp.minimum(scores - prefixes.score[..., None], 0).reshape(B * width, 1, -1)
+        impossible = (scores <= NEVER / 2).reshape(more.shape)
+        total = weight * more
         text = carry.text
         if weight < 1:
             written, text = advance(text, symbols)
             total = total + (1 - weight) * written
-        return total, _Carry(text, prefixes, scores)
+        return jnp.where(impossible, NEVER, total), _Carry(text, prefixes, scores)
 
     def picked(carry: _Carry, rows: jax.Array) -> _Carry:
         own = (carry.prefixes, carry.scores)

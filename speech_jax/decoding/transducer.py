@@ -143,7 +143,7 @@ def greedy(
     t, _, state, said = lax.while_loop(
         lambda loop: (loop[0] < lengths).any(), body, (state.ahead, none, state, silent)
     )
-    return said, state._replace(ahead=jnp.maximum(t - T, 0))
+    return said, state._replace(ahead=jnp.maximum(t - lengths, 0))
 
 
 def _where(condition: jax.Array, a: Pytree, b: Pytree) -> Pytree:

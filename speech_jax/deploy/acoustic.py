@@ -17,7 +17,7 @@ import numpy as np
 from speech_jax import bundle, experiment, files
 from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.transcript import Transcript
-from speech_jax.decoding.decoder import OF_TASKS, Settings
+from speech_jax.decoding.decoder import Settings
 from speech_jax.decoding.words import Decoded, Word
 from speech_jax.errors import UserError
 
@@ -159,7 +159,7 @@ class BundleAcoustic:
         config = self.bundle.config.copy_and_resolve_references()
         config.decoder.update(settings)
         task = experiment.make_task(config, self.bundle.parts)
-        if Settings.of(settings).name not in OF_TASKS:
+        if Settings.of(settings).name not in getattr(task, "searches", ()):
             return None
         predict = jax.jit(functools.partial(_predict, task))
         return lambda *audio: jax.device_get(predict(self._params, self._state, *audio))

@@ -2,13 +2,15 @@
 
 import io
 import pathlib
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from speech_jax import files
 
+if TYPE_CHECKING:  # it takes half a second, and most runs draw nothing
+    from matplotlib.figure import Figure
 
-def save(figure: Figure, path: pathlib.Path) -> None:
+
+def save(figure: "Figure", path: pathlib.Path) -> None:
     """Writes a figure in the format that the end of `path` names, which may be in a bucket.
 
     Raises:

@@ -25,7 +25,8 @@ class Generated:
         """`rate` is in Hz; the utterance is the first one of `corpus` that can be read."""
         self._workdir, self._rate = workdir, rate
         self._batch = first_row(corpus, samples=round(_SECONDS * rate))
-        self._make = jax.jit(task.generate, out_shardings=sharding.replicated(mesh))
+        self._whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
+        self._make = jax.jit(task.generate)
 
     def write(self, params: Any, state: Any, step: int) -> None:
         """Makes the utterance with the model as it is after `step` updates.
@@ -33,15 +34,15 @@ class Generated:
         Raises:
           UserError: the file cannot be written.
         """
-        if self._batch is None:
+        # On one device: several would wait for each other in each of the steps of a sample.
+        whole = self._whole((params, state))
+        if jax.process_index() or self._batch is None:
             return
-        # Without a mesh that is set: a row cannot be split over its devices.
-        made = self._make(params, state, self._batch, jax.random.key(step))
-        if jax.process_index() == 0:
-            length = int(self._batch["audio_length"][0])
-            samples = np.asarray(made.addressable_data(0))[0, :length]
-            sound = io.BytesIO()
-            soundfile.write(sound, samples, self._rate, format="WAV", subtype="PCM_16")
-            path = self._workdir.generated(step)
-            with files.writing(path):
-                files.write_atomically(path, sound.getvalue())
+        whole = jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+        made = np.asarray(self._make(*whole, self._batch, jax.random.key(step)))
+        sound = io.BytesIO()
+        samples = made[0, : int(self._batch["audio_length"][0])]
+        soundfile.write(sound, samples, self._rate, format="WAV", subtype="PCM_16")
+        path = self._workdir.generated(step)
+        with files.writing(path):
+            files.write_atomically(path, sound.getvalue())

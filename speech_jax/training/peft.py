@@ -70,7 +70,7 @@ class Adapted:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._task, name)
-        if name not in ("loss", "logits", "predict", "encode"):
+        if name not in ("loss", "logits", "predict", "encode", "generate"):
             return found
         return lambda params, *rest: found(merged(params, self._lora), *rest)
 

@@ -151,6 +151,7 @@ def shape(folder: pathlib.Path) -> tuple[int, tuple[int, ...]]:
 def _read(folder: pathlib.Path) -> dict[str, Any]:
     index = files.read_json(folder / _INDEX)
     size = 4 * index["count"] * int(np.prod(index["size"]))
-    if (folder / _STATES).stat().st_size != size:
+    states = folder / _STATES
+    if not states.exists() or states.stat().st_size != size:
         raise UserError(f"{folder} is damaged: remove it, and its states are computed anew")
     return index
