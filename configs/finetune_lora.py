@@ -18,7 +18,7 @@ from speech_jax.errors import UserError
 def get_config(folder: str = ""):
     if not folder:
         raise UserError(
-            "configs/finetune_lora.py needs a model to start from: "
+            "there is no model to start from: name it as in "
             "--config=configs/finetune_lora.py:FOLDER"
         )
     config = defaults.default()

@@ -127,7 +127,9 @@ def _taken(base: Bundle, config: Any) -> dict[str, np.ndarray]:
 def main(argv: list[str] | None = None) -> None:
     """The two commands above."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m speech_jax.bundle.base",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=("split", "merge"))
     parser.add_argument("source", help="split: a workdir; merge: a folder that split has written")
