@@ -129,12 +129,14 @@ class Accuracy:
         figures.save(figure, path)
 
     def line(self) -> str:
-        """The rates in per cent."""
+        """The rates in per cent, and how many classes they are of where some were not there."""
         found = self.results()
         if found["accuracy"] is None:
             return "no utterance of a known class"
+        there, count = np.count_nonzero(self.confusion.sum(1)), self._target.count
         return (
             f"accuracy {100 * found['accuracy']:.2f}%  "
             f"balanced {100 * found['balanced_accuracy']:.2f}%  "
             f"macro F1 {100 * found['macro_f1']:.2f}%"
+            + (f"  {there} of {count} classes" if there < count else "")
         )
