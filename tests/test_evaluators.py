@@ -186,7 +186,10 @@ ROWS = {
         ],
         {"accuracy": 4 / 6, "balanced_accuracy": 5 / 8, "macro_f1": 5 / 8, "error_rate": 2 / 6},
         [_classified(0, -1, 1)],
-        ("accuracy 66.67%  balanced 62.50%  macro F1 62.50%  2 of 3 classes", "no utterance of a known class"),
+        (
+            "accuracy 66.67%  balanced 62.50%  macro F1 62.50%  2 of 3 classes",
+            "no utterance of a known class",
+        ),
     ),
     "verification": Row(
         lambda: Verification("speaker", nearest=2),
