@@ -343,5 +343,5 @@ def test_the_recipe_takes_all_of_a_model(finished):
     for section in ("model", "features", "text", "task"):
         assert config[section].to_dict() == theirs[section].to_dict()
     assert (config.init.folder, config.init.take) == (folder, "model")
-    with pytest.raises(UserError, match="needs a model to start from"):
+    with pytest.raises(UserError, match="no model to start from"):
         finetune_lora.get_config()

@@ -329,6 +329,22 @@ def _erfc(graph: Graph, equation: Any, x: Value) -> Tensor:
     return Tensor(graph.op("Sub", one, graph.op("Erf", graph.name(x))))
 
 
+def _log1p(graph: Graph, equation: Any, x: Value) -> Tensor:
+    one = graph.constant(np.ones((), equation.outvars[0].aval.dtype))
+    return Tensor(graph.op("Log", graph.op("Add", one, graph.name(x))))
+
+
+def _expm1(graph: Graph, equation: Any, x: Value) -> Tensor:
+    one = graph.constant(np.ones((), equation.outvars[0].aval.dtype))
+    return Tensor(graph.op("Sub", graph.op("Exp", graph.name(x)), one))
+
+
+def _round(graph: Graph, equation: Any, x: Value) -> Tensor:
+    if equation.params["rounding_method"] != jax.lax.RoundingMethod.TO_NEAREST_EVEN:
+        raise GraphError("halves that are rounded away from 0 cannot be written as ONNX: use .sjx")
+    return Tensor(graph.op("Round", graph.name(x)))
+
+
 def _integer_pow(graph: Graph, equation: Any, x: Value) -> Tensor:
     power = graph.constant(np.asarray(equation.params["y"], equation.outvars[0].aval.dtype))
     return Tensor(graph.op("Pow", graph.name(x), power))
@@ -540,7 +556,8 @@ def _imag(graph: Graph, equation: Any, x: tuple[Tensor, Tensor]) -> Tensor:
 _OTHERS = {
     function.__name__: function
     for function in (
-        _ne, _rem, _square, _rsqrt, _erfc, _integer_pow, _select_n, _convert_element_type,
+        _ne, _rem, _square, _rsqrt, _erfc,
+        _log1p, _expm1, _round, _integer_pow, _select_n, _convert_element_type,
         _broadcast_in_dim, _reshape, _squeeze, _transpose, _concatenate, _stack, _split, _pad, _rev,
         _slice, _gather, _iota, _dim_as_value, _platform_index, _dot_general,
         _conv_general_dilated, _fft, _real, _imag,

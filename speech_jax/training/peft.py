@@ -48,7 +48,8 @@ class LoRA:
     rank: int = 0
     alpha: float = 16.0
     targets: str = (
-        r"((cross_)?attention|feed_forward(_\d)?)/\w+/kernel|layer_\d+/(inputs/kernel|recurrent)"
+        r"((cross_)?attention|feed_forward(_\d)?)/\w+/kernel"
+        r"|layer_\d+/((inputs|project|skip)/kernel|recurrent)"
     )
 
 
