@@ -25,7 +25,7 @@ from speech_jax.models.decoder import TextDecoder
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc
 from speech_jax.rules import Rules
-from speech_jax.tasks import Batch, Pytree, writing
+from speech_jax.tasks import Batch, Pytree, hearing, writing
 from speech_jax.tasks.recognize import Recognize
 
 
@@ -93,9 +93,7 @@ class Attend:
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Parameters (float32) and model state (empty without batch norm)."""
         texts = batch["labels"], batch["labels_length"]
-        variables = self.model.init(rng, *self.frontend(batch), *texts, True)
-        params = variables.pop("params")
-        return params, variables
+        return hearing.init(self.model, self.frontend, rng, batch, *texts)
 
     def logits(
         self,
@@ -126,19 +124,9 @@ class Attend:
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         """Both losses of rows with weight; CTC's leaves out what does not fit, and counts it."""
-        train = rng is not None
-        keys = jax.random.split(rng) if train else (None, None)
-        inputs, lengths = self.frontend(batch, keys[0], step)
         labels, count = batch["labels"], batch["labels_length"]
-        (written, logits, frames), state = self.model.apply(
-            {"params": params, **state},
-            inputs,
-            lengths,
-            labels,
-            count,
-            not train,
-            rngs={"dropout": keys[1]} if train else None,
-            mutable=list(state),
+        (written, logits, frames), state = hearing.heard(
+            self.model, self.frontend, params, state, batch, rng, step, labels, count
         )
         weight = batch["weight"]
         symbols = (weight * (count + 1).astype(jnp.float32)).sum()

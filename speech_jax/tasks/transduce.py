@@ -21,7 +21,7 @@ from speech_jax.models import transducer as models
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc, transducer
 from speech_jax.rules import Rules
-from speech_jax.tasks import Batch, Pytree
+from speech_jax.tasks import Batch, Pytree, hearing
 from speech_jax.tasks.recognize import RULES as HEAD_RULES
 
 # What the band's loss counts beside that of the simple joint, at first and after `warmup` updates.
@@ -177,25 +177,12 @@ class Transduce:
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Parameters (float32) and model state (empty without batch norm)."""
-        inputs, lengths = self.frontend(batch)
-        variables = self.model.init(rng, inputs, lengths, batch["labels"], True)
-        params = variables.pop("params")
-        return params, variables
+        return hearing.init(self.model, self.frontend, rng, batch, batch["labels"])
 
     def _apply(self, params, state, batch, rng, step, *labels, method):
         """What a method of the model makes of a batch, and the new state."""
-        train = rng is not None
-        keys = jax.random.split(rng) if train else (None, None)
-        inputs, lengths = self.frontend(batch, keys[0], step)
-        return self.model.apply(
-            {"params": params, **state},
-            inputs,
-            lengths,
-            *labels,
-            not train,
-            rngs={"dropout": keys[1]} if train else None,
-            mutable=list(state),
-            method=method,
+        return hearing.heard(
+            self.model, self.frontend, params, state, batch, rng, step, *labels, method=method
         )
 
     def logits(

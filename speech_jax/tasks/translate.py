@@ -22,7 +22,7 @@ from speech_jax.models.decoder import TextDecoder
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc
 from speech_jax.rules import Rules
-from speech_jax.tasks import Batch, Pytree, writing
+from speech_jax.tasks import Batch, Pytree, hearing, writing
 from speech_jax.tasks.recognize import Recognize
 
 # Labels that a translation may have of no frame at all: short utterances are not cut.
@@ -85,9 +85,7 @@ class Translate:
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Parameters (float32) and model state (empty without batch norm)."""
         texts = batch["target"], batch["target_length"]
-        variables = self.model.init(rng, *self.frontend(batch), *texts, True)
-        params = variables.pop("params")
-        return params, variables
+        return hearing.init(self.model, self.frontend, rng, batch, *texts)
 
     def logits(
         self,
@@ -122,19 +120,9 @@ class Translate:
 
         CTC's leaves out a row without a transcript, and one that does not fit, which is counted.
         """
-        train = rng is not None
-        keys = jax.random.split(rng) if train else (None, None)
-        inputs, lengths = self.frontend(batch, keys[0], step)
         target, count = batch["target"], batch["target_length"]
-        (logits, heard, frames), state = self.model.apply(
-            {"params": params, **state},
-            inputs,
-            lengths,
-            target,
-            count,
-            not train,
-            rngs={"dropout": keys[1]} if train else None,
-            mutable=list(state),
+        (logits, heard, frames), state = hearing.heard(
+            self.model, self.frontend, params, state, batch, rng, step, target, count
         )
         nats, right = writing.cross_entropy(logits, target, count, self.smoothing)
         weight = jnp.where(count > 0, batch["weight"], 0.0)
