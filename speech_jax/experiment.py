@@ -174,6 +174,12 @@ def _moments(config: ConfigDict) -> Callable[[np.ndarray], tuple]:
     return padded
 
 
+def evaluated_splits(config: ConfigDict) -> list[str]:
+    """All splits that a run evaluates, each once."""
+    names = split_names(config.data.eval_splits) + split_names(config.data.test_splits)
+    return list(dict.fromkeys(names))
+
+
 def training_corpus(
     config: ConfigDict, source: sources.Source, parts: Mapping[str, Part], task: Task
 ) -> pipeline.Corpus:

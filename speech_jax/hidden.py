@@ -24,7 +24,6 @@ from ml_collections import ConfigDict
 
 from speech_jax import experiment, files, models, rules
 from speech_jax.bundle import start
-from speech_jax.config import split_names
 from speech_jax.data.audio import File, Segment
 from speech_jax.data.parts import Part
 from speech_jax.data.parts import hidden as kept
@@ -105,7 +104,7 @@ def replace_audio(
     audio = {"audio": parts["audio"]}
     evaluation = Evaluation(config, _Encoding(task), audio, mesh, on_batch)
     corpora = {kept.TRAINING: experiment.training_corpus(config, source, audio, task)}
-    for split in _evaluated(config):
+    for split in experiment.evaluated_splits(config):
         corpora[split] = evaluation.corpus(split)
     cache = files.expand(config.data.cache) if config.data.cache else default_cache()
     folders = {}
@@ -159,11 +158,6 @@ def _weights(config: ConfigDict, task: Task, mesh: Mesh) -> tuple[Pytree, Pytree
 def _silence(rate: int) -> dict[str, jax.Array]:
     """A batch of one second."""
     return {"audio": jnp.zeros((1, rate), jnp.int16), "audio_length": jnp.full(1, rate, jnp.int32)}
-
-
-def _evaluated(config: ConfigDict) -> list[str]:
-    names = split_names(config.data.eval_splits) + split_names(config.data.test_splits)
-    return list(dict.fromkeys(names))
 
 
 def _digest(config: ConfigDict, task: Task, encoder: Any, state: Any) -> str:

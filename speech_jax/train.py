@@ -76,7 +76,7 @@ def _run(
     started = time.monotonic()
     _check_frozen(config)
     workdir.check(config)
-    workdir.prepare(_splits(config))
+    workdir.prepare(experiment.evaluated_splits(config))
     watchdog = Watchdog(config.checkpoint.watchdog_seconds)
 
     def on_batch() -> None:
@@ -104,12 +104,6 @@ def _check_frozen(config: ConfigDict) -> None:
             f"random weights would be held still (config.optimizer.frozen={frozen}; LoRA and "
             "adapters freeze the encoder): name what to start from in config.init.folder"
         )
-
-
-def _splits(config: ConfigDict) -> list[str]:
-    """All splits that a run evaluates, each once."""
-    names = split_names(config.data.eval_splits) + split_names(config.data.test_splits)
-    return list(dict.fromkeys(names))
 
 
 # ---- Data --------------------------------------------------------------------------------------
@@ -144,7 +138,7 @@ def _open_data(config: ConfigDict, workdir: Workdir, on_batch: Callable[[], None
     corpus = experiment.training_corpus(config, source, parts, task)
     plan, note = _plan(config, workdir, corpus, task, mesh)
     evaluation = Evaluation(config, task, parts, mesh, on_batch)
-    for split in _splits(config):
+    for split in experiment.evaluated_splits(config):
         evaluation.check(split)  # what is missing is said before the training, not after it
     return _Data(mesh, source, parts, task, corpus, plan, note, evaluation)
 
@@ -251,7 +245,7 @@ class _Loop:
             self._programs.at(self._first + 1, self._shape)
         workdir.record(config)  # all that can fail early has not
         workdir.record_plan(data.plan.buckets, data.corpus.fingerprint(), len(data.corpus))
-        workdir.write_left_out(data.left_out(_splits(config)))
+        workdir.write_left_out(data.left_out(experiment.evaluated_splits(config)))
         self.report = _report(config, workdir, data, setup, self._first)
         self.report.from_dict(position.get("totals", {}))
         for line in (*_table(setup), *notes, *_opening(data, setup, self._first)):
@@ -272,7 +266,7 @@ class _Loop:
         """Raises UserError where evaluations do not fit; they are compiled if they must be."""
         shapes, data = self.setup.abstract, self.data
         longest = data.plan.buckets[-1].size(data.task.along)
-        for split in _splits(self.config):
+        for split in experiment.evaluated_splits(self.config):
             data.evaluation.check_memory(split, shapes.params, shapes.model_state, longest)
 
     @property
@@ -380,7 +374,7 @@ class _Loop:
         # As it was trained, LoRA beside the kernels: nothing has to be compiled again.
         model = runs.open_workdir(self.workdir.folder)
         params, state = bundle.on_mesh(model, self.data.mesh)
-        splits, evaluation = _splits(self.config), self.data.evaluation
+        splits, evaluation = experiment.evaluated_splits(self.config), self.data.evaluation
         with self._watchdog:
             scores = measure(evaluation, params, state, splits, self.workdir, self.report.say)
         return scores, params
@@ -390,7 +384,7 @@ def _results(loop: _Loop, figures: Mapping[str, Any]) -> dict:
     """Writes what a run has come to; returns what results.json then holds."""
     corpus, workdir = loop.data.corpus, loop.workdir
     scores, params = loop.measure()
-    workdir.write_left_out(loop.data.left_out(_splits(loop.config)))
+    workdir.write_left_out(loop.data.left_out(experiment.evaluated_splits(loop.config)))
     training = {
         "seconds": loop.seconds,
         "steps": int(loop.state.step),
