@@ -398,6 +398,11 @@ def frozen(config: ConfigDict) -> tuple[tuple[str, int], ...]:
     return rules
 
 
+def above(task: Task) -> str:
+    """The parameters behind the layers of a task's encoder: an expression, '' for none."""
+    return getattr(getattr(task, "encoder", None), "above", "")
+
+
 # ---- Step --------------------------------------------------------------------------------------
 
 
@@ -511,7 +516,7 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
         steps=config.train.steps, defaults=default().schedule, **config.schedule
     )
     params, model_state = jax.eval_shape(task.init, jax.random.key(config.seed), probe)
-    settings = {**config.optimizer, "frozen": frozen(config)}
+    settings = {**config.optimizer, "frozen": frozen(config), "above": above(task)}
     tx = optim.make_optimizer(
         schedule=schedule, params=params, defaults=default().optimizer, **settings
     )

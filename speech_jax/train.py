@@ -463,7 +463,8 @@ def _table(setup: experiment.Setup) -> list[str]:
         key: optimizer[key] for key in ("decay", "rates", "layer_decay") if key in optimizer
     }
     frozen = experiment.frozen(setup.config)
-    return groups.shown(groups.table(setup.abstract.params, frozen=frozen, **settings))
+    settings |= {"frozen": frozen, "above": experiment.above(setup.task)}
+    return groups.shown(groups.table(setup.abstract.params, **settings))
 
 
 def _opening(data: _Data, setup: experiment.Setup, first: int) -> Iterator[str]:

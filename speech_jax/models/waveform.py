@@ -54,6 +54,7 @@ class WaveformWaveNet(nn.Module):
     dtype: Any = "float32"
 
     listens: ClassVar = "waveform"
+    above: ClassVar = "(output|norm)/.*"
     rules: ClassVar[Rules] = (
         (r"input", (None, None, "fsdp")),
         (r"input_bias", ()),

@@ -42,6 +42,7 @@ class WaveNet(nn.Module):
     dtype: Any = "float32"
 
     listens: ClassVar = "log_mel"
+    above: ClassVar = "(output|norm)/.*"
     rules: ClassVar[Rules] = (
         (r"subsampling/convolution_\d/kernel", (None, None, None, "fsdp")),
         (r"subsampling/project/kernel", ("fsdp", None)),
