@@ -390,11 +390,14 @@ def frozen(config: ConfigDict) -> tuple[tuple[str, int], ...]:
 
     They are config.optimizer.frozen; LoRA and adapters are learned, unless a rule is of
     `peft.ADDED`, and the encoder that they are added to stands still where no rule says otherwise.
+    So do the kernels of a decoder that LoRA is beside, where all of a model is gone on from.
     """
     rules = tuple(config.optimizer.get("frozen", ()))
     held = any(pattern == peft.ADDED for pattern, _ in rules)
     if not held and (config.lora.rank or config.model.get("adapter")):
         rules = ((peft.ADDED, 0), *rules, ("encoder/.*", groups.FOREVER))
+        if config.lora.rank and config.init.take == "model":
+            rules = (*rules, (config.lora.targets, groups.FOREVER))
     return rules
 
 
