@@ -385,6 +385,7 @@ def test_no_frame_hears_more_of_the_future_than_it_says(name):
     assert heard[: each * frame].all()
 
 
+DEEP_SPEECH = {"width": 12, "num_layers": 2, "conv_channels": (4, 4), "bidirectional": False}
 STREAMS = {
     "lookahead": {
         "cell": "gru", "lookahead": 3, "norm": "batch", "conv_kernels": (6, 5), "adapter": 3,
@@ -400,10 +401,15 @@ STREAMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", STREAMS.values(), ids=STREAMS)
-def test_pieces_give_what_the_whole_gives(settings):
-    small = {"width": 12, "num_layers": 2, "conv_channels": (4, 4), "bidirectional": False}
-    case = Case("deepspeech", "tiny", small | settings)
+STREAMED = {
+    **{name: ("deepspeech", DEEP_SPEECH | settings) for name, settings in STREAMS.items()},
+    "wavenet": ("wavenet", {"width": 12, "num_layers": 4, "cycle": 2, "kernel": 3, "causal": True}),
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), STREAMED.values(), ids=STREAMED)
+def test_pieces_give_what_the_whole_gives(name, settings):
+    case = Case(name, "tiny", settings)
     valid, each = jnp.ones((3, case.size), bool), case.encoder.subsampling
     whole, _ = case.apply(case.params, case.inputs, jnp.full(3, case.size))
     stepwise.check(
@@ -425,6 +431,8 @@ def test_pieces_give_what_the_whole_gives(settings):
 def test_what_hears_all_of_the_future_has_no_pieces():
     with pytest.raises(UserError, match="bidirectional=False"):
         make_case("deepspeech").encoder.start(1, 40)
+    with pytest.raises(UserError, match="causal=True"):
+        make_case("wavenet").encoder.start(1, 40)
 
 
 def test_a_piece_is_of_whole_hidden_frames():

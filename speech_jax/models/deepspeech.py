@@ -148,11 +148,7 @@ class DeepSpeech(nn.Module):
         first one to its last. N is a multiple of `subsampling`.
         """
         inputs, mask = piece
-        if inputs.shape[1] % self.subsampling:
-            raise UserError(
-                f"a piece of {inputs.shape[1]} log-mel frames is no multiple of "
-                f"subsampling={self.subsampling}"
-            )
+        edges.check_piece(inputs.shape[1], self.subsampling)
         return self._run(inputs, mask, carry, True, False)
 
     def _edges(self) -> dict[str, Edge]:

@@ -165,9 +165,7 @@ def decay_factors(params: Any, decay: Rules) -> Any:
     return _by_name(params, lambda name: float(rules.first(decay, name, 1.0)))
 
 
-def rate_factors(
-    params: Any, rates: Rules = (), layer_decay: float = 1.0, above: str = ""
-) -> Any:
+def rate_factors(params: Any, rates: Rules = (), layer_decay: float = 1.0, above: str = "") -> Any:
     """A tree of what multiplies the learning rate of each parameter.
 
     That is a float, or for the stacked layers of a scanned encoder an array [layers, 1, ...] that
