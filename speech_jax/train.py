@@ -240,6 +240,8 @@ class _Loop:
             self.state, notes = _first_state(setup)
         else:
             self.state, notes = restored.state, (self.stopper.from_dict(restored.stopper),)
+            if isinstance(data.task, hidden.OnHidden):
+                data.task.check_encoder(self.state.params)
         interruption.check()
         if self._programs:
             self._programs.at(self._first + 1, self._shape)
