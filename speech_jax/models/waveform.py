@@ -14,8 +14,7 @@ import numpy as np
 from jax import lax
 
 from speech_jax.errors import UserError
-from speech_jax.models import layers
-from speech_jax.models.wavenet import Layer
+from speech_jax.models import layers, wavenet
 from speech_jax.ops import convolution, masking, partition, waveform
 from speech_jax.rules import Rules
 
@@ -58,13 +57,7 @@ class WaveformWaveNet(nn.Module):
     rules: ClassVar[Rules] = (
         (r"input", (None, None, "fsdp")),
         (r"input_bias", ()),
-        (r"layer_\d+/gate", (None, "fsdp", None)),
-        (r"layer_\d+/gate_bias", ()),
-        (r"layer_\d+/(project|skip)/kernel", ("fsdp", None)),
-        (r"layer_\d+/(project|skip)/bias", ()),
-        (r"output/kernel", ("fsdp", None)),
-        (r"output/bias", ()),
-        (r"norm/layer/(scale|bias)", ()),
+        *wavenet.RULES,
     )
     # Tiny is for half an hour on two CPU cores: it hears 18 ms.
     VARIANTS: ClassVar = {
@@ -82,7 +75,7 @@ class WaveformWaveNet(nn.Module):
         shape = (self.taps, 2, self.width)
         self.input = self.param("input", nn.initializers.lecun_normal(in_axis=(0, 1)), shape)
         self.input_bias = self.param("input_bias", nn.initializers.zeros, (self.width,))
-        block = nn.remat(Layer) if self.remat else Layer
+        block = nn.remat(wavenet.Layer) if self.remat else wavenet.Layer
         self.layer = [
             block(self.width, self.kernel, dilation, True, self.dtype)
             for dilation in self.dilations

@@ -15,6 +15,17 @@ from speech_jax.models.conformer import Subsampling, halved, halvings
 from speech_jax.ops import convolution, partition
 from speech_jax.rules import Rules
 
+# How the layers, and what is behind them, lie on a mesh.
+RULES: Rules = (
+    (r"layer_\d+/gate", (None, "fsdp", None)),
+    (r"layer_\d+/gate_bias", ()),
+    (r"layer_\d+/(project|skip)/kernel", ("fsdp", None)),
+    (r"layer_\d+/(project|skip)/bias", ()),
+    (r"output/kernel", ("fsdp", None)),
+    (r"output/bias", ()),
+    (r"norm/layer/(scale|bias)", ()),
+)
+
 Carry = dict[str, Any]  # what is kept of earlier pieces: of the subsampling, and of each layer
 
 
@@ -54,13 +65,7 @@ class WaveNet(nn.Module):
         (r"subsampling/convolution_\d/kernel", (None, None, None, "fsdp")),
         (r"subsampling/project/kernel", ("fsdp", None)),
         (r"subsampling/(convolution_\d|project)/bias", ()),
-        (r"layer_\d+/gate", (None, "fsdp", None)),
-        (r"layer_\d+/gate_bias", ()),
-        (r"layer_\d+/(project|skip)/kernel", ("fsdp", None)),
-        (r"layer_\d+/(project|skip)/bias", ()),
-        (r"output/kernel", ("fsdp", None)),
-        (r"output/bias", ()),
-        (r"norm/layer/(scale|bias)", ()),
+        *RULES,
     )
     # Large: as many channels as the paper's model of speech has gates.
     VARIANTS: ClassVar = {
