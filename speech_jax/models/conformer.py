@@ -9,7 +9,7 @@ import numpy as np
 
 from speech_jax import registry
 from speech_jax.errors import UserError
-from speech_jax.models import edges, layers
+from speech_jax.models import layers
 from speech_jax.ops import convolution, masking, partition
 from speech_jax.rules import Rules
 
@@ -213,40 +213,16 @@ class Subsampling(nn.Module):
     kind: str = "plane"
     dtype: Any = "float32"
 
-    def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
-        return self.run(x, lengths, None)[0]
-
-    @nn.nowrap
-    def start(self, rows: int, bands: int) -> tuple[jax.Array, ...]:
-        """What `run` keeps before the first piece: two frames, so that halving stays in step."""
-        kept, shape = [], (bands,) if self.kind == "time" else (bands, 1)
-        for _ in range(self.halvings):
-            kept.append(jnp.zeros((rows, 2, *shape), self.dtype))
-            shape = (*((size + 1) // 2 for size in shape[:-1]), self.channels)
-        return tuple(kept)
-
     @nn.compact
-    def run(
-        self, x: jax.Array, valid: jax.Array, kept: tuple[jax.Array, ...] | None
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Wholes of the lengths `valid` [B]; or pieces behind what was `kept`, and what to keep.
-
-        Of a piece, `valid` says which frames are: bool [B, N], where N is a multiple of what makes
-        an output.
-        """
+    def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
         convolve = registry.lookup("subsampling_kind", _HALVE, self.kind)
         x = x.astype(self.dtype)
         if self.kind != "time":
             x = x[..., None]  # [B, F, M, 1]
-        keep = []
         for index in range(self.halvings):
-            x = edges.zeroed(x, valid)
-            if kept is not None:
-                x, last = edges.behind(kept[index], x)
-                keep.append(last)
-            x = convolve(x, self.channels, index, self.dtype)
-            x = partition.split_rows(nn.relu(x if kept is None else x[:, 1:]))
-            valid = (valid + 1) // 2 if kept is None else valid[:, ::2]
+            x = convolve(_zero_past(x, lengths), self.channels, index, self.dtype)
+            x = partition.split_rows(nn.relu(x))
+            lengths = (lengths + 1) // 2
         batch, frames = x.shape[:2]
         # Frames that SpecAugment hides are zero up to here. Without a bias they would stay so, and
         # the norm of each layer would multiply their gradient by 316, one over the root of its
@@ -254,7 +230,7 @@ class Subsampling(nn.Module):
         project = nn.Dense(
             self.width, dtype=self.dtype, bias_init=nn.initializers.normal(0.1), name="project"
         )
-        return project(x.reshape(batch, frames, -1)), tuple(keep)
+        return project(x.reshape(batch, frames, -1))
 
 
 def _over_plane(x: jax.Array, channels: int, index: int, dtype: Any) -> jax.Array:
@@ -302,6 +278,12 @@ def _over_time(x: jax.Array, channels: int, index: int, dtype: Any) -> jax.Array
 
 
 _HALVE = {"plane": _over_plane, "separable": _separable, "time": _over_time}
+
+
+def _zero_past(x: jax.Array, lengths: jax.Array) -> jax.Array:
+    mask = masking.length_mask(lengths, x.shape[1])
+    mask = mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
 def halvings(subsampling: int) -> int:

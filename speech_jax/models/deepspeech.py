@@ -148,7 +148,11 @@ class DeepSpeech(nn.Module):
         first one to its last. N is a multiple of `subsampling`.
         """
         inputs, mask = piece
-        edges.check_piece(inputs.shape[1], self.subsampling)
+        if inputs.shape[1] % self.subsampling:
+            raise UserError(
+                f"a piece of {inputs.shape[1]} log-mel frames is no multiple of "
+                f"subsampling={self.subsampling}"
+            )
         return self._run(inputs, mask, carry, True, False)
 
     def _edges(self) -> dict[str, Edge]:

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from speech_jax.errors import UserError
 from speech_jax.ops import convolution, masking
 
 Kept = tuple[jax.Array, jax.Array]  # frames [B, K, ...], and which of them are valid [B, K]
@@ -48,7 +47,7 @@ class Edge:
         Each window of past + 1 + future frames, `stride` apart, is of an output.
         """
         zero = ((0, 0),) * (x.ndim - 2)
-        x = jnp.pad(zeroed(x, lengths), ((0, 0), (self.past, self.future), *zero))
+        x = jnp.pad(_zeroed(x, mask_of(lengths, x)), ((0, 0), (self.past, self.future), *zero))
         return x, (lengths + self.stride - 1) // self.stride
 
     def piece(
@@ -59,7 +58,7 @@ class Edge:
         `valid`, and what comes of it, says which frames are: bool [B, N].
         """
         count = x.shape[1] // self.stride  # outputs
-        x = jnp.concatenate([kept[0], zeroed(x, valid)], axis=1)
+        x = jnp.concatenate([kept[0], _zeroed(x, valid)], axis=1)
         valid = jnp.concatenate([kept[1], valid], axis=1)
         kept = (x[:, x.shape[1] - self.kept :], valid[:, x.shape[1] - self.kept :])
         needed = self.past + (count - 1) * self.stride + 1
@@ -72,26 +71,6 @@ def mask_of(valid: jax.Array, x: jax.Array) -> jax.Array:
     return masking.length_mask(valid, x.shape[1]) if valid.ndim == 1 else valid
 
 
-def zeroed(x: jax.Array, valid: jax.Array) -> jax.Array:
-    """Frames [B, T, ...] with zeros where they are not valid; `valid` is as of `mask_of`."""
-    mask = mask_of(valid, x)
+def _zeroed(x: jax.Array, mask: jax.Array) -> jax.Array:
     mask = mask.reshape(*mask.shape, *(1,) * (x.ndim - 2))
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
-
-
-def behind(kept: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Frames [B, N, ...] behind those that were kept [B, K, ...], and what to keep of both.
-
-    For what hears no more of the future than there is in a piece: it is given K frames more, and
-    what comes of them is dropped.
-    """
-    x = jnp.concatenate([kept, x], axis=1)
-    return x, x[:, x.shape[1] - kept.shape[1] :]
-
-
-def check_piece(frames: int, subsampling: int) -> None:
-    """Raises UserError where a piece is not of whole hidden frames."""
-    if frames % subsampling:
-        raise UserError(
-            f"a piece of {frames} log-mel frames is no multiple of subsampling={subsampling}"
-        )

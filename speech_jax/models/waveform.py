@@ -122,7 +122,7 @@ class WaveformWaveNet(nn.Module):
         x = convolution.dilated(heard, weight, 1, self.taps - 1) + bias[None, None]
         total, each = jnp.zeros_like(x), [x]
         for i, layer in enumerate(self.layer):
-            change, skipped, _ = layer(x, None, conditions(i) if conditions else None)
+            change, skipped = layer(x, None, conditions(i) if conditions else None)
             x = partition.split_rows(x + layers.dropout(change, self.dropout, seed, site=i))
             total = total + skipped
             each.append(x)

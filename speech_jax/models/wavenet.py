@@ -1,7 +1,4 @@
-"""WaveNet (van den Oord et al. 2016) as an encoder: dilated gated convolutions over log-mel.
-
-The causal form runs piece by piece, too (models/stepwise.py).
-"""
+"""WaveNet (van den Oord et al. 2016) as an encoder: dilated gated convolutions over log-mel."""
 
 from typing import Any, ClassVar
 
@@ -9,10 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from speech_jax.errors import UserError
-from speech_jax.models import edges, layers
+from speech_jax.models import layers
 from speech_jax.models.conformer import Subsampling, halved, halvings
-from speech_jax.ops import convolution, partition
+from speech_jax.ops import convolution, masking, partition
 from speech_jax.rules import Rules
 
 # How the layers, and what is behind them, lie on a mesh.
@@ -25,8 +21,6 @@ RULES: Rules = (
     (r"output/bias", ()),
     (r"norm/layer/(scale|bias)", ()),
 )
-
-Carry = dict[str, Any]  # what is kept of earlier pieces: of the subsampling, and of each layer
 
 
 class WaveNet(nn.Module):
@@ -43,6 +37,7 @@ class WaveNet(nn.Module):
       subsampling: 4 or 8, log-mel frames per hidden frame.
       subsampling_channels: channels of the strided convolutions; None is D.
       dropout: of what each layer adds.
+      adapter: hidden units of the adapter of what each layer adds (layers.Adapter); 0: none.
       remat: recompute each layer's activations in the backward pass.
       dtype: what the arithmetic runs in; parameters are float32.
     """
@@ -55,10 +50,10 @@ class WaveNet(nn.Module):
     subsampling: int = 4
     subsampling_channels: int | None = None
     dropout: float = 0.1
+    adapter: int = 0
     remat: bool = False
     dtype: Any = "float32"
 
-    delay: ClassVar = 0
     listens: ClassVar = "log_mel"
     above: ClassVar = "(output|norm)/.*"
     rules: ClassVar[Rules] = (
@@ -66,6 +61,7 @@ class WaveNet(nn.Module):
         (r"subsampling/project/kernel", ("fsdp", None)),
         (r"subsampling/(convolution_\d|project)/bias", ()),
         *RULES,
+        (r"adapter/(down|up)/(kernel|bias)", ()),
     )
     # Large: as many channels as the paper's model of speech has gates.
     VARIANTS: ClassVar = {
@@ -80,72 +76,19 @@ class WaveNet(nn.Module):
         """Hidden frames for `lengths` log-mel frames: each stride-2 convolution rounds up."""
         return halved(lengths, halvings(self.subsampling))
 
+    @nn.compact
     def __call__(
         self, inputs: jax.Array, lengths: jax.Array, deterministic: bool, layers_too: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        x, _ = self._run(inputs, lengths, None, deterministic, layers_too)
-        return x, self.output_lengths(lengths)
-
-    @nn.nowrap
-    def start(self, rows: int, bands: int) -> Carry:
-        """What is known before the first piece of log-mel frames of so many bands.
-
-        Raises:
-          UserError: of a WaveNet that hears later frames.
-        """
-        if not self.causal:
-            raise UserError(
-                "this WaveNet hears later frames, of a piece that is yet to come: for pieces, "
-                "train one with causal=True"
-            )
-        carry: Carry = {"subsampling": self._subsampling(parent=None).start(rows, bands)}
-        for i in range(self.num_layers):
-            past = (self.kernel - 1) * 2 ** (i % self.cycle)
-            carry[f"layer_{i}"] = jnp.zeros((rows, past, self.width), self.dtype)
-        return carry
-
-    def advance(self, carry: Carry, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Carry]:
-        """The next hidden frames [B, N / subsampling, width] for log-mel frames [B, N, M].
-
-        A piece has beside the frames which of them are valid, bool [B, N]: from an utterance's
-        first one to its last. N is a multiple of `subsampling`.
-        """
-        inputs, valid = piece
-        edges.check_piece(inputs.shape[1], self.subsampling)
-        return self._run(inputs, valid, carry, True, False)
-
-    @nn.nowrap
-    def _subsampling(self, **settings: Any) -> Subsampling:
-        return Subsampling(
+        x = Subsampling(
             self.width,
             self.subsampling_channels or self.width,
             halvings(self.subsampling),
             dtype=self.dtype,
             name="subsampling",
-            **settings,
-        )
-
-    @nn.compact
-    def _run(
-        self,
-        inputs: jax.Array,
-        valid: jax.Array,
-        carry: Carry | None,
-        deterministic: bool,
-        layers_too: bool,
-    ) -> tuple[jax.Array, Carry | None]:
-        """[B, F, M] to hidden frames [B, T, D].
-
-        Without a carry it is of wholes of the lengths `valid` [B]; with one, of pieces of which
-        the frames are valid that `valid` [B, F] says.
-        """
-        known, carry = carry, None if carry is None else {}
-        x, kept = self._subsampling().run(inputs, valid, known and known["subsampling"])
-        if known is None:
-            valid = self.output_lengths(valid)
-        else:
-            carry["subsampling"], valid = kept, valid[:, :: self.subsampling]
-        mask = edges.mask_of(valid, x)
+        )(inputs, lengths)
+        lengths = self.output_lengths(lengths)
+        mask = masking.length_mask(lengths, x.shape[1])
         seed = None
         if not deterministic:
             seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
@@ -154,11 +97,9 @@ class WaveNet(nn.Module):
         for i in range(self.num_layers):
             layer = make(
                 self.width, self.kernel, 2 ** (i % self.cycle), self.causal, self.dtype,
-                name=f"layer_{i}",
+                self.adapter, name=f"layer_{i}",
             )  # fmt: skip
-            change, skipped, kept = layer(x, mask, kept=known and known[f"layer_{i}"])
-            if known is not None:
-                carry[f"layer_{i}"] = kept
+            change, skipped = layer(x, mask)
             x = partition.split_rows(x + layers.dropout(change, self.dropout, seed, site=i))
             total = total + skipped
             each.append(x)
@@ -167,15 +108,14 @@ class WaveNet(nn.Module):
         x = layers.LayerNorm(self.dtype, name="norm")(x)
         if layers_too:
             x, mask = jnp.stack([*each[:-1], x], axis=2), mask[:, :, None]
-        return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), carry
+        return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), lengths
 
 
 class Layer(nn.Module):
     """A gated dilated convolution: what it adds to [B, T, D], and what it skips to the end.
 
     `mask` bool [B, T] is of valid frames; None where no frame hears what is not. `condition`
-    [B, T, 2 D] is added to the gates. Of pieces, a causal one is given what was `kept` of earlier
-    ones, normalized [B, K, D], and returns what to keep in the end.
+    [B, T, 2 D] is added to the gates.
     """
 
     width: int
@@ -183,16 +123,12 @@ class Layer(nn.Module):
     dilation: int
     causal: bool
     dtype: Any
+    adapter: int = 0
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array | None,
-        condition: jax.Array | None = None,
-        kept: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        frames = x.shape[1]
+        self, x: jax.Array, mask: jax.Array | None, condition: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         x = layers.LayerNorm(self.dtype, name="norm")(x)
         if mask is not None:
             x = jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype))
@@ -201,11 +137,7 @@ class Layer(nn.Module):
         bias = self.param("gate_bias", nn.initializers.zeros, (2 * self.width,))
         past = (self.kernel - 1) * self.dilation
         past = past if self.causal else past // 2
-        if kept is not None:
-            x, kept = edges.behind(kept, x)
         gates = convolution.dilated(x, weight.astype(self.dtype), self.dilation, past)
-        if kept is not None:
-            gates = gates[:, gates.shape[1] - frames :]
         gates = gates + bias.astype(self.dtype)[None, None]
         if condition is not None:
             gates = gates + condition
@@ -214,4 +146,7 @@ class Layer(nn.Module):
         project, skip = (
             nn.Dense(self.width, dtype=self.dtype, name=name) for name in ("project", "skip")
         )
-        return project(hidden), skip(hidden), kept
+        change = project(hidden)
+        if self.adapter:
+            change = layers.Adapter(self.adapter, self.dtype, name="adapter")(change)
+        return change, skip(hidden)
