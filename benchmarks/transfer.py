@@ -97,6 +97,9 @@ def _scores(asked: argparse.Namespace, name: str, seed: int) -> dict[str, float]
         command += [f"--workdir={workdir}", f"--config.data.root={asked.root}", *own]
         subprocess.run(command, check=True)
     found = json.loads(results.read_text())
+    began = found["config"]["init"]["folder"]
+    if name not in ("scratch", "random", "random_sum") and began != asked.encoder:
+        sys.exit(f"{workdir} started from {began}, not from {asked.encoder}: name another --out")
     config = found["config"]["data"]
     split = config["test_splits"] or config["eval_splits"]
     return {k: v for k, v in found["splits"][split].items() if k in MEASURES}
