@@ -72,6 +72,10 @@ class WaveformWaveNet(nn.Module):
                 f"config.model.bits={self.bits} must be 8 (mu-law classes) or 16 (samples as they "
                 "are)"
             )
+        if self.kernel < 2:
+            raise UserError(
+                f"config.model.kernel={self.kernel} must be 2 or more: layers hear earlier samples"
+            )
         shape = (self.taps, 2, self.width)
         self.input = self.param("input", nn.initializers.lecun_normal(in_axis=(0, 1)), shape)
         self.input_bias = self.param("input_bias", nn.initializers.zeros, (self.width,))
