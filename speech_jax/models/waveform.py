@@ -166,7 +166,8 @@ class SampleModel(nn.Module):
 
     delay = 0
     rules: ClassVar[Rules] = (
-        (r"condition/(listen|gates)/kernel", ()),
+        (r"condition/listen/kernel", ()),
+        (r"condition/gates/kernel", ("fsdp", None, None)),
         (r"condition/(listen|gates)/bias", ()),
         (r"condition/speakers/embedding", ()),
         (r"head/kernel", ("fsdp", None)),
