@@ -26,12 +26,9 @@ ENCODERS = {
 # Settings of the task, and of what it decodes with.
 TASKS = {
     "recognize": (tasks.settings("recognize"), {}),
-    "attend": (tasks.settings("attend"), {"name": "joint", "width": 8}),
-    "transduce": (tasks.settings("transduce", width=128, ctc_weight=0.5), {"name": "transducer"}),
-    "tdt": (
-        tasks.settings("transduce", width=128, ctc_weight=0.5, durations=(0, 1, 2, 3, 4)),
-        {"name": "transducer"},
-    ),
+    "attend": (tasks.settings("attend"), {"width": 8}),
+    "transduce": (tasks.settings("transduce", width=128, ctc_weight=0.5), {}),
+    "tdt": (tasks.settings("transduce", width=128, ctc_weight=0.5, durations=(0, 1, 2, 3, 4)), {}),
 }
 
 

@@ -339,7 +339,10 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
         arguments["frontend"] = make_frontend(config, arguments["encoder"], parts)
     if "decoder" in accepted:
         seconds = frame_seconds(config, arguments["encoder"], arguments["frontend"])
-        arguments["decoder"] = Decoder(config.decoder, parts["labels"], seconds)
+        settings = dict(config.decoder)
+        if settings["name"] is None and hasattr(constructor, "usual_search"):
+            settings["name"] = constructor.usual_search(**arguments)
+        arguments["decoder"] = Decoder(settings, parts["labels"], seconds)
         arguments["decoder"].check_task(getattr(constructor, "searches", ()))
     if "counts" in accepted:
         arguments["counts"] = {name: part.count for name, part in parts.items() if part.count}
