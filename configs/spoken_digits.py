@@ -5,15 +5,15 @@
 
 53 minutes of training speech in LibriSpeech layout, splits `train` and `dev`; scores are in
 benchmarks/RESULTS.md. The argument is the encoder: `configs/spoken_digits.py:deepspeech`,
-`wavenet`, `wav2vec2`, or `conformer`, which it is without one. What follows a plus is the task: CTC
-without one, `conformer+attend` for CTC and an attention decoder together, `conformer+transduce` for
-a transducer, `conformer+tdt` for one with durations.
+`wavenet`, `wav2vec2`, or `conformer`, which it is without one. What follows a plus
+is the task: CTC without one, `conformer+attend` for CTC and an attention decoder together,
+`conformer+transduce` for a transducer, `conformer+tdt` for one with durations.
 """
 
 from speech_jax import config as defaults
 from speech_jax import models, registry, tasks
 
-# A hidden frame is eight of log-mel: of pieces that are words there are few.
+# A hidden frame is eight of log-mel, if it is of log-mel: of pieces that are words there are few.
 ENCODERS = {
     "conformer": {"subsampling": 8},
     "deepspeech": {
