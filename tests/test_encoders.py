@@ -68,7 +68,7 @@ CASES = {
     "wavenet-causal-8": (
         "wavenet",
         "tiny",
-        {"width": 16, "num_layers": 4, "kernel": 2, "causal": True, "subsampling": 8},
+        {"width": 16, "num_layers": 4, "kernel": 2, "causal": True, "subsampling": 8, "adapter": 3},
     ),
     "wavenet-waveform": (
         "wavenet_waveform",
@@ -318,12 +318,14 @@ def test_layers_are_dropped_more_often_towards_the_end():
     np.testing.assert_allclose(found.mean((1, 2, 3)), 1.0, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["deepspeech", "deepspeech-lookahead-batch", "wavenet"])
+@pytest.mark.parametrize(
+    "name", ["deepspeech", "deepspeech-lookahead-batch", "wavenet", "wavenet-waveform"]
+)
 def test_remat_changes_nothing(name, monkeypatch):
     monkeypatch.setattr(deepspeech, "CHUNK", 7)  # several, the last of which is not whole
     kind, variant, settings = CASES[name]
     case, key = make_case(name), jax.random.key(1)
-    again = Case(kind, variant, {**settings, "remat": True})
+    again = Case(kind, variant, {**settings, "remat": not settings.get("remat", False)})
     found, expected = (jax.tree.leaves(each.gradient(case.params, key)) for each in (again, case))
     largest = max(np.abs(leaf).max() for leaf in expected)
     for ours, theirs in zip(found, expected, strict=True):

@@ -15,6 +15,8 @@ import numpy as np
 from speech_jax.data.sources import Utterance
 from speech_jax.evaluators import intervals
 
+_KEYS = ("metric", "before", "after", "gain", "interval", "over")
+
 
 def gain(
     tallies: Callable[[Mapping[str, Any]], Mapping[str, tuple[float, float]]],
@@ -36,8 +38,7 @@ def gain(
     """
     one, other = _lines(before), _lines(after)
     names = sorted(one.keys() & other.keys())
-    keys = ("metric", "before", "after", "gain", "interval", "over")
-    found: dict[str, Any] = dict.fromkeys(keys) | {"utterances": len(names)}
+    found: dict[str, Any] = dict.fromkeys(_KEYS) | {"utterances": len(names)}
     if not names:
         return found
     found["metric"] = next(iter(tallies(one[names[0]])))
@@ -58,6 +59,22 @@ def gain(
         "interval": interval and list(interval),
         "over": "speakers" if speakers else "utterances",
     }
+
+
+def difference(
+    metric: str, mode: str, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `gain` returns, of a metric that is no sum over utterances: an interval is not known.
+
+    Args:
+      metric: its name in the results `before` and `after`; mode: 'min' where less is better.
+    """
+    found = dict.fromkeys(_KEYS) | {"metric": metric, "utterances": after.get("utterances", 0)}
+    first, last = before.get(metric), after.get(metric)
+    if first is None or last is None:
+        return found
+    gained = first - last if mode == "min" else last - first
+    return found | {"before": first, "after": last, "gain": gained}
 
 
 def _lines(path: pathlib.Path) -> dict[str, dict[str, Any]]:

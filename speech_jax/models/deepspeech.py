@@ -72,6 +72,7 @@ class DeepSpeech(nn.Module):
     dtype: Any = "float32"
 
     listens: ClassVar = "log_mel"
+    above: ClassVar = r"(lookahead|dense_after_\d+|norm)/.*"
     rules: ClassVar[Rules] = (
         (r"convolution_\d/kernel", (None, None, None, "fsdp")),
         (r"(context|project)/kernel", ("fsdp", None)),

@@ -18,6 +18,17 @@ from speech_jax.rules import Rules
 
 Carry = dict[str, Any]  # edges.Kept of each layer, and of each convolution of the subsampling
 
+# How the layers, and what is behind them, lie on a mesh.
+RULES: Rules = (
+    (r"layer_\d+/gate", (None, "fsdp", None)),
+    (r"layer_\d+/gate_bias", ()),
+    (r"layer_\d+/(project|skip)/kernel", ("fsdp", None)),
+    (r"layer_\d+/(project|skip)/bias", ()),
+    (r"output/kernel", ("fsdp", None)),
+    (r"output/bias", ()),
+    (r"norm/layer/(scale|bias)", ()),
+)
+
 
 class WaveNet(nn.Module):
     """Log-mel [B, F, M] to hidden [B, F / subsampling, width], the sum of what all layers skip.
@@ -33,6 +44,7 @@ class WaveNet(nn.Module):
       subsampling: 4 or 8, log-mel frames per hidden frame.
       subsampling_channels: channels of the strided convolutions; None is D.
       dropout: of what each layer adds.
+      adapter: hidden units of the adapter of what each layer adds (layers.Adapter); 0: none.
       remat: recompute each layer's activations in the backward pass.
       dtype: what the arithmetic runs in; parameters are float32.
     """
@@ -45,22 +57,19 @@ class WaveNet(nn.Module):
     subsampling: int = 4
     subsampling_channels: int | None = None
     dropout: float = 0.1
+    adapter: int = 0
     remat: bool = False
     dtype: Any = "float32"
 
     delay = 0
     listens: ClassVar = "log_mel"
+    above: ClassVar = "(output|norm)/.*"
     rules: ClassVar[Rules] = (
         (r"subsampling/convolution_\d/kernel", (None, None, None, "fsdp")),
         (r"subsampling/project/kernel", ("fsdp", None)),
         (r"subsampling/(convolution_\d|project)/bias", ()),
-        (r"layer_\d+/gate", (None, "fsdp", None)),
-        (r"layer_\d+/gate_bias", ()),
-        (r"layer_\d+/(project|skip)/kernel", ("fsdp", None)),
-        (r"layer_\d+/(project|skip)/bias", ()),
-        (r"output/kernel", ("fsdp", None)),
-        (r"output/bias", ()),
-        (r"norm/layer/(scale|bias)", ()),
+        *RULES,
+        (r"adapter/(down|up)/(kernel|bias)", ()),
     )
     # Large: as many channels as the paper's model of speech has gates.
     VARIANTS: ClassVar = {
@@ -147,7 +156,9 @@ class WaveNet(nn.Module):
         make = nn.remat(Layer) if self.remat else Layer
         for i, dilation in enumerate(self.dilations):
             name = f"layer_{i}"
-            layer = make(self.width, self.kernel, dilation, self.causal, self.dtype, name=name)
+            layer = make(
+                self.width, self.kernel, dilation, self.causal, self.dtype, self.adapter, name=name
+            )
             change, skipped, carry[name] = layer(x, valid, None, known.get(name))
             x = partition.split_rows(x + layers.dropout(change, self.dropout, seed, site=i))
             total = total + skipped
@@ -179,6 +190,7 @@ class Layer(nn.Module):
     dilation: int
     causal: bool
     dtype: Any
+    adapter: int = 0
 
     @nn.compact
     def __call__(
@@ -203,4 +215,7 @@ class Layer(nn.Module):
         project, skip = (
             nn.Dense(self.width, dtype=self.dtype, name=name) for name in ("project", "skip")
         )
-        return project(hidden), skip(hidden), kept
+        change = project(hidden)
+        if self.adapter:
+            change = layers.Adapter(self.adapter, self.dtype, name="adapter")(change)
+        return change, skip(hidden), kept
