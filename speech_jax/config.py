@@ -6,10 +6,8 @@ the command line overrides single values (`--config.train.steps=1000`). The resu
 any work is done.
 """
 
-import dataclasses
 import difflib
 import inspect
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,38 +15,17 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict, config_dict
 
+from speech_jax import config_values as values
 from speech_jax import models, registry, tasks
 from speech_jax.data import parts
-from speech_jax.data.sources import SOURCES
-from speech_jax.data.text import NORMALIZERS
 from speech_jax.decoding.decoder import Settings
 from speech_jax.errors import UserError
 from speech_jax.models import frontend
 from speech_jax.ops import augment
 from speech_jax.training import groups, peft
-from speech_jax.training.adversarial import NORMS, SPACES, Adversary
+from speech_jax.training.adversarial import Adversary
 from speech_jax.training.optim import OPTIMIZERS, SCHEDULES, make_optimizer
 
-# What a value must be, beside having the type of its default.
-CHOICES = {
-    "data.source": SOURCES,
-    "data.on_error": ("raise", "skip"),
-    "text.tokenizer": ("characters", "sentencepiece"),
-    "text.normalizer": NORMALIZERS,
-    "init.take": ("encoder", "model"),
-    "features.normalize": ("utterance", "global", "none"),
-    "robustness.space": SPACES,
-    "robustness.norm": NORMS,
-    "model.dtype": ("float32", "bfloat16"),
-    "model.subsampling_kind": ("plane", "separable", "time"),
-    "checkpoint.mode": ("", "min", "max"),
-    "task.pooling": ("mean", "statistics", "attentive"),
-    "task.activation": ("relu", "none"),
-    "task.predictor": ("stateless", "recurrent"),
-    "optimizer.name": OPTIMIZERS,
-    "optimizer.mu_dtype": ("float32", "bfloat16"),
-    "schedule.name": SCHEDULES,
-}
 # Arguments of parts, schedules and optimizers that a run gives them, and nobody sets.
 _GIVEN = (
     "source", "name", "moments", "known", "seed", "steps", "params", "schedule", "defaults",
@@ -56,76 +33,6 @@ _GIVEN = (
 )  # fmt: skip
 # Rules: pairs of a regular expression and a number, see rules.py.
 _RULES = ("optimizer.decay", "optimizer.rates", "optimizer.frozen")
-# What is None by default, and a value of its type.
-_LIKE = {
-    "features.high_hz": 0.0,
-    "adversarial.snr_db": 0.0,
-    "model.attention_dropout": 0.0,
-    "model.subsampling_channels": 0,
-    "optimizer.momentum": 0.0,
-    **{f"decoder.{field.name}": field.default for field in dataclasses.fields(Settings)},
-}
-_ABOVE_ZERO = ("must be greater than 0", lambda value: value > 0)
-_FROM_ZERO = ("must be at least 0", lambda value: value >= 0)
-_SHARE = ("must be in [0, 1]", lambda value: 0 <= value <= 1)
-_SHARE_BELOW_ONE = ("must be in [0, 1)", lambda value: 0 <= value < 1)
-_SEED = ("must be in [0, 2**31)", lambda value: 0 <= value < 2**31)
-RANGES = {
-    "seed": _SEED,
-    **dict.fromkeys(
-        (
-            "data.sample_rate", "data.max_seconds", "data.batch_seconds", "data.buckets",
-            "data.eval_buckets", "data.eval_max_seconds",
-            "text.vocabulary_size", "features.mels", "features.window_ms",
-            "features.hop_ms", "features.high_hz", "robustness.epsilons", "train.steps",
-            "train.accumulate", "train.log_every", "train.eval_every", "checkpoint.every",
-            "checkpoint.keep", "schedule.peak", "data.speeds", "model.width", "model.heads",
-            "model.num_layers", "model.kernel", "model.expansion", "model.feed_forward",
-            "model.conv_channels", "model.conv_kernels", "model.conv_strides", "model.conv_bands",
-            "model.subsampling_channels", "model.position_groups", "model.cycle", "task.codes",
-            "task.groups", "task.negatives", "task.mask_length", "task.scale", "task.cohort",
-            "task.layers", "task.heads", "task.beam", "task.labels_per_frame",
-            "task.context", "task.width", "task.most", "lora.alpha",
-        ),
-        _ABOVE_ZERO,
-    ),
-    **dict.fromkeys(
-        (
-            "data.train_minutes", "data.min_seconds", "data.threads", "features.low_hz",
-            "features.floor", "spec_augment.start_step", "spec_augment.time_masks",
-            "spec_augment.frequency_masks", "spec_augment.time_width", "spec_augment.time_warp",
-            "spec_augment.frequency_width", "spec_augment.ramp", "data.short_first",
-            "task.consistency", "task.consistency_warmup",
-            "optimizer.clip_norm", "optimizer.weight_decay",
-            "schedule.warmup", "schedule.hold", "train.max_skipped", "checkpoint.patience",
-            "checkpoint.patience_epochs", "checkpoint.min_delta", "train.eval_epochs",
-            "checkpoint.watchdog_seconds", "model.position_kernel", "model.feature_gradient",
-            "model.lookahead", "model.context", "model.dense_before", "model.dense_after",
-            "task.length_penalty", "task.units", "task.balance", "task.margin", "task.durations",
-            "task.sigma", "task.span",
-            "task.warmup", "model.adapter", "lora.rank",
-        ),
-        _FROM_ZERO,
-    ),
-    **dict.fromkeys(
-        (
-            "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
-            "model.mask_time", "model.mask_channel", "task.mask_fraction", "task.mixup",
-            "task.omega", "task.ctc_weight", "task.inter_ctc", "optimizer.eps",
-            "optimizer.eps_root",
-        ),
-        _SHARE,
-    ),
-    **dict.fromkeys(
-        (
-            "train.ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum",
-            "model.dropout", "model.attention_dropout", "model.input_dropout",
-            "model.layer_drop", "task.feature_dropout", "task.dropout",
-            "task.smoothing", "spec_augment.vocal_tract",
-        ),
-        _SHARE_BELOW_ONE,
-    ),
-}  # fmt: skip
 
 
 def default() -> ConfigDict:
@@ -335,7 +242,7 @@ def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
             if name in recorded:
                 config[name] = ConfigDict()
         _merge(config, recorded, "", where)
-        _check_ranges(config)
+        values.check_ranges(config)
         models.make_encoder(**config.model).output_lengths(1 << 20)  # its geometry
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
@@ -352,9 +259,9 @@ def _merge(config: ConfigDict, recorded: Mapping[str, Any], prefix: str, where: 
         elif key in config or name.startswith(_OPEN) or not prefix:
             value = tuple(value) if isinstance(value, list) else value
             if isinstance(like := config.get(key), ConfigDict):
-                raise UserError(f"config.{name}={_shown(value)} must be a section")
+                raise UserError(f"config.{name}={values.shown(value)} must be a section")
             if key in config:
-                _check_type(value, like, name)
+                values.check_type(value, like, name)
             with config.ignore_type():
                 config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
         else:
@@ -392,23 +299,16 @@ def split_names(value: str) -> list[str]:
 def check(config: ConfigDict) -> None:
     """Raises UserError for a value that cannot work, naming its key."""
     _check_keys(config, _reference(config), "")
-    for key, known in CHOICES.items():
-        value = _get(config, key)
-        if value is not None and (not isinstance(value, str) or value not in known):
-            near = difflib.get_close_matches(str(value), list(known), n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise UserError(
-                f"config.{key}={_shown(value)}{hint}: it must be one of {', '.join(known)}"
-            )
+    values.check_choices(config)
     _check_keywords(config)
-    _check_ranges(config)
+    values.check_ranges(config)
     for key in _RULES:
-        for rule in _get(config, key) or ():
+        for rule in values.get(config, key) or ():
             pair = isinstance(rule, tuple | list) and len(rule) == 2
-            if not pair or not isinstance(rule[0], str) or not _is_number(rule[1]):
+            if not pair or not isinstance(rule[0], str) or not values.is_number(rule[1]):
                 raise UserError(
-                    f"config.{key} holds {_shown(rule)}, which is not a rule: a rule is the end "
-                    "of a parameter's path and a number, such as ('encoder/.*', 0.5)"
+                    f"config.{key} holds {values.shown(rule)}, which is not a rule: a rule is the "
+                    "end of a parameter's path and a number, such as ('encoder/.*', 0.5)"
                 )
     for key, patterns in (("init.new", config.init.new), ("lora.targets", [config.lora.targets])):
         for pattern in patterns:
@@ -416,7 +316,7 @@ def check(config: ConfigDict) -> None:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
                 raise UserError(
-                    f"config.{key}: {_shown(pattern)} is not a regular expression ({error})"
+                    f"config.{key}: {values.shown(pattern)} is not a regular expression ({error})"
                 ) from error
     data = config.data
     if data.batch_seconds < data.max_seconds:
@@ -478,34 +378,6 @@ def _changed(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def _check_ranges(config: ConfigDict) -> None:
-    for key, (demand, fits) in RANGES.items():
-        value = _get(config, key)
-        if value is None:
-            continue
-        several = value if isinstance(value, tuple | list) else (value,)
-        if not all(_is_number(each) for each in several):
-            raise UserError(f"config.{key}={_shown(value)} must hold numbers alone")
-        if not all(map(fits, several)):
-            raise UserError(f"config.{key}={_shown(value)} {demand}")
-    of_convolutions = {
-        f"config.model.{key}": value
-        for key, value in config.model.items()
-        if key.startswith("conv_") and isinstance(value, tuple | list)
-    }
-    if len(set(map(len, of_convolutions.values()))) > 1:
-        raise UserError(
-            f"{', '.join(of_convolutions)} must be of equal length: a number for each convolution"
-        )
-    rate = config.data.sample_rate
-    for key in ("window_ms", "hop_ms"):
-        if not 500 <= config.features[key] * rate < 1e9:
-            raise UserError(
-                f"config.features.{key}={config.features[key]:g} must be from a sample of "
-                f"config.data.sample_rate={rate} to a quarter of an hour: 25 and 10 are usual"
-            )
-
-
 def _reference(config: ConfigDict) -> ConfigDict:
     """The defaults, with the settings of the encoder and the task that `config` names."""
     reference = default().unlock()
@@ -513,7 +385,7 @@ def _reference(config: ConfigDict) -> ConfigDict:
         name = config[section].get("name")
         if not isinstance(name, str):
             raise UserError(
-                f"config.{section}.name={_shown(name)} must be a name: say which {section}"
+                f"config.{section}.name={values.shown(name)} must be a name: say which {section}"
             )
         try:
             reference[section] = ConfigDict(defaults_of(name))
@@ -542,11 +414,11 @@ def _check_keys(config: ConfigDict, reference: ConfigDict, prefix: str) -> None:
         elif isinstance(like, ConfigDict):
             if not isinstance(value, ConfigDict):
                 raise UserError(
-                    f"config.{name}={_shown(value)} must be a section: give single keys of it"
+                    f"config.{name}={values.shown(value)} must be a section: give single keys of it"
                 )
             _check_keys(value, like, f"{name}.")
         else:
-            _check_type(value, like, name)
+            values.check_type(value, like, name)
 
 
 def _check_keywords(config: ConfigDict) -> None:
@@ -564,7 +436,7 @@ def _check_keywords(config: ConfigDict) -> None:
         usual = default()[name]
         for key, value in config[name].items():
             if key in known:
-                _check_type(value, usual.get(key, known[key]), f"{name}.{key}")
+                values.check_type(value, usual.get(key, known[key]), f"{name}.{key}")
             elif key != "name" and value != usual.get(key):
                 registry.lookup(f"key of config.{name} ({config[name].name})", known, key)
 
@@ -582,50 +454,8 @@ def _keywords(function: Callable) -> dict[str, Any]:
 def _check_free(section: Any, like: ConfigDict, name: str) -> None:
     if not isinstance(section, ConfigDict):
         raise UserError(
-            f"config.{name}={_shown(section)} must be a section: give single keys of it"
+            f"config.{name}={values.shown(section)} must be a section: give single keys of it"
         )
     for key, value in section.items():
         if not isinstance(value, ConfigDict):
-            _check_type(value, like.get(key, value), f"{name}.{key}")
-
-
-def _shown(value: Any) -> str:
-    """A value in an error: on one line that is not long."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
-
-
-def _check_type(value: Any, like: Any, name: str) -> None:
-    """A value must be of its default's type; what is None by default may be anything finite."""
-    if like is None and value is not None:
-        like = _LIKE.get(name)
-    if value is None or like is None:
-        if like is not None:
-            raise UserError(f"config.{name}=None must be {_KINDS.get(type(like), 'a value')}")
-    elif isinstance(like, tuple | list):
-        if not isinstance(value, tuple | list):
-            raise UserError(
-                f"config.{name}={_shown(value)} must be a tuple, such as {tuple(like)!r}"
-            )
-    elif type(like) in _KINDS:
-        wanted = (int, float) if type(like) is float else type(like)
-        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(like, bool):
-            raise UserError(f"config.{name}={_shown(value)} must be {_KINDS[type(like)]}")
-    for each in value if isinstance(value, tuple | list) else (value,):
-        if isinstance(each, int) and not -(2**63) <= each < 2**63:
-            raise UserError(f"config.{name}={_shown(value)} must be of 64 bits")
-        if isinstance(each, float) and not math.isfinite(each):
-            raise UserError(f"config.{name}={_shown(value)} must be finite")
-
-
-def _get(config: ConfigDict, key: str) -> Any:
-    """The value of a key; None where the encoder, task or optimizer has no such setting."""
-    section, _, name = key.rpartition(".")
-    return (config[section] if section else config).get(name)
+            values.check_type(value, like.get(key, value), f"{name}.{key}")

@@ -72,11 +72,15 @@ def _fit_head(alone: ConfigDict, folder: Workdir, train: Callable[..., dict | No
 def _measured(config: ConfigDict, workdir: Workdir, before: dict[str, Workdir]) -> dict[str, Any]:
     """{"before": scores by what and split, "gain": that of each split}."""
     parts = experiment.restore_parts(config, workdir.folder)
-    evaluator = experiment.make_task(config, parts).evaluator(parts)
+    task = experiment.make_task(config, parts)
+    evaluator = task.evaluator(parts)
     first = before.get("head", before["untouched"])
     gains = {}
     for split in _compared(config):
-        if hasattr(evaluator, "tallies") and first.predictions(split).exists():
+        if not (hasattr(evaluator, "tallies") or hasattr(evaluator, "statistics")):
+            one, other = (_scores(folder).get(split, {}) for folder in (first, workdir))
+            gains[split] = compare.difference(*task.best, one, other)
+        elif first.predictions(split).exists():
             utterances = experiment.open_splits(config, split).utterances
             paths = first.predictions(split), workdir.predictions(split)
             gains[split] = compare.gain(evaluator, *paths, utterances)
@@ -89,8 +93,11 @@ def _scores(folder: Workdir) -> dict[str, Any]:
 
 
 def _line(split: str, found: dict[str, Any]) -> str:
-    if not found["interval"]:
+    if found["gain"] is None:
         return ""
+    if not found["interval"]:
+        before, after, gain = (f"{found[key]:.4f}" for key in ("before", "after", "gain"))
+        return f"{split}: {found['metric']} {before} before, {after} after, gain {gain}"
     values = (found["before"], found["after"], found["gain"], *found["interval"])
     before, after, gain, low, high = (100 / found["of"] * value for value in values)
     unit = "%" if found["of"] == 1 else ""

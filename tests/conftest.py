@@ -82,8 +82,19 @@ def finished(tones, tmp_path_factory):
     from speech_jax import files, train
     from speech_jax.workdir import Workdir
 
-    config = runs.learning_config(tones)
-    folder = made_once(tmp_path_factory, "finished", lambda path: train.run(config, Workdir(path)))
+    config, compiled = runs.learning_config(tones), []
+
+    def count(event: str, seconds: float, **of: str) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and of["fun_name"] == "jit(step)":
+            compiled.append(seconds)
+
+    def make(path):
+        jax.monitoring.register_event_duration_secs_listener(count)
+        train.run(config, Workdir(path))
+        jax.monitoring.unregister_event_duration_listener(count)
+        files.write_atomically(path / "compiled.json", files.dump_json(compiled))
+
+    folder = made_once(tmp_path_factory, "finished", make)
     return runs.Finished(config, Workdir(folder), files.read_json(Workdir(folder).results))
 
 

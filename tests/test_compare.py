@@ -12,7 +12,8 @@ from speech_jax.data.sources import Utterance
 from speech_jax.data.text import CharacterTokenizer
 from speech_jax.evaluators.accuracy import Accuracy
 from speech_jax.evaluators.bleu import Bleu
-from speech_jax.evaluators.compare import gain
+from speech_jax.evaluators.compare import difference, gain
+from speech_jax.gain import _line as gain_line
 
 EVALUATOR = Accuracy(Category(("a", "b")))
 
@@ -67,6 +68,15 @@ def test_what_one_of_them_lacks_is_in_neither(tmp_path):
     assert (found["utterances"], found["gain"], found["after"]) == (2, 0.5, 0.0)
     nothing = gain(EVALUATOR, write(tmp_path / "none", []), other)
     assert (nothing["utterances"], nothing["gain"], nothing["interval"]) == (0, None, None)
+
+
+def test_what_is_no_sum_over_utterances_is_compared_without_an_interval():
+    found = difference("eer", "min", {"eer": 0.2}, {"eer": 0.05, "utterances": 7})
+    assert (found["before"], found["after"], found["utterances"]) == (0.2, 0.05, 7)
+    assert (found["gain"], found["interval"]) == (pytest.approx(0.15), None)
+    assert difference("accuracy", "max", {"accuracy": 0.5}, {"accuracy": 0.75})["gain"] == 0.25
+    assert difference("eer", "min", {"eer": 0.2}, {"eer": None})["gain"] is None
+    assert gain_line("dev", found) == "dev: eer 0.2000 before, 0.0500 after, gain 0.1500"
 
 
 def test_bleu_is_gained_by_the_same_draws(tmp_path):

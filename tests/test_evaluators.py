@@ -497,6 +497,12 @@ def test_the_norm_is_that_of_both_sides():
     assert again[0] == pytest.approx(found[0] - 0.3 / 0.1 / 2)
 
 
+def _added(evaluator: Evaluator, given: Sequence[Given]) -> Evaluator:
+    for one in given:
+        evaluator.add(*one)
+    return evaluator
+
+
 def test_trials_come_from_a_file(tmp_path):
     kinds = {
         "voxceleb": "1 0 1\n0 0 2\n\n0 0 gone\n",
@@ -510,11 +516,27 @@ def test_trials_come_from_a_file(tmp_path):
             evaluator.add(*_heard(number, "", degrees))
         results = evaluator.results()
         assert (results["eer"], results["pairs"], results["pairs_left_out"]) == (0.0, 2, 1)
+    # What the file does not name is compared in all pairs, and said to be: it may pick the model.
+    others = [_heard(number, who, 10.0 * number) for number, who in enumerate("aabb", 3)]
+    trials = read_trials(str(path))
+    (found, line), (plain, _) = (
+        (evaluator.results(), evaluator.line())
+        for evaluator in (_added(Verification("speaker", some), others) for some in (trials, ()))
+    )
+    assert found == plain | {"pairs_left_out": 3}
+    assert found["pairs"] == 6
+    assert "names none of them" in line
+    unknown = _added(Verification("speaker", trials), [_heard(3, "", 0), _heard(4, "a", 0)])
+    assert unknown.results()["eer"] is None
     (tmp_path / "bad").write_text("1 0 1\n2 0 1\n")
     with pytest.raises(UserError, match="bad:2: '2 0 1' is not a trial"):
         read_trials(str(tmp_path / "bad"))
     with pytest.raises(UserError, match="absent cannot be read"):
         read_trials(str(tmp_path / "absent"))
+
+
+def test_bits_are_no_share_that_a_report_would_show_in_per_cent():
+    assert not hasattr(Bits(), "tallies")
 
 
 def test_an_utterance_of_nobody_is_named():

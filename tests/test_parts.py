@@ -417,6 +417,15 @@ def test_a_class_of_one_example_is_named_or_left_out(source, caplog):
         kept.sizes(lonely.utterances[4])
 
 
+@pytest.mark.parametrize("speakers", ["aaaaaa", "aabcde", "abcdef"])
+def test_fewer_than_two_classes_of_two_examples_are_refused(source, speakers):
+    tagged = source
+    for place, speaker in enumerate(speakers):
+        tagged = _changed(tagged, {"tags": {"speaker": speaker}}, place)
+    with pytest.raises(PartError, match=r"have [01] class(es)? of the tag 'speaker' with two"):
+        Category.make(tagged, "target", tag="speaker", on_error="skip")
+
+
 def test_evaluation_refuses_a_class_that_training_had_not_unless_told_otherwise(source):
     strange = _changed(source, {"tags": {"speaker": "s9"}}, 4).utterances[4]
     for unseen in (False, True):

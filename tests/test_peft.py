@@ -14,11 +14,11 @@ import pytest
 import runs
 import test_encoders
 from configs import finetune_lora, librispeech
-from speech_jax import bundle, experiment, train
+from speech_jax import bundle, experiment, tasks, train
 from speech_jax import config as defaults
 from speech_jax.bundle import base, format, start
 from speech_jax.bundle import runs as run_folders
-from speech_jax.data.batch import Bucket
+from speech_jax.data.batch import Bucket, shapes
 from speech_jax.data.parts.audio import Audio
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.text import CharacterTokenizer
@@ -174,6 +174,27 @@ def test_what_is_frozen_costs_nothing(tmp_path):
     assert moments(lora) < 0.05 * moments(full)
 
 
+@pytest.mark.parametrize("take", ["model", "encoder"])
+def test_a_decoder_stands_still_beneath_its_changes_where_it_was_trained(take, tmp_path):
+    config = runs.tiny_config(tmp_path)
+    config.features.normalize = "utterance"
+    config.task = tasks.settings("attend", layers=1, heads=2)
+    config.lora.rank = 1
+    config.init.update({"folder": "base", "take": take})
+    parts = {"audio": Audio(), "labels": Transcript(CharacterTokenizer("abc "), "labels")}
+    task = experiment.make_task(config, parts)
+    fields = parts["audio"].fields | parts["labels"].fields
+    batch = {name: jnp.zeros(*one) for name, one in shapes(fields, BUCKET).items()}
+    params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
+    learns = flatten(groups.trainable(params, experiment.frozen(config)))
+    beneath = [name for name in learns if f"{name}_lora/a" in learns]
+    assert {name.split("/")[0] for name in beneath} == {"encoder", "decoder"}
+    for name in beneath:
+        assert learns[name] == (take == "encoder" and name.startswith("decoder/")), name
+        assert learns[f"{name}_lora/a"]
+    assert learns["decoder/output/kernel"]
+
+
 # ---- A run -------------------------------------------------------------------------------------
 
 
@@ -260,10 +281,14 @@ def test_what_was_trained_is_kept_alone_and_merged_again(adapted, finished, tmp_
     changed.params["head"]["bias"] = changed.params["head"]["bias"] + 1e-6
     bundle.save(changed, tmp_path / "changed")
     arguments = ["merge", str(small), str(tmp_path / "other"), "--base"]
-    with pytest.raises(SystemExit, match=f"{small} was trained on .*changed as it was"):
+    with pytest.raises(
+        SystemExit, match=f"changed is not, .* {small} was trained on .* --base=DIR"
+    ):
         base.main([*arguments, str(tmp_path / "changed")])
-    with pytest.raises(SystemExit, match="which is not there"):
+    with pytest.raises(SystemExit, match=r"no folder .*nowhere: .* --base=DIR"):
         base.main([*arguments, str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="2"):  # there is no base to be named
+        base.main(["split", str(workdir.folder), *arguments[2:], str(tmp_path / "changed")])
     assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match="trained all of its parameters"):
         base.split(finished.workdir.folder)

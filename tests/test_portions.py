@@ -1,5 +1,6 @@
 """Portions of a split: together they are all of it, and what belongs together stays so."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -41,6 +42,13 @@ def test_portions_are_all_of_a_split_and_do_not_overlap(within, together, chapte
     alone = within == together or (within == "speaker" and chapters == 1)
     if together and not alone:
         assert sum(map(len, values(together))) == len(set().union(*values(together)))
+
+
+def test_what_was_skipped_is_counted_in_one_portion():
+    skipped = dict.fromkeys(("", "0-0-05x", "0-1-03x", "2-1-10", "/data/x.wav"), "broken")
+    found = portions(dataclasses.replace(corpus(), skipped=skipped), within="speaker")
+    assert sorted(name for part in found for name in part.skipped) == sorted(skipped)
+    assert "2-1-10" in found[-1].skipped
 
 
 def test_a_speaker_of_one_chapter_is_cut_by_its_utterances():

@@ -43,6 +43,9 @@ def test_it_learns_and_says_so(finished):
     assert losses[-1] < 0.5 * losses[0]
     after_start = [line["compiles"] for line in lines if "compiles" in line and line["step"] > 60]
     assert len(set(after_start)) == 1, "something was compiled after the first evaluation"
+    shapes = json.loads(workdir.plan.read_text())["batches"]
+    steps = json.loads((workdir.folder / "compiled.json").read_text())
+    assert len(steps) == len(shapes), "a step was compiled twice, or never"
     assert [line["step"] for line in lines if "dev/wer" in line] == [60, 120]
 
     predictions = workdir.predictions("dev").read_text().splitlines()

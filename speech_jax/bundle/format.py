@@ -89,7 +89,7 @@ def save(model: Bundle, folder: str | os.PathLike) -> None:
 def open_saved(folder: pathlib.Path) -> Bundle:
     """Opens what `save` wrote; BundleError where it is damaged or of a newer version."""
     if not (folder / DESCRIPTION).exists():
-        raise BundleError(f"{folder} holds no {DESCRIPTION}: it is no folder of a saved model")
+        raise BundleError(f"{folder} holds no {DESCRIPTION}: name a folder of a saved model")
     described = files.read_json(folder / DESCRIPTION)
     version = described.get("version")
     if not isinstance(version, int) or version > VERSION:
@@ -187,11 +187,15 @@ def with_decoder(
 _OF_USE = ("data", "decoder", "mesh", "robustness")
 # Settings of the data that belong to a model, not to what it is used on.
 _OWN = ("sample_rate", "max_seconds")
+# The setting of a task that says what a model is used on: the pairs that are compared.
+_TRIALS = "trials"
 
 
 def of_use(key: str) -> bool:
     """Whether `for_use` takes a setting such as 'data.root' of the configuration it is given."""
     section, _, name = key.partition(".")
+    if (section, name) == ("task", _TRIALS):
+        return True
     return section in _OF_USE and not (section == "data" and name in _OWN)
 
 
@@ -220,6 +224,8 @@ def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
         kept = {key: merged.data[key] for key in _OWN}
         merged.data = config.data.copy_and_resolve_references()
         merged.data.update(kept)
+        if _TRIALS in merged.task:
+            merged.task[_TRIALS] = config.task[_TRIALS]
     Settings.of(merged.decoder).check_files()
     return merged.lock()
 

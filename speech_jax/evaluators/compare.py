@@ -7,13 +7,15 @@ the difference depends on the speakers of the split, not on the seed of the trai
 
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from speech_jax.data.sources import Utterance
 from speech_jax.evaluators import Evaluator, intervals
+
+_KEYS = ("metric", "of", "before", "after", "gain", "interval", "over")
 
 
 def gain(
@@ -38,8 +40,7 @@ def gain(
     """
     one, other = _lines(before), _lines(after)
     names = sorted(one.keys() & other.keys())
-    keys = ("metric", "of", "before", "after", "gain", "interval", "over")
-    found: dict[str, Any] = dict.fromkeys(keys) | {"utterances": len(names)}
+    found: dict[str, Any] = dict.fromkeys(_KEYS) | {"utterances": len(names)}
     if not names:
         return found
     both = [[lines[name] for name in names] for lines in (one, other)]
@@ -65,6 +66,22 @@ def gain(
         "interval": interval and list(interval),
         "over": "speakers" if speakers else "utterances",
     }
+
+
+def difference(
+    metric: str, mode: str, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `gain` returns, of a metric that is no sum over utterances: an interval is not known.
+
+    Args:
+      metric: its name in the results `before` and `after`; mode: 'min' where less is better.
+    """
+    found = dict.fromkeys(_KEYS) | {"metric": metric, "utterances": after.get("utterances", 0)}
+    first, last = before.get(metric), after.get(metric)
+    if first is None or last is None:
+        return found
+    gained = first - last if mode == "min" else last - first
+    return found | {"before": first, "after": last, "gain": gained}
 
 
 def _lines(path: pathlib.Path) -> dict[str, dict[str, Any]]:

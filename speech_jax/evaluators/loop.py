@@ -77,6 +77,7 @@ class Evaluation:
         self._config, self.task, self._parts, self._mesh = config, task, parts, mesh
         self._on_batch = on_batch
         self._corpora: dict[str, Corpus] = {}
+        self._warned: set[str] = set()
         shared = jax.process_count() > 1
 
         def predict(params: Any, state: Any, batch: Mapping[str, jax.Array]) -> tuple:
@@ -152,7 +153,7 @@ class Evaluation:
 
         heard = self.each(params, state, corpus, add)
         content = sharding.from_first(lambda: measure(heard))
-        return _score(split, corpus, evaluator.rates, **content)
+        return _score(split, corpus, evaluator.rates, self._warned, **content)
 
     def each(
         self,
@@ -258,13 +259,14 @@ def _score(
     split: str,
     corpus: Corpus,
     rates: Iterable[str],
+    warned: set[str],
     *,
     heard: int,
     skipped: Mapping[str, str],
     results: Mapping[str, Any] | None = None,
     line: str = "",
 ) -> Score:
-    """The score of what the first process has measured."""
+    """The score of what the first process has measured; a warning in `warned` is not said again."""
     if results is None:
         first = next(iter(skipped.items()), ("", "it is empty"))
         raise UserError(f"{split}: no utterance could be read ({': '.join(first).strip(': ')})")
@@ -272,9 +274,10 @@ def _score(
     if heard < total:
         reasons = [*skipped.items(), *corpus.left_out.items()]
         named = "; ".join(f"{name}: {why}" for name, why in reasons[:3])
-        logging.warning(
-            "%s: %d of %d utterances are not in the score: %s", split, total - heard, total, named
-        )
+        lost = f"{split}: {total - heard} of {total} utterances are not in the score: {named}"
+        if lost not in warned:
+            warned.add(lost)
+            logging.warning("%s", lost)
     of = f"{heard} utterances" if heard == total else f"{heard} of {total} utterances"
     results = {**results, "utterances": heard, "left_out": total - heard}
     return Score(results, {name: results[name] for name in rates}, f"{line}  ({of})")

@@ -180,11 +180,6 @@ class Classify:
     along: ClassVar = "samples"
 
     def __post_init__(self):
-        if self.counts["target"] < 2:
-            raise UserError(
-                f"the training splits have {self.counts['target']} class with two examples or "
-                "more: a class is chosen out of two at least"
-            )
         if self.balance and not self.examples.get("target"):
             raise UserError(
                 "config.task.balance needs the number of examples of each class, which this model "

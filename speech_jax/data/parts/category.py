@@ -61,8 +61,8 @@ class Category:
         """The part with the classes of `source`, in alphabetical order.
 
         Raises:
-          PartError: no utterance has the tag, or a class has one example alone and `on_error` is
-            'raise'; with 'skip' that class is left out.
+          PartError: no utterance has the tag, fewer than two classes are left, or a class has one
+            example alone and `on_error` is 'raise'; with 'skip' that class is left out.
         """
         found: dict[str, list[str]] = {}
         for one in source.utterances:
@@ -85,6 +85,12 @@ class Category:
                     "left out: the %s %r, whose only utterance is %s", tag, value, ids[0]
                 )
                 del found[value]
+        if len(found) < 2:
+            raise PartError(
+                f"the training splits have {len(found)} {'class' if len(found) == 1 else 'classes'}"
+                f" of the tag {tag!r} with two examples or more: a class is chosen out of two at "
+                f"least; add others, or name another tag in config.parts.{name}.tag"
+            )
         classes = tuple(sorted(found))
         examples = tuple(len(found[value]) for value in classes)
         return cls(classes, name, tag, unseen, examples=examples)

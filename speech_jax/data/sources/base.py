@@ -244,7 +244,7 @@ def from_rows(
     for row in rows:
         if row.id in seen:
             problems[row.where] = (
-                f"id {row.id!r} is also that of {seen[row.id]}; make ids unique, or leave them out"
+                f"id {row.id!r} is also that of {seen[row.id]}; give each an id of its own"
             )
         elif trouble := not_text(row):
             problems[row.where] = trouble

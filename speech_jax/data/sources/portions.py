@@ -3,9 +3,11 @@
 A corpus that comes without a split for a task is cut in the configuration: no file is written, and
 the portions of a split never overlap. What must stay together (the utterances of a chapter, or of a
 speaker) does, and what must be in every portion (each speaker, each class) is, as far as there is
-enough of it.
+enough of it. What could not be read has no tags: it is counted in one portion, by its name.
 """
 
+import bisect
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
@@ -61,7 +63,15 @@ def portion(
         for place, unit in enumerate(units):
             if low <= (place + 0.5) / len(units) < high:
                 chosen += unit
-    return select(source, sorted(chosen))
+    part = select(source, sorted(chosen))
+    return dataclasses.replace(part, skipped=_skipped(source, order, low, high))
+
+
+def _skipped(source: Source, order: Sequence[int], low: float, high: float) -> dict[str, str]:
+    """What a source has skipped between two shares, by its place among the ids: in one portion."""
+    ids = [source.utterances[index].id for index in order]
+    place = lambda name: (bisect.bisect(ids, name) + 0.5) / (len(ids) + 1)
+    return {name: why for name, why in source.skipped.items() if low <= place(name) < high}
 
 
 def _value(utterance: Utterance, tag: str) -> str:
