@@ -249,7 +249,7 @@ def test_a_stream_says_what_the_whole_says(durations):
         lookahead=2, subsampling=2, conv_channels=(2,), conv_kernels=(3,), conv_bands=(3,),
     )  # fmt: skip
     encoder, (made, _, _) = models.make_encoder(**settings), model(durations)
-    inputs, lengths = jax.random.normal(jax.random.key(5), (3, 32, 8)), np.asarray([32, 20, 7])
+    inputs, lengths = jax.random.normal(jax.random.key(5), (3, 32, 8)), jnp.asarray([32, 20, 7])
     variables = encoder.init(jax.random.key(6), inputs, lengths, True)
     # What is heard, as what the joiner is asked about: of its width, and large.
     hear = lambda hidden: 3 * hidden
