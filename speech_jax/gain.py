@@ -77,7 +77,7 @@ def _measured(config: ConfigDict, workdir: Workdir, before: dict[str, Workdir]) 
     first = before.get("head", before["untouched"])
     gains = {}
     for split in _compared(config):
-        if not hasattr(evaluator, "tallies"):
+        if not (hasattr(evaluator, "tallies") or hasattr(evaluator, "statistics")):
             one, other = (_scores(folder).get(split, {}) for folder in (first, workdir))
             gains[split] = compare.difference(*task.best, one, other)
         elif first.predictions(split).exists():

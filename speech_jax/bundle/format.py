@@ -89,7 +89,7 @@ def save(model: Bundle, folder: str | os.PathLike) -> None:
 def open_saved(folder: pathlib.Path) -> Bundle:
     """Opens what `save` wrote; BundleError where it is damaged or of a newer version."""
     if not (folder / DESCRIPTION).exists():
-        raise BundleError(f"{folder} holds no {DESCRIPTION}: it is no folder of a saved model")
+        raise BundleError(f"{folder} holds no {DESCRIPTION}: name a folder of a saved model")
     described = files.read_json(folder / DESCRIPTION)
     version = described.get("version")
     if not isinstance(version, int) or version > VERSION:

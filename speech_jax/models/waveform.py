@@ -123,10 +123,11 @@ class WaveformWaveNet(nn.Module):
             seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
         weight, bias = self.input.astype(self.dtype), self.input_bias.astype(self.dtype)
         heard = self.heard(inputs).astype(self.dtype)
-        x = convolution.dilated(heard, weight, 1, self.taps - 1) + bias[None, None]
+        heard, _, _ = wavenet.reach(self.taps, 1, causal=True).surround(heard, None)
+        x = convolution.dilated(heard, weight, 1) + bias[None, None]
         total, each = jnp.zeros_like(x), [x]
         for i, layer in enumerate(self.layer):
-            change, skipped = layer(x, None, conditions(i) if conditions else None)
+            change, skipped, _ = layer(x, None, conditions(i) if conditions else None)
             x = partition.split_rows(x + layers.dropout(change, self.dropout, seed, site=i))
             total = total + skipped
             each.append(x)
