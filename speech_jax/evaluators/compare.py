@@ -71,7 +71,7 @@ def gain(
 def difference(
     metric: str, mode: str, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What `gain` returns, of a metric that is no sum over utterances: an interval is not known.
+    """What `gain` returns, of a metric of another kind, such as EER: an interval is not known.
 
     Args:
       metric: its name in the results `before` and `after`; mode: 'min' where less is better.
