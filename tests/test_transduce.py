@@ -227,6 +227,12 @@ def test_a_task_searches_its_own_way_where_nothing_is_said(name, task, usual):
         assert experiment.make_task(config, PARTS).decoder.settings.name == "beam"
 
 
+@pytest.mark.parametrize("durations", [(1, 2), (0, 1, 1), (0, 1, 1.5)])
+def test_durations_that_cannot_be_are_named(durations):
+    with pytest.raises(UserError, match=r"durations=.*whole numbers, each once, with 0 and 1"):
+        experiment.make_task(configure(durations=durations), PARTS)
+
+
 def test_without_ctc_there_is_a_text_and_no_file(tmp_path, capsys):
     """A bundle is searched as its task does, and what is of CTC is refused by name."""
     config = configure(width=8, ctc_weight=0.0)

@@ -135,10 +135,12 @@ class Transduce:
     searches: ClassVar = ("transducer", "transducer_beam")  # beside those of CTC
 
     def __post_init__(self) -> None:
-        if self.durations and not {0, 1} <= set(self.durations):
+        distinct = {value for value in self.durations if isinstance(value, int)}
+        if self.durations and (len(distinct) < len(self.durations) or not {0, 1} <= distinct):
             raise UserError(
-                f"config.task.durations={tuple(self.durations)} must hold 0 and 1, so that labels "
-                "that are many fit: (0, 1, 2, 3, 4) are usual"
+                f"config.task.durations={tuple(self.durations)} must be whole numbers, each once, "
+                "with 0 and 1 among them, so that labels that are many fit: (0, 1, 2, 3, 4) are "
+                "usual"
             )
         if self.durations and self._search == "transducer_beam":
             raise UserError(
