@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
     task = experiment.make_task(config, model.parts)
     decoder = getattr(task, "decoder", None)
     if not isinstance(decoder, Decoder) or not isinstance(task.evaluator(model.parts), Errors):
-        raise UserError(f"--mode=tune is for recognizers, and {config.task.name} gives no text")
+        raise UserError(f"--mode=tune is for recognizers, and {config.task.name} is none")
     if decoder.settings.name not in OF_CTC:
         raise UserError(
             "--mode=tune finds the weights of n-grams and the calibration of confidences for a "
