@@ -89,14 +89,16 @@ def _scores(folder: Workdir) -> dict[str, Any]:
 
 
 def _line(split: str, found: dict[str, Any]) -> str:
-    if not found["interval"]:
-        return ""
-    low, high = (100 * value for value in found["interval"])
-    return (
+    if found["gain"] is None:
+        return f"{split}: no gain, for nothing is counted"
+    line = (
         f"{split}: {found['metric']} {100 * found['before']:.2f}% before, "
-        f"{100 * found['after']:.2f}% after, gain {100 * found['gain']:.2f} points "
-        f"(95% over {found['over']}: {low:.2f} to {high:.2f})"
+        f"{100 * found['after']:.2f}% after, gain {100 * found['gain']:.2f} points"
     )
+    if not found["interval"]:  # a speaker alone, or no error before and after
+        return line
+    low, high = (100 * value for value in found["interval"])
+    return f"{line} (95% over {found['over']}: {low:.2f} to {high:.2f})"
 
 
 def _say(line: str) -> None:

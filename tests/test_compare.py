@@ -9,6 +9,7 @@ from speech_jax.data.parts.category import Category
 from speech_jax.data.sources import Utterance
 from speech_jax.evaluators.accuracy import Accuracy
 from speech_jax.evaluators.compare import gain
+from speech_jax.gain import _line
 
 TALLIES = Accuracy(Category(("a", "b"))).tallies
 
@@ -63,3 +64,14 @@ def test_what_one_of_them_lacks_is_in_neither(tmp_path):
     assert (found["utterances"], found["gain"], found["after"]) == (2, 0.5, 0.0)
     nothing = gain(TALLIES, write(tmp_path / "none", []), other)
     assert (nothing["utterances"], nothing["gain"], nothing["interval"]) == (0, None, None)
+
+
+def test_a_gain_is_said_whether_or_not_it_has_an_interval(tmp_path):
+    some, all_right = [True, False], [True, True]
+    paths = [write(tmp_path / str(n), right) for n, right in enumerate((some, all_right))]
+    said = lambda *paths: _line("dev", gain(TALLIES, *paths))
+    points = "dev: error_rate 50.00% before, 0.00% after, gain 50.00 points"
+    assert said(*paths) == f"{points} (95% over utterances: 0.00 to 100.00)"
+    nothing = "dev: error_rate 0.00% before, 0.00% after, gain 0.00 points"
+    assert said(paths[1], paths[1]) == nothing  # without an error there is none
+    assert "no gain" in said(write(tmp_path / "none", []), paths[0])

@@ -181,6 +181,8 @@ def with_decoder(
 
 # Sections that say how, on what and where a model is used; all others are as it was trained.
 _OF_USE = ("data", "decoder", "mesh", "robustness")
+# What pairs are compared is no part of a model either.
+_TRIALS = "task.trials"
 # Settings of the data that belong to a model, not to what it is used on.
 _OWN = ("sample_rate", "max_seconds")
 
@@ -188,13 +190,13 @@ _OWN = ("sample_rate", "max_seconds")
 def of_use(key: str) -> bool:
     """Whether `for_use` takes a setting such as 'data.root' of the configuration it is given."""
     section, _, name = key.partition(".")
-    return section in _OF_USE and not (section == "data" and name in _OWN)
+    return key == _TRIALS or (section in _OF_USE and not (section == "data" and name in _OWN))
 
 
 def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
     """The configuration to use a model with: its own, on the data and mesh that `config` names.
 
-    What `config.decoder` says goes before what the model's own does.
+    What `config.decoder` and config.task.trials say goes before what the model's own do.
 
     Raises:
       BundleError: `config` is for another task or encoder.
@@ -213,6 +215,8 @@ def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
             merged[section] = config[section]
         given = {key: value for key, value in config.decoder.items() if value is not None}
         merged.decoder.update(given)
+        if trials := config.task.get("trials"):
+            merged.task.trials = trials
         kept = {key: merged.data[key] for key in _OWN}
         merged.data = config.data.copy_and_resolve_references()
         merged.data.update(kept)
