@@ -1,23 +1,26 @@
 """The encoders side by side, and their recurrent layers beside PyTorch's.
 
   python -m benchmarks.encoders [--json FILE]
-  python -m benchmarks.encoders training [--rows=4] [--seconds=3.75]
+  python -m benchmarks.encoders training [--rows=4] [--seconds=3.75] [--runs=WORKDIR,...]
 
 The first is of bidirectional layers over ragged rows, of which the shortest is half of the longest:
 forward and backward in float32, gradients of inputs and all weights, in turns. The peer,
 torch.nn.LSTM or GRU, runs over packed sequences, which is how it leaves padding out; by one thread
 and by all of them, of which the better counts. The extra `parity` installs it.
 
-The second is of whole updates of a recognizer, in turns, on full rows of noise: with Conformer,
-wav2vec2, Deep Speech and WaveNet, all of them tiny, as in configs/spoken_digits.py. The time to the
-first update is that of building the model, tracing, compiling and running it, without the cache of
-compiled programs; `temporary` is the memory that the compiled step needs beside state and batch.
+The second is of whole updates, in turns, on full rows of noise: of the recognizers of
+configs/spoken_digits.py, one for each encoder. The time to the first update is that of building the
+model, tracing, compiling and running it, without the cache of compiled programs; `temporary` is the
+memory that the compiled step needs beside state and batch. WER is what the trainings --runs reached
+on `dev`, each in the row of its encoder.
 """
 
 import argparse
+import json
 import os
+import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else torch stands still beside other work
 
@@ -28,7 +31,6 @@ import numpy as np
 from benchmarks import table
 from benchmarks.hardware.build import Model
 from configs import spoken_digits
-from speech_jax import models
 from speech_jax.ops import recurrent
 
 # Cell, rows, frames, hidden units (and inputs).
@@ -36,8 +38,7 @@ SHAPES = (
     ("lstm", 4, 400, 192), ("lstm", 8, 200, 256), ("lstm", 16, 200, 512),
     ("gru", 4, 400, 192), ("gru", 8, 200, 256), ("gru", 16, 200, 512),
 )  # fmt: skip
-ENCODERS = ("conformer", "wav2vec2", "deepspeech", "wavenet")
-VOCABULARY = 29
+VOCABULARY = 27
 
 
 # ---- Recurrent layers --------------------------------------------------------------------------
@@ -113,12 +114,20 @@ def recurrent_layers(repeats: int) -> list[dict]:
 # ---- Whole updates -----------------------------------------------------------------------------
 
 
-def training(batch: int, seconds: float, repeats: int) -> list[dict]:
+def error_rates(folders: Iterable[str]) -> dict[str, float]:
+    """The WER in percent of each run, by the name of its encoder."""
+    found = {}
+    for folder in folders:
+        results = json.loads((pathlib.Path(folder) / "results.json").read_text())
+        found[results["config"]["model"]["name"]] = 100 * results["splits"]["dev"]["wer"]
+    return found
+
+
+def training(batch: int, seconds: float, repeats: int, runs: Iterable[str]) -> list[dict]:
     """The rows of the table."""
-    rows, steps = [], {}
-    for name in ENCODERS:
-        config = spoken_digits.get_config()
-        config.model = models.settings(name, "tiny", **spoken_digits.ENCODERS.get(name, {}))
+    rows, steps, errors = [], {}, error_rates(runs)
+    for name in spoken_digits.ENCODERS:
+        config = spoken_digits.get_config(name)
         start = time.perf_counter()
         model = Model(config, VOCABULARY)
         model.start()
@@ -128,6 +137,7 @@ def training(batch: int, seconds: float, repeats: int) -> list[dict]:
         rows.append(
             {
                 "encoder": name,
+                "WER, %": errors.get(name),
                 "M parameters": model.parameters / 1e6,
                 "first update, s": time.perf_counter() - start,
                 "temporary MiB": step.temporary / 2**20,
@@ -149,11 +159,14 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("recurrent", "training"), default="recurrent")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=3.75)
+    parser.add_argument("--runs", default="", help="workdirs joined by commas")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json")
     flags = parser.parse_args()
     if flags.what == "training":
-        rows = training(flags.rows, flags.seconds, flags.repeats)
+        rows = training(
+            flags.rows, flags.seconds, flags.repeats, filter(None, flags.runs.split(","))
+        )
     else:
         rows = recurrent_layers(flags.repeats)
     table.report(rows, file=flags.json)

@@ -36,6 +36,7 @@ from speech_jax import bundle, experiment
 from speech_jax.bundle.format import Bundle
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.tasks.classify import Classify
+from speech_jax.training import sharding
 
 STILL = (
     "--config.data.cache_hidden=True",
@@ -96,6 +97,9 @@ def _scores(asked: argparse.Namespace, name: str, seed: int) -> dict[str, float]
         command += [f"--workdir={workdir}", f"--config.data.root={asked.root}", *own]
         subprocess.run(command, check=True)
     found = json.loads(results.read_text())
+    began = found["config"]["init"]["folder"]
+    if name not in ("scratch", "random", "random_sum") and began != asked.encoder:
+        sys.exit(f"{workdir} started from {began}, not from {asked.encoder}: name another --out")
     config = found["config"]["data"]
     split = config["test_splits"] or config["eval_splits"]
     return {k: v for k, v in found["splits"][split].items() if k in MEASURES}
@@ -152,8 +156,9 @@ def _logistic_regression(asked: argparse.Namespace, seed: int, spread: bool) -> 
 
 def _features(config, frontend: FrontEnd, parts, split: str) -> Iterator[tuple[np.ndarray, int]]:
     """(mean and standard deviation of the log-mel frames [2 M], class) of each utterance."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     corpus = experiment.evaluation_corpus(config, split, parts)
-    plan = experiment.evaluation_plan(config, corpus, Classify, _one_device())
+    plan = experiment.evaluation_plan(config, corpus, Classify, mesh)
     statistics_of = jax.jit(lambda batch: _mean_and_spread(*frontend(batch)))
     with contextlib.closing(experiment.evaluation_batches(config, corpus, plan)) as batches:
         for batch in batches:
@@ -171,14 +176,8 @@ def _mean_and_spread(frames: jax.Array, lengths: jax.Array) -> jax.Array:
     return jax.numpy.concatenate([mean, jax.numpy.sqrt(spread + 1e-5)], -1)
 
 
-def _one_device():
-    from speech_jax.training import sharding
-
-    return sharding.make_mesh(data=1, fsdp=jax.device_count(), tensor=1)
-
-
 def _summary(scores: list[dict[str, float]]) -> Iterator[tuple[str, str]]:
-    """Mean and spread (largest less smallest) of each measure over the seeds, in per cent."""
+    """Mean, and half of the distance from the least to the most, over the seeds, in per cent."""
     for name in MEASURES:
         values = [100 * one[name] for one in scores if one.get(name) is not None]
         spread = f" +- {(max(values) - min(values)) / 2:.1f}" if values else ""

@@ -40,9 +40,9 @@ MODELS = {
 # Settings of the task, and of what it decodes with.
 TASKS = {
     "recognize": (tasks.settings("recognize"), {}),
-    "attend": (tasks.settings("attend", layers=4), {"name": "joint", "width": 10}),
+    "attend": (tasks.settings("attend", layers=4), {"width": 10}),
     # Characters and pieces are many: the joint is computed where they are said.
-    "transduce": (tasks.settings("transduce", span=5), {"name": "transducer"}),
+    "transduce": (tasks.settings("transduce", span=5), {}),
 }
 
 

@@ -6,9 +6,9 @@
 The argument is what to start from: a workdir, a saved model or a folder of Hugging Face; without it
 the encoder is a random one of configs/librispeech.py:conformer_tiny. The head is a dense layer of
 512 with ReLU and a dropout of one half, then softmax, over the standardized mean and deviation of
-the frames. The run is evaluated every five epochs, stops
-when it no longer improves, and is scored on a test set before and after. The corpus is cut in
-three: each speaker is in all portions, and a chapter is in one where a speaker has several.
+the frames. The run is evaluated every five epochs, stops when it no longer improves, and its start
+and its result are evaluated on a test set. The corpus is cut in three: each speaker is in training
+and test, and a chapter is in one portion where a speaker has several.
 """
 
 from speech_jax import config as defaults

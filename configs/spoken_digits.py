@@ -5,15 +5,15 @@
 
 53 minutes of training speech in LibriSpeech layout, splits `train` and `dev`; scores are in
 benchmarks/RESULTS.md. The argument is the encoder: `configs/spoken_digits.py:deepspeech`,
-`wavenet`, or `conformer`, which it is without one. What follows a plus is the task: CTC without
-one, `conformer+attend` for CTC and an attention decoder together, `conformer+transduce` for a
-transducer, `conformer+tdt` for one with durations.
+`wavenet`, `wav2vec2`, or `conformer`, which it is without one. What follows a plus
+is the task: CTC without one, `conformer+attend` for CTC and an attention decoder together,
+`conformer+transduce` for a transducer, `conformer+tdt` for one with durations.
 """
 
 from speech_jax import config as defaults
 from speech_jax import models, registry, tasks
 
-# A hidden frame is eight of log-mel: of pieces that are words there are few.
+# A hidden frame is eight of log-mel, if it is of log-mel: of pieces that are words there are few.
 ENCODERS = {
     "conformer": {"subsampling": 8},
     "deepspeech": {
@@ -21,16 +21,14 @@ ENCODERS = {
         "conv_bands": (3,) * 3,
     },
     "wavenet": {"subsampling": 8},
+    "wav2vec2": {"pre_norm": True, "conv_norm": "layer"},
 }  # fmt: skip
 # Settings of the task, and of what it decodes with.
 TASKS = {
     "recognize": (tasks.settings("recognize"), {}),
-    "attend": (tasks.settings("attend"), {"name": "joint", "width": 8}),
-    "transduce": (tasks.settings("transduce", width=128), {"name": "transducer"}),
-    "tdt": (
-        tasks.settings("transduce", width=128, durations=(0, 1, 2, 3, 4)),
-        {"name": "transducer"},
-    ),
+    "attend": (tasks.settings("attend"), {"width": 8}),
+    "transduce": (tasks.settings("transduce", width=128, warmup=1_000), {}),
+    "tdt": (tasks.settings("transduce", width=128, warmup=1_000, durations=(0, 1, 2, 3, 4)), {}),
 }
 
 

@@ -7,8 +7,7 @@ The argument is what to start from, as in configs/speaker_id.py. The head learns
 train-clean-5 with an additive angular margin (ArcFace, Deng et al. 2019; 0.2 and a scale of 30 as
 is usual for speakers), over attentive statistics of the frames; the pairs of all utterances of the
 other speakers of dev-clean-5 are told apart by the cosines of their embeddings.
---config.task.trials=FILE compares the pairs of a file, which are then of all splits that are
-evaluated; with --mode=evaluate, of the split that is evaluated there.
+--config.task.trials=FILE compares the pairs of a file.
 """
 
 from configs import speaker_id

@@ -159,7 +159,7 @@ def default() -> ConfigDict:
     robustness.noise_snr_db = (20.0, 10.0, 5.0, 0.0)
 
     # How logits become words: fields of Settings in decoding/decoder.py. None: what the model's
-    # own record says, or else the default there.
+    # own record says, or else the default there; of the name that of the task.
     config.decoder = decoder = ConfigDict()
     # Of CTC greedy, beam or lexicon; of the task attend also attention, joint or rescore; of the
     # task transduce also transducer or transducer_beam.

@@ -339,7 +339,10 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
         arguments["frontend"] = make_frontend(config, arguments["encoder"], parts)
     if "decoder" in accepted:
         seconds = frame_seconds(config, arguments["encoder"], arguments["frontend"])
-        arguments["decoder"] = Decoder(config.decoder, parts["labels"], seconds)
+        settings = dict(config.decoder)
+        if settings["name"] is None and hasattr(constructor, "usual_search"):
+            settings["name"] = constructor.usual_search(**arguments)
+        arguments["decoder"] = Decoder(settings, parts["labels"], seconds)
         arguments["decoder"].check_task(getattr(constructor, "searches", ()))
     if "counts" in accepted:
         arguments["counts"] = {name: part.count for name, part in parts.items() if part.count}
@@ -390,12 +393,20 @@ def frozen(config: ConfigDict) -> tuple[tuple[str, int], ...]:
 
     They are config.optimizer.frozen; LoRA and adapters are learned, unless a rule is of
     `peft.ADDED`, and the encoder that they are added to stands still where no rule says otherwise.
+    So do the kernels of a decoder that LoRA is beside, where all of a model is gone on from.
     """
     rules = tuple(config.optimizer.get("frozen", ()))
     held = any(pattern == peft.ADDED for pattern, _ in rules)
     if not held and (config.lora.rank or config.model.get("adapter")):
         rules = ((peft.ADDED, 0), *rules, ("encoder/.*", groups.FOREVER))
+        if config.lora.rank and config.init.take == "model":
+            rules = (*rules, (config.lora.targets, groups.FOREVER))
     return rules
+
+
+def above(task: Task) -> str:
+    """The parameters behind the layers of a task's encoder: an expression, '' for none."""
+    return getattr(getattr(task, "encoder", None), "above", "")
 
 
 # ---- Step --------------------------------------------------------------------------------------
@@ -511,7 +522,7 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
         steps=config.train.steps, defaults=default().schedule, **config.schedule
     )
     params, model_state = jax.eval_shape(task.init, jax.random.key(config.seed), probe)
-    settings = {**config.optimizer, "frozen": frozen(config)}
+    settings = {**config.optimizer, "frozen": frozen(config), "above": above(task)}
     tx = optim.make_optimizer(
         schedule=schedule, params=params, defaults=default().optimizer, **settings
     )

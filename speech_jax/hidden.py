@@ -41,8 +41,19 @@ class OnHidden:
 
     along = "frames"
 
-    def __init__(self, task: Task, rate: int):
-        self._task, self._rate = task, rate
+    def __init__(self, task: Task, rate: int, encoder: Pytree):
+        """`encoder` are the parameters that made the states."""
+        self._task, self._rate, self._encoder = task, rate, encoder
+
+    def check_encoder(self, params: Pytree) -> None:
+        """Raises UserError where the states are of another encoder than that of `params`."""
+        same = lambda *both: jax.tree.map(lambda a, b: (a == b).all(), *both)
+        if not all(jax.tree.leaves(jax.jit(same)(self._encoder, params["encoder"]))):
+            raise UserError(
+                "what config.init.folder names has changed since this run began, and hidden states "
+                "would be of another encoder than the run's: bring it back, or use another "
+                "--workdir"
+            )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
@@ -117,7 +128,7 @@ def replace_audio(
     seconds = sum(corpus.seconds for corpus in corpora.values())
     part = kept.Hidden(folders, sizes[0], sum(counts) / seconds)
     rest = {name: part for name, part in parts.items() if name != "audio"}
-    return OnHidden(task, config.data.sample_rate), {"hidden": part, **rest}
+    return OnHidden(task, config.data.sample_rate, params["encoder"]), {"hidden": part, **rest}
 
 
 def check(config: ConfigDict) -> None:

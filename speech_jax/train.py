@@ -240,6 +240,8 @@ class _Loop:
             self.state, notes = _first_state(setup)
         else:
             self.state, notes = restored.state, (self.stopper.from_dict(restored.stopper),)
+            if isinstance(data.task, hidden.OnHidden):
+                data.task.check_encoder(self.state.params)
         interruption.check()
         if self._programs:
             self._programs.at(self._first + 1, self._shape)
@@ -464,7 +466,8 @@ def _table(setup: experiment.Setup) -> list[str]:
         key: optimizer[key] for key in ("decay", "rates", "layer_decay") if key in optimizer
     }
     frozen = experiment.frozen(setup.config)
-    return groups.shown(groups.table(setup.abstract.params, frozen=frozen, **settings))
+    settings |= {"frozen": frozen, "above": experiment.above(setup.task)}
+    return groups.shown(groups.table(setup.abstract.params, **settings))
 
 
 def _opening(data: _Data, setup: experiment.Setup, first: int) -> Iterator[str]:

@@ -14,7 +14,6 @@ import soundfile
 
 import runs
 import speech_jax
-from configs import verification
 from speech_jax import bundle, classify, experiment, files, gain, models, tasks, train, transcribe
 from speech_jax.bundle import start
 from speech_jax.config import default
@@ -471,18 +470,6 @@ def test_what_cannot_be_compared_or_used_is_named_before_the_training(
         UserError, match=r"dev: no utterances left to use \(6 unknown label\); the first is .*'Q'"
     ):
         train.run(config, Workdir(tmp_path / "two"))
-
-
-def test_a_trained_model_compares_the_pairs_of_the_file_that_is_named():
-    trained, given = verification.get_config(), verification.get_config()
-    trained.task.trials = "then"
-    model = bundle.Bundle(trained, {}, {}, {})
-    assert bundle.for_use(model, given).task.trials == "then"
-    given.task.update({"trials": "now", "margin": 0.5})
-    used = bundle.for_use(model, given).task
-    assert (used.trials, used.margin) == ("now", trained.task.margin)
-    assert bundle.of_use("task.trials")
-    assert not bundle.of_use("task.margin")
 
 
 def test_a_metric_that_nothing_measures_is_refused(calls, finished, tmp_path):

@@ -15,6 +15,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 RECIPES = {
     "quickstart": ("quickstart", []),
     "spoken_digits": ("spoken_digits", []),
+    "spoken_digits_wav2vec2": ("spoken_digits", ["wav2vec2"]),
     "spoken_digits_attend": ("spoken_digits", ["conformer+attend"]),
     "spoken_digits_tdt": ("spoken_digits", ["conformer+tdt"]),
     "librispeech": ("librispeech", ["conformer_s"]),

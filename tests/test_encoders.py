@@ -68,7 +68,7 @@ CASES = {
     "wavenet-causal-8": (
         "wavenet",
         "tiny",
-        {"width": 16, "num_layers": 4, "kernel": 2, "causal": True, "subsampling": 8},
+        {"width": 16, "num_layers": 4, "kernel": 2, "causal": True, "subsampling": 8, "adapter": 3},
     ),
     "wavenet-waveform": (
         "wavenet_waveform",
@@ -318,12 +318,14 @@ def test_layers_are_dropped_more_often_towards_the_end():
     np.testing.assert_allclose(found.mean((1, 2, 3)), 1.0, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["deepspeech", "deepspeech-lookahead-batch", "wavenet"])
+@pytest.mark.parametrize(
+    "name", ["deepspeech", "deepspeech-lookahead-batch", "wavenet", "wavenet-waveform"]
+)
 def test_remat_changes_nothing(name, monkeypatch):
     monkeypatch.setattr(deepspeech, "CHUNK", 7)  # several, the last of which is not whole
     kind, variant, settings = CASES[name]
     case, key = make_case(name), jax.random.key(1)
-    again = Case(kind, variant, {**settings, "remat": True})
+    again = Case(kind, variant, {**settings, "remat": not settings.get("remat", False)})
     found, expected = (jax.tree.leaves(each.gradient(case.params, key)) for each in (again, case))
     largest = max(np.abs(leaf).max() for leaf in expected)
     for ours, theirs in zip(found, expected, strict=True):
@@ -387,23 +389,30 @@ def test_no_frame_hears_more_of_the_future_than_it_says(name):
 
 STREAMS = {
     "lookahead": {
-        "cell": "gru", "lookahead": 3, "norm": "batch", "conv_kernels": (6, 5), "adapter": 3,
+        "name": "deepspeech", "cell": "gru", "lookahead": 3, "norm": "batch",
+        "conv_kernels": (6, 5), "adapter": 3,
     },
     "odd lags": {
-        "subsampling": 2, "conv_channels": (4, 4, 4), "conv_kernels": (8, 3, 2),
-        "conv_bands": (3, 3, 3),
+        "name": "deepspeech", "subsampling": 2, "conv_channels": (4, 4, 4),
+        "conv_kernels": (8, 3, 2), "conv_bands": (3, 3, 3),
     },
     "original": {
-        "conv_channels": (), "conv_kernels": (), "conv_bands": (), "context": 4, "subsampling": 2,
-        "cell": "simple", "residual": False, "dense_before": 1, "dense_after": 1,
+        "name": "deepspeech", "conv_channels": (), "conv_kernels": (), "conv_bands": (),
+        "context": 4, "subsampling": 2, "cell": "simple", "residual": False, "dense_before": 1,
+        "dense_after": 1,
     },
+    "wavenet": {"name": "wavenet", "kernel": 3, "cycle": 2, "remat": True},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", STREAMS.values(), ids=STREAMS)
 def test_pieces_give_what_the_whole_gives(settings):
-    small = {"width": 12, "num_layers": 2, "conv_channels": (4, 4), "bidirectional": False}
-    case = Case("deepspeech", "tiny", small | settings)
+    small = {"width": 12, "num_layers": 2} | {
+        "deepspeech": {"conv_channels": (4, 4), "bidirectional": False},
+        "wavenet": {"subsampling_channels": 4, "causal": True},
+    }[settings["name"]]
+    settings = small | settings
+    case = Case(settings.pop("name"), "tiny", settings)
     valid, each = jnp.ones((3, case.size), bool), case.encoder.subsampling
     whole, _ = case.apply(case.params, case.inputs, jnp.full(3, case.size))
     stepwise.check(
@@ -422,9 +431,12 @@ def test_pieces_give_what_the_whole_gives(settings):
     np.testing.assert_allclose(outputs, whole, atol=1e-5)
 
 
-def test_what_hears_all_of_the_future_has_no_pieces():
-    with pytest.raises(UserError, match="bidirectional=False"):
-        make_case("deepspeech").encoder.start(1, 40)
+@pytest.mark.parametrize(
+    ("name", "cure"), [("deepspeech", "bidirectional=False"), ("wavenet", "causal=True")]
+)
+def test_what_hears_the_future_has_no_pieces(name, cure):
+    with pytest.raises(UserError, match=cure):
+        make_case(name).encoder.start(1, 40)
 
 
 def test_a_piece_is_of_whole_hidden_frames():

@@ -11,6 +11,7 @@ import pytest
 
 import runs
 import test_config
+from configs import verification
 from speech_jax import bundle, config, train
 from speech_jax.data import sources
 from speech_jax.errors import UserError
@@ -169,6 +170,16 @@ def test_a_split_without_a_word_has_no_error_rate_and_picks_no_model(tones, tmp_
     np.testing.assert_array_equal(best["head"]["bias"], newest["params/head/bias"])
     for line in workdir.metrics.read_text().splitlines():
         assert json.loads(line).get("dev/wer") is None
+
+
+def test_the_pairs_that_are_compared_are_those_that_are_asked_for():
+    model = bundle.Bundle(verification.get_config(), {}, {}, {})
+    asked = verification.get_config()
+    asked.task.update({"trials": "pairs.txt", "units": 8})
+    used = bundle.for_use(model, asked)
+    assert (used.task.trials, used.task.units) == ("pairs.txt", 192)
+    assert bundle.of_use("task.trials")
+    assert not bundle.of_use("task.units")
 
 
 # ---- Never waiting -----------------------------------------------------------------------------

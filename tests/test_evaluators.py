@@ -497,6 +497,12 @@ def test_the_norm_is_that_of_both_sides():
     assert again[0] == pytest.approx(found[0] - 0.3 / 0.1 / 2)
 
 
+def _added(evaluator: Evaluator, given: Sequence[Given]) -> Evaluator:
+    for one in given:
+        evaluator.add(*one)
+    return evaluator
+
+
 def test_trials_come_from_a_file(tmp_path):
     kinds = {
         "voxceleb": "1 0 1\n0 0 2\n\n0 0 gone\n",
@@ -510,7 +516,19 @@ def test_trials_come_from_a_file(tmp_path):
             evaluator.add(*_heard(number, "", degrees))
         results = evaluator.results()
         assert (results["eer"], results["pairs"], results["pairs_left_out"]) == (0.0, 2, 1)
-        assert evaluator.line().endswith("2 pairs, 1 of the trials left out")
+        assert evaluator.line().endswith("2 pairs, 1 of the file of trials left out")
+    # What the file does not name is compared in all pairs, and said to be: it may pick the model.
+    others = [_heard(number, who, 10.0 * number) for number, who in enumerate("aabb", 3)]
+    trials = read_trials(str(path))
+    (found, line), (plain, _) = (
+        (evaluator.results(), evaluator.line())
+        for evaluator in (_added(Verification("speaker", some), others) for some in (trials, ()))
+    )
+    assert found == plain | {"pairs_left_out": 3}
+    assert found["pairs"] == 6
+    assert "names none of them" in line
+    unknown = _added(Verification("speaker", trials), [_heard(3, "", 0), _heard(4, "a", 0)])
+    assert unknown.results()["eer"] is None
     (tmp_path / "bad").write_text("1 0 1\n2 0 1\n")
     with pytest.raises(UserError, match="bad:2: '2 0 1' is not a trial"):
         read_trials(str(tmp_path / "bad"))
@@ -530,13 +548,17 @@ def test_utterances_that_make_no_pairs_are_refused_before_they_are_heard(monkeyp
         (all_pairs, said[1:3], "no pair of one speaker among"),
         (listed, said, "no pair of two speakers among .* config.task.trials"),
         (listed, said[1:], "no pair of one speaker among"),
-        (listed, [], "no pair of one speaker among the 0 utterances: add"),
+        (listed, [], "no pair of one speaker among the 0 utterances: take"),
     ):
         with pytest.raises(UserError, match=says):
             evaluator.check(some)
     monkeypatch.setattr(verification, "_MOST", 3)
     with pytest.raises(UserError, match="all pairs of 4 utterances are too many"):
         all_pairs.check(said)
+
+
+def test_bits_are_no_share_that_a_report_would_show_in_per_cent():
+    assert not hasattr(Bits(), "tallies")
 
 
 def test_an_utterance_of_nobody_is_named():

@@ -218,6 +218,7 @@ def test_what_is_kept_of_weights(name):
     matrices = {path for path, kind in kinds.items() if kind == "int8"}
     assert matrices == {path for path, array in half.items() if array.dtype == jnp.bfloat16}
     assert any(path.endswith("head/kernel") for path in matrices)
+    assert {path for path in whole if path.endswith(("/recurrent", "/gate", "/input"))} <= matrices
     again = export.stored(*jax.device_get(restore(list(short.values()))), "float32")[0]
     for path, array in whole.items():
         if path not in matrices:

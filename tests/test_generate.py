@@ -125,10 +125,11 @@ def _all_texts(whole, memory, row, limit, penalty):
             tokens[row, 1 : 1 + count] = labels
             scores = np.asarray(whole(tokens, memory, LENGTHS))[row]
             score = float(sum(scores[i, label] for i, label in enumerate(labels)))
-            if count == limit:
+            if count < limit or scores[count].argmax() == DECODER.begin:
+                score += float(scores[count, DECODER.begin])
+                found.append((score / ((6 + count) / 6) ** penalty, list(labels), True))
+            else:
                 found.append((score / ((5 + count) / 6) ** penalty, list(labels), False))
-            score += float(scores[count, DECODER.begin])
-            found.append((score / ((6 + count) / 6) ** penalty, list(labels), True))
     return sorted(found, reverse=True)
 
 
@@ -152,6 +153,25 @@ def test_a_beam_of_one_is_greedy_and_rows_do_not_see_each_other(params, memory):
     turned = search(params, memory[::-1], LENGTHS[::-1], LIMIT[::-1], width=3, nbest=2)
     np.testing.assert_array_equal(wide.labels, turned.labels[::-1])
     np.testing.assert_allclose(wide.score, turned.score[::-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [0, 2])
+def test_what_ends_at_its_limit_is_not_cut(width):
+    """A decoder that writes 1, then 2, then the end, each with 0.7."""
+    begin = 3
+    likely = np.full((4, 4), 0.1)
+    likely[[begin, 1, 2], [1, 2, begin]] = 0.7
+    scores = jnp.log(jnp.asarray(likely, jnp.float32))
+    advance = lambda carry, symbols: (scores[symbols], carry)
+    common = {"begin": begin, "limit": jnp.asarray([1, 2, 3], jnp.int32), "longest": 3}
+    texts = (
+        generate.beam(advance, (), pick=lambda carry, rows: carry, width=width, **common)
+        if width
+        else generate.greedy(advance, (), **common)
+    )
+    assert texts.labels[:, 0].tolist() == [[1, 0, 0], [1, 2, 0], [1, 2, 0]]
+    assert texts.ended[:, 0].tolist() == [False, True, True]
+    np.testing.assert_allclose(texts.score[:, 0], np.log(0.7) * np.asarray([1, 3, 3]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("width", [0, 3])

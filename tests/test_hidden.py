@@ -68,6 +68,10 @@ def test_each_split_has_the_states_of_its_own_audio(config, tmp_path, monkeypatc
     assert training.left_out == {"4": "too long: 3.00 s"}
     assert [len(training), len(dev)] == [4, 4]
     params, state = jax.jit(task.init)(jax.random.key(config.seed), {})
+    task.check_encoder(params)
+    other = jax.tree.map(lambda leaf: leaf + 1e-6, params)
+    with pytest.raises(UserError, match=r"config\.init\.folder names has changed"):
+        task.check_encoder(other)
     encode = jax.jit(plain.encode)
     for corpus in (training, dev):
         part = corpus.parts["hidden"]

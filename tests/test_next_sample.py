@@ -19,7 +19,7 @@ SMALL = {"width": 8, "num_layers": 3, "cycle": 3, "taps": 4}
 
 
 def make(task=NextSample, counts=None, encoder="wavenet_waveform", normalize="none", **settings):
-    own = {name: settings.pop(name) for name in ("bits", "dtype") if name in settings}
+    own = {name: settings.pop(name) for name in ("bits", "dtype", "kernel") if name in settings}
     small = SMALL | own if encoder == "wavenet_waveform" else {}
     encoder = models.make_encoder(**models.settings(encoder, "tiny", **small))
     return task(encoder, FrontEnd(encoder.listens, LOG_MEL, normalize), counts or {}, **settings)
@@ -109,6 +109,8 @@ def test_what_cannot_work_is_named():
         make(mixtures=0)
     with pytest.raises(UserError, match=r"bits=12 must be 8 .* or 16"):
         start(make(bits=12), make_batch())
+    with pytest.raises(UserError, match="kernel=1 must be 2 or more"):
+        start(make(kernel=1), make_batch())
     sizes = {"samples": np.asarray([0, 319, 320, 399, 400])}
     assert set(make().unusable(sizes)) == {0, 1}
     assert set(make(mel=True).unusable(sizes)) == {0, 1, 2, 3}

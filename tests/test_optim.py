@@ -1,5 +1,7 @@
 """Schedules at their corners; what learns, how fast and with how much decay."""
 
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 
 from configs import quickstart
 from speech_jax import config as defaults
-from speech_jax import models, rules
+from speech_jax import experiment, models, rules
 from speech_jax.errors import UserError
 from speech_jax.models import layers
 from speech_jax.training import groups, optim, sharding
@@ -167,21 +169,39 @@ def test_layer_decay_is_the_same_for_stacked_layers():
         make(layer_decay=0.5)
 
 
+# Encoder -> what it has behind its layers.
+ABOVE = {
+    "deepspeech": {"lookahead", "dense_after_0", "norm"},
+    "wav2vec2": {"norm"},
+    "wav2vec2_conformer": {"norm"},
+    "wavenet": {"output", "norm"},
+    "wavenet_waveform": {"output", "norm"},
+}
+MORE = {
+    "deepspeech": {"bidirectional": False, "lookahead": 2, "dense_before": 1, "dense_after": 1},
+    "wav2vec2": {"pre_norm": True},
+}
+
+
 @pytest.mark.parametrize("name", models.ENCODERS)
 def test_layer_decay_knows_the_layers_of_every_encoder(name):
     inputs = jnp.zeros((1, 16_000) if models.listens(name) == "waveform" else (1, 64, 80))
     for scan in (False, True) if "scan" in models.defaults(name) else (None,):
-        stacked = {} if scan is None else {"scan": scan}
-        encoder = models.make_encoder(**models.settings(name, "tiny", num_layers=3, **stacked))
+        more = MORE.get(name, {}) | ({} if scan is None else {"scan": scan})
+        encoder = models.make_encoder(**models.settings(name, "tiny", num_layers=3, **more))
         params = jax.eval_shape(
             lambda e=encoder: e.init(jax.random.key(0), inputs, jnp.full(1, inputs.shape[1]), True)
         )["params"]
-        factors = groups.rate_factors({"encoder": params, "head": jnp.ones(2)}, layer_decay=0.5)
+        above = experiment.above(types.SimpleNamespace(encoder=encoder))
+        params = {"encoder": params, "head": jnp.ones(2)}
+        factors = groups.rate_factors(params, layer_decay=0.5, above=above)
         assert factors["head"] == 1
         layers = models.unstack_layers(factors["encoder"])
         for index, rate in enumerate([0.125, 0.25, 0.5]):
             found = jax.tree.leaves(layers.pop(f"layer_{index}"))
             np.testing.assert_allclose([np.max(one) for one in found], rate)
+        behind = {layer: layers.pop(layer) for layer in ABOVE.get(name, ())}
+        assert set(jax.tree.leaves(behind)) <= {1.0}
         assert layers
         assert set(jax.tree.leaves(layers)) == {0.5**4}
 

@@ -14,11 +14,11 @@ import pytest
 import runs
 import test_encoders
 from configs import finetune_lora, librispeech
-from speech_jax import bundle, experiment, train
+from speech_jax import bundle, experiment, tasks, train
 from speech_jax import config as defaults
 from speech_jax.bundle import base, format, start
 from speech_jax.bundle import runs as run_folders
-from speech_jax.data.batch import Bucket
+from speech_jax.data.batch import Bucket, shapes
 from speech_jax.data.parts.audio import Audio
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.text import CharacterTokenizer
@@ -172,6 +172,27 @@ def test_what_is_frozen_costs_nothing(tmp_path):
     assert moments(full) > 2 * full.parameters
     assert moments(head) < 0.02 * moments(full)
     assert moments(lora) < 0.05 * moments(full)
+
+
+@pytest.mark.parametrize("take", ["model", "encoder"])
+def test_a_decoder_stands_still_beneath_its_changes_where_it_was_trained(take, tmp_path):
+    config = runs.tiny_config(tmp_path)
+    config.features.normalize = "utterance"
+    config.task = tasks.settings("attend", layers=1, heads=2)
+    config.lora.rank = 1
+    config.init.update({"folder": "base", "take": take})
+    parts = {"audio": Audio(), "labels": Transcript(CharacterTokenizer("abc "), "labels")}
+    task = experiment.make_task(config, parts)
+    fields = parts["audio"].fields | parts["labels"].fields
+    batch = {name: jnp.zeros(*one) for name, one in shapes(fields, BUCKET).items()}
+    params, _ = jax.eval_shape(task.init, jax.random.key(0), batch)
+    learns = flatten(groups.trainable(params, experiment.frozen(config)))
+    beneath = [name for name in learns if f"{name}_lora/a" in learns]
+    assert {name.split("/")[0] for name in beneath} == {"encoder", "decoder"}
+    for name in beneath:
+        assert learns[name] == (take == "encoder" and name.startswith("decoder/")), name
+        assert learns[f"{name}_lora/a"]
+    assert learns["decoder/output/kernel"]
 
 
 # ---- A run -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from speech_jax import models, rules, tasks
 from speech_jax.errors import UserError
+from speech_jax.models.waveform import SampleModel
 from speech_jax.tasks import recognize
 from speech_jax.training import sharding
 
@@ -46,6 +47,16 @@ def pretraining(objective, name, variant):
     return parameters(task, *arguments)
 
 
+def samples():
+    """The same of the model of the next sample, conditioned on log-mel and a speaker."""
+    encoder = models.make_encoder(**models.settings("wavenet_waveform", "large"))
+    model = SampleModel(encoder, 256, hop=160, speakers=3)
+    mels, frames, speaker = jnp.zeros((1, 4, 80)), jnp.full(1, 4), jnp.zeros(1, jnp.int32)
+    given = (jnp.zeros((1, 640)), True, mels, frames, speaker)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *given)["params"])
+    return shapes, (*encoder.rules, *model.rules)
+
+
 def inputs(encoder):
     shape = (1, 16_000) if encoder.listens == "waveform" else (1, 100, 80)
     return jnp.zeros(shape), jnp.full(1, shape[1])
@@ -71,6 +82,7 @@ TREES = {
     "original deepspeech": lambda: recognizer("deepspeech", variant="original"),
     "deepspeech lookahead": lambda: recognizer("deepspeech", variant="ds2_lookahead"),
     "wavenet": lambda: recognizer("wavenet"),
+    "samples": samples,
     "contrastive": lambda: pretraining("contrastive", "wav2vec2", "base"),
     "translate": translator,
     "best-rq": lambda: pretraining("best_rq", "conformer", "s"),

@@ -26,6 +26,13 @@ def test_mu_law_classes_are_what_they_stand_for():
     assert (jnp.abs(near - samples) <= 1.03 * room).all()
 
 
+def test_silence_has_the_slope_of_what_is_nearly_silent():
+    for function in (waveform.compress, waveform.expand):
+        slope = jax.vmap(jax.grad(function))(jnp.asarray([-1e-6, -0.0, 0.0, 1e-6]))
+        np.testing.assert_allclose(slope, slope[0], rtol=1e-3)
+        assert slope[0] > 0.01
+
+
 def test_probabilities_of_a_mixture_sum_to_one():
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((2, 3, 5)).astype(np.float32)

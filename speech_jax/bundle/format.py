@@ -116,26 +116,30 @@ def open_saved(folder: pathlib.Path) -> Bundle:
     )
 
 
-# Task -> the parameters that end in a number for each symbol of a part, and that part.
+# Task -> parameters, where a model has them, that are as long in a dimension as a part has symbols,
+# and by so many more: (path, dimension, more, part).
 _HEADS = {
-    "attend": ("head", "labels"),
-    "recognize": ("head", "labels"),
-    "transduce": ("head", "labels"),
-    "translate": ("head", "labels"),
-    "classify": ("classifier", "target"),
+    "attend": (("head/kernel", -1, 0, "labels"), ("decoder/output/kernel", -1, 1, "labels")),
+    "recognize": (("head/kernel", -1, 0, "labels"),),
+    "transduce": (("head/kernel", -1, 0, "labels"), ("predictor/embedding", 0, 0, "labels")),
+    "translate": (("head/kernel", -1, 0, "labels"), ("decoder/output/kernel", -1, 1, "target")),
+    "classify": (("classifier/kernel", -1, 0, "target"),),
 }
 
 
 def checked(model: Bundle, folder: pathlib.Path) -> Bundle:
     """The model; BundleError where a part has not the symbols that the head was trained for."""
-    head, name = _HEADS.get(model.config.task.name, ("", ""))
-    outputs = np.shape(model.params.get(head, {}).get("kernel", ()))[-1:]
-    if outputs and name in model.parts and model.parts[name].count != outputs[0]:
-        raise BundleError(
-            f"{folder}: what it keeps of {name!r} has {model.parts[name].count} symbols, and the "
-            f"model's head was trained for {outputs[0]}: bring back the file that it had "
-            "(tokenizer.json, of labels)"
-        )
+    params = flax.traverse_util.flatten_dict(model.params, sep="/")
+    for head, dimension, more, name in _HEADS.get(model.config.task.name, ()):
+        if head not in params or name not in model.parts:
+            continue
+        trained, kept = np.shape(params[head])[dimension] - more, model.parts[name].count
+        if trained != kept:
+            raise BundleError(
+                f"{folder}: what it keeps of {name!r} has {kept} symbols, and the model's head was "
+                f"trained for {trained}: bring back the file that it had (tokenizer.json, of "
+                "labels)"
+            )
     return model
 
 
@@ -181,22 +185,24 @@ def with_decoder(
 
 # Sections that say how, on what and where a model is used; all others are as it was trained.
 _OF_USE = ("data", "decoder", "mesh", "robustness")
-# What pairs are compared is no part of a model either.
-_TRIALS = "task.trials"
 # Settings of the data that belong to a model, not to what it is used on.
 _OWN = ("sample_rate", "max_seconds")
+# The setting of a task that says what a model is used on: the pairs that are compared.
+_TRIALS = "trials"
 
 
 def of_use(key: str) -> bool:
     """Whether `for_use` takes a setting such as 'data.root' of the configuration it is given."""
     section, _, name = key.partition(".")
-    return key == _TRIALS or (section in _OF_USE and not (section == "data" and name in _OWN))
+    if (section, name) == ("task", _TRIALS):
+        return True
+    return section in _OF_USE and not (section == "data" and name in _OWN)
 
 
 def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
     """The configuration to use a model with: its own, on the data and mesh that `config` names.
 
-    What `config.decoder` and config.task.trials say goes before what the model's own do.
+    What `config.decoder` says goes before what the model's own does.
 
     Raises:
       BundleError: `config` is for another task or encoder.
@@ -215,11 +221,11 @@ def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
             merged[section] = config[section]
         given = {key: value for key, value in config.decoder.items() if value is not None}
         merged.decoder.update(given)
-        if trials := config.task.get("trials"):
-            merged.task.trials = trials
         kept = {key: merged.data[key] for key in _OWN}
         merged.data = config.data.copy_and_resolve_references()
         merged.data.update(kept)
+        if _TRIALS in merged.task:
+            merged.task[_TRIALS] = config.task[_TRIALS]
     Settings.of(merged.decoder).check_files()
     return merged.lock()
 

@@ -2,7 +2,7 @@
 
 A decoder here is a function `advance(carry, symbols int32 [R, 1]) -> (scores [R, 1, V], carry)`, as
 a Stepwise of labels has it (models/stepwise.py); scores are logarithms of probabilities, which add
-up. A text begins with the symbol `begin`, and that symbol ends it. What has not ended at its row's
+up. A text begins with the symbol `begin`, and that symbol ends it. What would go on at its row's
 limit is cut there, and said to be: it is for the caller to count.
 
 Shapes: B rows, W hypotheses of a row (the beam), R = B * W, S labels at most, V symbols.
@@ -24,8 +24,9 @@ class Texts(NamedTuple):
     """The n best texts of each row, the best first.
 
     labels: int32 [B, n, S], filled with 0; count: int32 [B, n], labels in each; score: float32
-    [B, n], the sum of the scores of its symbols over what the length penalty says, -1e30 where
-    there are fewer than n; ended: bool [B, n], whether it ended by itself.
+    [B, n], the sum of the scores of its symbols, its end among them, over what the length penalty
+    says, -1e30 where there are fewer than n; ended: bool [B, n], whether it ended by itself: at the
+    limit it does if the end is what is likeliest there.
     """
 
     labels: jax.Array
@@ -95,7 +96,7 @@ def beam(
     """Beam search: the `width` best texts are written on, and the `nbest` best that ended kept.
 
     A row is done when nothing that is being written can become better than those. At its limit,
-    what is being written is one of its texts as it is, and is said not to have ended.
+    what would go on is one of its texts as it is, and is said not to have ended.
 
     Args:
       carry: as in `greedy`, of R rows, those of one row of the batch side by side.
@@ -114,24 +115,21 @@ def beam(
         scores = scores[:, 0].reshape(B, width, -1)
         total = jnp.maximum(beam.score[:, :, None] + scores, NEVER)  # [B, W, V]
         ending = total[:, :, begin]
-        ended = Texts(
+        room = beam.step < limit  # [B]
+        ends = room[:, None] | (ending >= total.max(-1))  # [B, W]
+        score = jnp.where(ends, ending, beam.score)
+        divisor = jnp.where(ends, penalty(beam.step + 1), penalty(beam.step))
+        done = Texts(
             labels=beam.labels,
             count=jnp.broadcast_to(beam.step, (B, width)),
-            score=jnp.where(_is_real(ending), ending / penalty(beam.step + 1), NEVER),
-            ended=_is_real(ending),
+            score=jnp.where(_is_real(score), score / divisor, NEVER),
+            ended=ends,
         )
-        texts = _best(beam.texts, ended, nbest)
-        room = beam.step < limit  # [B]
+        texts = _best(beam.texts, done, nbest)
         on = jnp.where(room[:, None, None], total.at[:, :, begin].set(NEVER), NEVER)
         score, place = lax.top_k(on.reshape(B, -1), width)  # [B, W]
         source, symbols = place // scores.shape[-1], (place % scores.shape[-1]).astype(jnp.int32)
         labels = jnp.take_along_axis(beam.labels, source[:, :, None], axis=1)
-        # At its limit a row has what is being written too, as far as it came.
-        cut = ended._replace(
-            score=jnp.where(_is_real(beam.score), beam.score / penalty(beam.step), NEVER),
-            ended=jnp.zeros((B, width), bool),
-        )
-        texts = _where(beam.step == limit, _best(texts, cut, nbest), texts)
         # Scores only fall, so the best that can come is what is best now, divided by the most.
         hope = score[:, 0] / penalty(limit + 1)
         live = room & (hope > texts.score[:, -1])
@@ -174,8 +172,3 @@ def _best(some: Texts, others: Texts, n: int) -> Texts:
     score, place = lax.top_k(both.score, n)
     take = lambda x: jnp.take_along_axis(x, place.reshape(*place.shape, *[1] * (x.ndim - 2)), 1)
     return Texts(*map(take, both))._replace(score=score)
-
-
-def _where(rows: jax.Array, a: Texts, b: Texts) -> Texts:
-    choose = lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y)
-    return Texts(*(choose(x, y) for x, y in zip(a, b, strict=True)))

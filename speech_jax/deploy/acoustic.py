@@ -117,6 +117,8 @@ class BundleAcoustic:
         self.sample_rate = model.config.data.sample_rate
         self.longest_seconds = float(model.config.data.max_seconds)
         self.decoder = dict(model.config.decoder)
+        if decoder := getattr(task, "decoder", None):  # what its record leaves to the task
+            self.decoder["name"] = decoder.settings.name
         self.frames = lambda samples: task.encoder.output_lengths(task.frontend.lengths(samples))
         self.frame_seconds = experiment.frame_seconds(model.config, task.encoder, task.frontend)
         self._params, self._state = jax.device_put((model.params, model.state))

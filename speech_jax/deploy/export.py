@@ -57,7 +57,7 @@ WEIGHTS = ("float32", "bfloat16", "int8")
 # the last one. Layers that are stacked for a scan have one dimension before these.
 _MATRICES: rules.Rules = (
     (r"attention/(qkv?|value|position)/kernel|convolution/gate/kernel", 1),
-    (r"kernel(_\d+)?|direction", -1),
+    (r"kernel(_\d+)?|direction|recurrent|gate|input", -1),
 )
 # A scale must stand for so many numbers at least: the first convolution of wav2vec2 has 10.
 _SHARED = 16

@@ -1,7 +1,6 @@
 """How well each sample of a waveform was foretold: bits a sample, summed over a split."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from speech_jax.data.sources import Utterance
@@ -27,11 +26,6 @@ class Bits:
     def results(self) -> dict[str, float | None]:
         """Bits a sample, and the samples that they are the mean of."""
         return _figures(self._nats, self._samples)
-
-    def tallies(self, line: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-        """The bits of an utterance and its samples."""
-        samples = line["samples"]
-        return {"bits_per_sample": ((line["bits_per_sample"] or 0.0) * samples, samples)}
 
     def line(self) -> str:
         """Bits a sample."""

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from speech_jax import bundle, experiment, files
 from speech_jax.config import split_names
 from speech_jax.decoding import confidence
-from speech_jax.decoding.decoder import Decoder
+from speech_jax.decoding.decoder import OF_CTC, Decoder
 from speech_jax.decoding.words import Decoded
 from speech_jax.errors import UserError
 from speech_jax.evaluators.errors import ErrorCounts, Errors, count_errors
@@ -55,7 +55,12 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
     decoder = getattr(task, "decoder", None)
     if not isinstance(decoder, Decoder) or not isinstance(task.evaluator(model.parts), Errors):
         raise UserError(f"--mode=tune is for recognizers, and {config.task.name} gives no text")
-    decoder.check_task(())  # what is tuned are the weights of n-grams, and confidences of CTC
+    if decoder.settings.name not in OF_CTC:
+        raise UserError(
+            "--mode=tune finds the weights of n-grams and the calibration of confidences for a "
+            f"decoder of CTC, and config.decoder.name={decoder.settings.name!r} is none: set it to "
+            f"one of {', '.join(OF_CTC)}"
+        )
     split = next(iter(split_names(config.data.eval_splits)), "")
     if not split:
         raise UserError("--mode=tune needs a split: name one in config.data.eval_splits")

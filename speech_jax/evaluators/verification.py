@@ -11,7 +11,7 @@ al. 2017). The cohort are the training classes, each by the vector that the clas
 
 import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -114,7 +114,11 @@ def normalize(
 
 
 class Verification:
-    """Compares utterances by the cosine of their embeddings, in all pairs or those of a file."""
+    """Compares utterances by the cosine of their embeddings, in all pairs or those of a file.
+
+    The pairs of a file are of one split. Those of another one, which the file does not name and
+    which may be what picks the model, are all compared.
+    """
 
     rates: ClassVar = ("eer", "min_dcf_0.01", "min_dcf_0.05", "eer_normalized")
 
@@ -139,21 +143,21 @@ class Verification:
 
         Error rates need pairs of one speaker and of two.
         """
-        if self._trials:
-            ids = {utterance.id for utterance in utterances}
-            found = {trial.same for trial in self._trials if {trial.one, trial.other} <= ids}
-            one, two = True in found, False in found
-            cure = "add some to the file of config.task.trials, with the ids of the utterances"
-        else:
-            speakers = [self._who(utterance) for utterance in utterances]
-            if len(speakers) > _MOST:
+        who = {utterance.id: self._who(utterance) for utterance in utterances}
+        listed = self._listed(who)
+        if listed is None:
+            if len(who) > _MOST:
                 raise UserError(
-                    f"all pairs of {len(speakers)} utterances are too many: name a file of pairs "
-                    "in config.task.trials"
+                    f"all pairs of {len(who)} utterances are too many: name a file of pairs in "
+                    "config.task.trials"
                 )
-            distinct = len(set(speakers))
-            one, two = distinct < len(speakers), distinct > 1
+            distinct = len(set(who.values()))
+            one, two = distinct < len(who), distinct > 1
             cure = "take others, or a larger portion"
+        else:
+            kinds = {trial.same for trial in listed}
+            one, two = True in kinds, False in kinds
+            cure = "add some to the file of config.task.trials, with the ids of the utterances"
         if not (one and two):
             first = f", such as {utterances[0].id!r}" if utterances else ""
             raise UserError(
@@ -179,12 +183,13 @@ class Verification:
 
     def _measured(self) -> dict[str, float | None]:
         ids = sorted(self._found)  # the order of the utterances is no matter
-        blocks = [*self._scored(ids)] if ids else [np.zeros((3, 0), np.float32)]
+        listed = self._listed({name: who for name, (who, _, _) in self._found.items()})
+        blocks = [*self._scored(ids, listed)] if ids else [np.zeros((3, 0), np.float32)]
         scores, normalized, same = map(np.concatenate, zip(*blocks, strict=True))
         same = same.astype(bool)
         counts = {"pairs": len(same), "same": int(same.sum())}
         if self._trials:
-            counts["pairs_left_out"] = len(self._trials) - len(same)
+            counts["pairs_left_out"] = len(self._trials) - len(listed or ())
         if not 0 < same.sum() < len(same):
             return dict.fromkeys(self.rates) | counts
         found: dict[str, float | None] = {}
@@ -195,24 +200,34 @@ class Verification:
             found[f"min_dcf_0.05{suffix}"] = curve.least_cost(0.05)
         return found | counts
 
-    def _scored(self, ids: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _listed(self, who: Mapping[str, str]) -> list[Trial] | None:
+        """The trials of utterances, given who speaks by id; None where all pairs are compared."""
+        known = [trial for trial in self._trials if trial.one in who and trial.other in who]
+        if known or (self._trials and not all(who.values())):
+            return known
+        return None
+
+    def _scored(
+        self, ids: Sequence[str], listed: Sequence[Trial] | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(scores, normalized ones, whether the speaker is the same) of pairs, block by block."""
         units = np.stack([self._found[name][1] for name in ids])  # [n, E]
         cohort = np.stack([self._found[name][2] for name in ids])
         mean, spread = nearest_scores(cohort, self._nearest)
-        for one, other, same, scores in self._pairs(ids, units):
+        for one, other, same, scores in self._pairs(ids, units, listed):
             yield scores, normalize(scores, one, other, mean, spread), same
 
-    def _pairs(self, ids: Sequence[str], units: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    def _pairs(
+        self, ids: Sequence[str], units: np.ndarray, listed: Sequence[Trial] | None
+    ) -> Iterator[tuple[np.ndarray, ...]]:
         """(one, other, whether the speaker is the same, score), of a block of pairs each [m].
 
         The first two are places in `ids`, of which `units` [n, E] are the embeddings.
         """
-        if self._trials:
+        if listed is not None:
             place = {name: number for number, name in enumerate(ids)}
-            known = [t for t in self._trials if t.one in place and t.other in place]
-            for start in range(0, max(len(known), 1), _BLOCK):
-                some = known[start : start + _BLOCK]
+            for start in range(0, max(len(listed), 1), _BLOCK):
+                some = listed[start : start + _BLOCK]
                 one = np.asarray([place[trial.one] for trial in some], int)
                 other = np.asarray([place[trial.other] for trial in some], int)
                 same = np.asarray([trial.same for trial in some], bool)
@@ -231,9 +246,12 @@ class Verification:
         found = self.results()
         if found["eer"] is None:
             return "no pairs of one speaker and of two"
+        lost = found.get("pairs_left_out", 0)
+        of = f", {lost} of the file of trials left out" if lost else ""
+        if lost == len(self._trials) > 0:
+            of = ", all there are: the file of trials names none of them"
         return (
             f"EER {100 * found['eer']:.2f}% (normalized {100 * found['eer_normalized']:.2f}%)  "
             f"minDCF {found['min_dcf_0.01']:.3f} (p 0.01) {found['min_dcf_0.05']:.3f} (p 0.05)  "
-            f"{found['pairs']} pairs"
-            + (f", {lost} of the trials left out" if (lost := found.get("pairs_left_out")) else "")
+            f"{found['pairs']} pairs{of}"
         )

@@ -11,6 +11,8 @@ neighbours (tests/test_encoders.py has the contract, a row for each encoder). It
     output_lengths   how many frames come out for so many inputs
     rules            of sharding, one for each of its parameters (training/sharding.py)
     VARIANTS         settings of its published sizes, by name
+    above            where it has parameters behind its layers: an expression of their paths in the
+                     encoder, whole ones, for learning rates that fall from layer to layer
 
 and, where it listens to the waveform and can be pretrained by masks, `geometry()`, the samples that
 a frame sees and those from frame to frame, and an argument `mask` bool [B, T'] of frames to hide.

@@ -1,5 +1,6 @@
 """Conformer (Gulati et al. 2020): convolution-augmented Transformer encoder over log-mel frames."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import numpy as np
 from speech_jax import registry
 from speech_jax.errors import UserError
 from speech_jax.models import layers
+from speech_jax.models.edges import Edge, Kept
 from speech_jax.ops import convolution, masking, partition
 from speech_jax.rules import Rules
 
@@ -84,7 +86,7 @@ class Conformer(nn.Module):
     def __call__(
         self, inputs: jax.Array, lengths: jax.Array, deterministic: bool, layers_too: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        x = Subsampling(
+        x, lengths, _ = Subsampling(
             self.width,
             self.subsampling_channels or self.width,
             halvings(self.subsampling),
@@ -92,7 +94,6 @@ class Conformer(nn.Module):
             dtype=self.dtype,
             name="subsampling",
         )(inputs, lengths)
-        lengths = self.output_lengths(lengths)
         mask = masking.length_mask(lengths, x.shape[1])
         # One draw for all layers: drawing in every dropout would take most of the compile time.
         seeds, shares = [None] * (self.num_layers + 1), [None] * self.num_layers
@@ -201,10 +202,15 @@ class Block(nn.Module):
         return partition.split_rows(x), None
 
 
+HALVING = Edge(past=1, future=1, stride=2)  # of each convolution of Subsampling
+
+
 class Subsampling(nn.Module):
     """Convolutions of three taps and stride 2, then a projection to `width`; see Conformer.
 
-    Frames past an utterance's length are zero before each convolution, as if it ended there.
+    Frames past an utterance's length are zero before each convolution, as if it ended there. With
+    what has been `kept` for each convolution it runs on pieces, and `valid` is of them (edges.py).
+    It returns the hidden frames, what of them is valid, and what to keep.
     """
 
     width: int
@@ -214,15 +220,18 @@ class Subsampling(nn.Module):
     dtype: Any = "float32"
 
     @nn.compact
-    def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, valid: jax.Array, kept: Sequence[Kept] | None = None
+    ) -> tuple[jax.Array, jax.Array, list[Kept]]:
         convolve = registry.lookup("subsampling_kind", _HALVE, self.kind)
         x = x.astype(self.dtype)
         if self.kind != "time":
             x = x[..., None]  # [B, F, M, 1]
+        keep = []
         for index in range(self.halvings):
-            x = convolve(_zero_past(x, lengths), self.channels, index, self.dtype)
-            x = partition.split_rows(nn.relu(x))
-            lengths = (lengths + 1) // 2
+            x, valid, last = HALVING.surround(x, valid, kept and kept[index])
+            x = partition.split_rows(nn.relu(convolve(x, self.channels, index, self.dtype)))
+            keep.append(last)
         batch, frames = x.shape[:2]
         # Frames that SpecAugment hides are zero up to here. Without a bias they would stay so, and
         # the norm of each layer would multiply their gradient by 316, one over the root of its
@@ -230,16 +239,16 @@ class Subsampling(nn.Module):
         project = nn.Dense(
             self.width, dtype=self.dtype, bias_init=nn.initializers.normal(0.1), name="project"
         )
-        return project(x.reshape(batch, frames, -1))
+        return project(x.reshape(batch, frames, -1)), valid, keep
 
 
 def _over_plane(x: jax.Array, channels: int, index: int, dtype: Any) -> jax.Array:
-    """[B, F, M, C] to [B, F / 2, M / 2, channels]."""
+    """[B, F, M, C], one frame more at each end, to [B, F / 2, M / 2, channels]."""
     return nn.Conv(
         channels,
         (3, 3),
         strides=(2, 2),
-        padding=((1, 1), (1, 1)),
+        padding=((0, 0), (1, 1)),
         dtype=dtype,
         conv_general_dilated=convolution.over_plane,
         name=f"convolution_{index}",
@@ -247,14 +256,14 @@ def _over_plane(x: jax.Array, channels: int, index: int, dtype: Any) -> jax.Arra
 
 
 def _separable(x: jax.Array, channels: int, index: int, dtype: Any) -> jax.Array:
-    """[B, F, M, C] to [B, F / 2, M / 2, channels]; there is nothing to separate in one channel."""
+    """The same; there is nothing to separate in one channel."""
     if not index:
         return _over_plane(x, channels, index, dtype)
     x = nn.Conv(
         channels,
         (3, 3),
         strides=(2, 2),
-        padding=((1, 1), (1, 1)),
+        padding=((0, 0), (1, 1)),
         feature_group_count=channels,
         use_bias=False,
         dtype=dtype,
@@ -265,12 +274,12 @@ def _separable(x: jax.Array, channels: int, index: int, dtype: Any) -> jax.Array
 
 
 def _over_time(x: jax.Array, channels: int, index: int, dtype: Any) -> jax.Array:
-    """[B, F, C] to [B, F / 2, channels]."""
+    """[B, F, C], one frame more at each end, to [B, F / 2, channels]."""
     return nn.Conv(
         channels,
         (3,),
         strides=(2,),
-        padding=((1, 1),),
+        padding=((0, 0),),
         dtype=dtype,
         conv_general_dilated=convolution.over_time,
         name=f"over_time_{index}",
@@ -278,12 +287,6 @@ def _over_time(x: jax.Array, channels: int, index: int, dtype: Any) -> jax.Array
 
 
 _HALVE = {"plane": _over_plane, "separable": _separable, "time": _over_time}
-
-
-def _zero_past(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    mask = masking.length_mask(lengths, x.shape[1])
-    mask = mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
-    return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
 def halvings(subsampling: int) -> int:

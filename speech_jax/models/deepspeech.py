@@ -72,6 +72,7 @@ class DeepSpeech(nn.Module):
     dtype: Any = "float32"
 
     listens: ClassVar = "log_mel"
+    above: ClassVar = r"(lookahead|dense_after_\d+|norm)/.*"
     rules: ClassVar[Rules] = (
         (r"convolution_\d/kernel", (None, None, None, "fsdp")),
         (r"(context|project)/kernel", ("fsdp", None)),
@@ -109,7 +110,7 @@ class DeepSpeech(nn.Module):
     def __call__(
         self, inputs: jax.Array, lengths: jax.Array, deterministic: bool, layers_too: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        x, _ = self._run(inputs, lengths, None, deterministic, layers_too)
+        x, _ = self._run(inputs, lengths, {}, deterministic, layers_too)
         return x, self.output_lengths(lengths)
 
     @property
@@ -147,11 +148,7 @@ class DeepSpeech(nn.Module):
         first one to its last. N is a multiple of `subsampling`.
         """
         inputs, mask = piece
-        if inputs.shape[1] % self.subsampling:
-            raise UserError(
-                f"a piece of {inputs.shape[1]} log-mel frames is no multiple of "
-                f"subsampling={self.subsampling}"
-            )
+        edges.check_piece(inputs, self.subsampling)
         return self._run(inputs, mask, carry, True, False)
 
     def _edges(self) -> dict[str, Edge]:
@@ -173,22 +170,20 @@ class DeepSpeech(nn.Module):
         self,
         inputs: jax.Array,
         valid: jax.Array,
-        carry: Carry | None,
+        known: Carry,
         deterministic: bool,
         layers_too: bool,
-    ) -> tuple[jax.Array, Carry | None]:
+    ) -> tuple[jax.Array, Carry]:
         """[B, F, M] to hidden frames [B, T, D].
 
-        Without a carry it is of wholes of the lengths `valid` [B]; with one, of pieces of which
-        the frames are valid that `valid` [B, F] says.
+        With an empty carry it is of wholes of the lengths `valid` [B]; else of pieces of which the
+        frames are valid that `valid` [B, F] says.
         """
-        known, carry = carry, None if carry is None else {}
+        carry = {}
 
         def surround(name: str, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
             edge = self._edges()[name]
-            if known is None:
-                return edge.whole(x, valid)
-            x, valid, carry[name] = edge.piece(x, valid, known[name])
+            x, valid, carry[name] = edge.surround(x, valid, known.get(name))
             return x, valid
 
         hear = self._convolve if self.conv_channels else self._with_context
@@ -205,9 +200,7 @@ class DeepSpeech(nn.Module):
                 self.width, self.cell, 1 + self.bidirectional, self.norm, self.adapter,
                 CHUNK if self.remat else None, dtype=self.dtype, name=f"layer_{i}",
             )  # fmt: skip
-            y, states = layer(x, mask, deterministic, known and known[f"layer_{i}"])
-            if known is not None:
-                carry[f"layer_{i}"] = states
+            y, carry[layer.name] = layer(x, mask, deterministic, known.get(layer.name))
             y = layers.dropout(y, self.dropout, seed, site=100 + i)
             x = partition.split_rows(x + y if self.residual else y)
             each.append(x)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from speech_jax.errors import UserError
 from speech_jax.ops import convolution, masking
 
 Kept = tuple[jax.Array, jax.Array]  # frames [B, K, ...], and which of them are valid [B, K]
@@ -41,22 +42,34 @@ class Edge:
         """What is kept before the first piece, of frames of a shape."""
         return jnp.zeros((rows, self.kept, *shape), dtype), jnp.zeros((rows, self.kept), bool)
 
-    def whole(self, x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, T, ...] between zeros, zero past the lengths [B] too; the lengths of the outputs.
+    def surround(
+        self, x: jax.Array, valid: jax.Array | None, kept: Kept | None = None
+    ) -> tuple[jax.Array, jax.Array | None, Kept | None]:
+        """Frames [B, T, ...] with those that their outputs see beside them.
 
-        Each window of past + 1 + future frames, `stride` apart, is of an output.
+        Each window of past + 1 + future frames, `stride` apart, is then of an output.
+
+        Args:
+          x: a whole, which lies between zeros; or, with `kept`, a piece behind what has been kept.
+          valid: the lengths of wholes, int [B], or which frames of a piece are, bool [B, T]; what
+            is not valid is zero. None: all frames of wholes are.
+
+        Returns:
+          The frames, what is valid of the outputs in the same form, and what to keep.
         """
-        zero = ((0, 0),) * (x.ndim - 2)
-        x = jnp.pad(_zeroed(x, mask_of(lengths, x)), ((0, 0), (self.past, self.future), *zero))
-        return x, (lengths + self.stride - 1) // self.stride
+        if kept is None:
+            return *self._whole(x, valid), None
+        return self._piece(x, valid, kept)
 
-    def piece(
+    def _whole(self, x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        if lengths is not None:
+            x = _zeroed(x, mask_of(lengths, x))
+            lengths = (lengths + self.stride - 1) // self.stride
+        return jnp.pad(x, ((0, 0), (self.past, self.future), *((0, 0),) * (x.ndim - 2))), lengths
+
+    def _piece(
         self, x: jax.Array, valid: jax.Array, kept: Kept
     ) -> tuple[jax.Array, jax.Array, Kept]:
-        """The same of a piece [B, N, ...] behind what has been kept, and what to keep of both.
-
-        `valid`, and what comes of it, says which frames are: bool [B, N].
-        """
         count = x.shape[1] // self.stride  # outputs
         x = jnp.concatenate([kept[0], _zeroed(x, valid)], axis=1)
         valid = jnp.concatenate([kept[1], valid], axis=1)
@@ -69,6 +82,14 @@ class Edge:
 def mask_of(valid: jax.Array, x: jax.Array) -> jax.Array:
     """Which frames of x [B, T, ...] are valid, bool [B, T]; `valid` is that, or their lengths."""
     return masking.length_mask(valid, x.shape[1]) if valid.ndim == 1 else valid
+
+
+def check_piece(piece: jax.Array, each: int) -> None:
+    """Raises a UserError for a piece [B, N, M] that is not of whole hidden frames of `each`."""
+    if piece.shape[1] % each:
+        raise UserError(
+            f"a piece of {piece.shape[1]} log-mel frames is no multiple of subsampling={each}"
+        )
 
 
 def _zeroed(x: jax.Array, mask: jax.Array) -> jax.Array:

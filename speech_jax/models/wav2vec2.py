@@ -130,6 +130,11 @@ class Wav2Vec2(nn.Module):
         else:
             self.layer = [block(**settings) for _ in range(self.num_layers)]
 
+    @property
+    def above(self) -> str:
+        """What is behind the layers."""
+        return "norm/.*" if self.pre_norm else ""
+
     def layer_settings(self) -> tuple[type[nn.Module], dict[str, Any]]:
         """The module of a layer, called as module(x, mask, seed, skip), and its attributes."""
         names = ("heads", "pre_norm", "dropout", "attention_dropout", "adapter", "dtype")

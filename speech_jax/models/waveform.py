@@ -14,8 +14,7 @@ import numpy as np
 from jax import lax
 
 from speech_jax.errors import UserError
-from speech_jax.models import layers
-from speech_jax.models.wavenet import Layer
+from speech_jax.models import layers, wavenet
 from speech_jax.ops import convolution, masking, partition, waveform
 from speech_jax.rules import Rules
 
@@ -54,16 +53,11 @@ class WaveformWaveNet(nn.Module):
     dtype: Any = "float32"
 
     listens: ClassVar = "waveform"
+    above: ClassVar = "(output|norm)/.*"
     rules: ClassVar[Rules] = (
         (r"input", (None, None, "fsdp")),
         (r"input_bias", ()),
-        (r"layer_\d+/gate", (None, "fsdp", None)),
-        (r"layer_\d+/gate_bias", ()),
-        (r"layer_\d+/(project|skip)/kernel", ("fsdp", None)),
-        (r"layer_\d+/(project|skip)/bias", ()),
-        (r"output/kernel", ("fsdp", None)),
-        (r"output/bias", ()),
-        (r"norm/layer/(scale|bias)", ()),
+        *wavenet.RULES,
     )
     # Tiny is for half an hour on two CPU cores: it hears 18 ms.
     VARIANTS: ClassVar = {
@@ -78,10 +72,14 @@ class WaveformWaveNet(nn.Module):
                 f"config.model.bits={self.bits} must be 8 (mu-law classes) or 16 (samples as they "
                 "are)"
             )
+        if self.kernel < 2:
+            raise UserError(
+                f"config.model.kernel={self.kernel} must be 2 or more: layers hear earlier samples"
+            )
         shape = (self.taps, 2, self.width)
         self.input = self.param("input", nn.initializers.lecun_normal(in_axis=(0, 1)), shape)
         self.input_bias = self.param("input_bias", nn.initializers.zeros, (self.width,))
-        block = nn.remat(Layer) if self.remat else Layer
+        block = nn.remat(wavenet.Layer) if self.remat else wavenet.Layer
         self.layer = [
             block(self.width, self.kernel, dilation, True, self.dtype)
             for dilation in self.dilations
@@ -125,10 +123,11 @@ class WaveformWaveNet(nn.Module):
             seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
         weight, bias = self.input.astype(self.dtype), self.input_bias.astype(self.dtype)
         heard = self.heard(inputs).astype(self.dtype)
-        x = convolution.dilated(heard, weight, 1, self.taps - 1) + bias[None, None]
+        heard, _, _ = wavenet.reach(self.taps, 1, causal=True).surround(heard, None)
+        x = convolution.dilated(heard, weight, 1) + bias[None, None]
         total, each = jnp.zeros_like(x), [x]
         for i, layer in enumerate(self.layer):
-            change, skipped = layer(x, None, conditions(i) if conditions else None)
+            change, skipped, _ = layer(x, None, conditions(i) if conditions else None)
             x = partition.split_rows(x + layers.dropout(change, self.dropout, seed, site=i))
             total = total + skipped
             each.append(x)
@@ -168,7 +167,8 @@ class SampleModel(nn.Module):
 
     delay = 0
     rules: ClassVar[Rules] = (
-        (r"condition/(listen|gates)/kernel", ()),
+        (r"condition/listen/kernel", ()),
+        (r"condition/gates/kernel", ("fsdp", None, None)),
         (r"condition/(listen|gates)/bias", ()),
         (r"condition/speakers/embedding", ()),
         (r"head/kernel", ("fsdp", None)),

@@ -1,4 +1,7 @@
-"""WaveNet (van den Oord et al. 2016) as an encoder: dilated gated convolutions over log-mel."""
+"""WaveNet (van den Oord et al. 2016) as an encoder: dilated gated convolutions over log-mel.
+
+A causal one runs piece by piece, too (models/stepwise.py).
+"""
 
 from typing import Any, ClassVar
 
@@ -6,10 +9,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from speech_jax.models import layers
-from speech_jax.models.conformer import Subsampling, halved, halvings
-from speech_jax.ops import convolution, masking, partition
+from speech_jax.errors import UserError
+from speech_jax.models import edges, layers
+from speech_jax.models.conformer import HALVING, Subsampling, halved, halvings
+from speech_jax.models.edges import Edge, Kept
+from speech_jax.ops import convolution, partition
 from speech_jax.rules import Rules
+
+Carry = dict[str, Any]  # edges.Kept of each layer, and of each convolution of the subsampling
+
+# How the layers, and what is behind them, lie on a mesh.
+RULES: Rules = (
+    (r"layer_\d+/gate", (None, "fsdp", None)),
+    (r"layer_\d+/gate_bias", ()),
+    (r"layer_\d+/(project|skip)/kernel", ("fsdp", None)),
+    (r"layer_\d+/(project|skip)/bias", ()),
+    (r"output/kernel", ("fsdp", None)),
+    (r"output/bias", ()),
+    (r"norm/layer/(scale|bias)", ()),
+)
 
 
 class WaveNet(nn.Module):
@@ -26,6 +44,7 @@ class WaveNet(nn.Module):
       subsampling: 4 or 8, log-mel frames per hidden frame.
       subsampling_channels: channels of the strided convolutions; None is D.
       dropout: of what each layer adds.
+      adapter: hidden units of the adapter of what each layer adds (layers.Adapter); 0: none.
       remat: recompute each layer's activations in the backward pass.
       dtype: what the arithmetic runs in; parameters are float32.
     """
@@ -38,21 +57,19 @@ class WaveNet(nn.Module):
     subsampling: int = 4
     subsampling_channels: int | None = None
     dropout: float = 0.1
+    adapter: int = 0
     remat: bool = False
     dtype: Any = "float32"
 
+    delay = 0
     listens: ClassVar = "log_mel"
+    above: ClassVar = "(output|norm)/.*"
     rules: ClassVar[Rules] = (
         (r"subsampling/convolution_\d/kernel", (None, None, None, "fsdp")),
         (r"subsampling/project/kernel", ("fsdp", None)),
         (r"subsampling/(convolution_\d|project)/bias", ()),
-        (r"layer_\d+/gate", (None, "fsdp", None)),
-        (r"layer_\d+/gate_bias", ()),
-        (r"layer_\d+/(project|skip)/kernel", ("fsdp", None)),
-        (r"layer_\d+/(project|skip)/bias", ()),
-        (r"output/kernel", ("fsdp", None)),
-        (r"output/bias", ()),
-        (r"norm/layer/(scale|bias)", ()),
+        *RULES,
+        (r"adapter/(down|up)/(kernel|bias)", ()),
     )
     # Large: as many channels as the paper's model of speech has gates.
     VARIANTS: ClassVar = {
@@ -67,46 +84,105 @@ class WaveNet(nn.Module):
         """Hidden frames for `lengths` log-mel frames: each stride-2 convolution rounds up."""
         return halved(lengths, halvings(self.subsampling))
 
-    @nn.compact
     def __call__(
         self, inputs: jax.Array, lengths: jax.Array, deterministic: bool, layers_too: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        x = Subsampling(
+        x, _ = self._run(inputs, lengths, {}, deterministic, layers_too)
+        return x, self.output_lengths(lengths)
+
+    @nn.nowrap
+    def start(self, rows: int, bands: int) -> Carry:
+        """What is known before the first piece of log-mel frames of so many bands.
+
+        Raises:
+          UserError: of a WaveNet that hears the future.
+        """
+        if not self.causal:
+            raise UserError(
+                "a WaveNet that is not causal hears frames of the future: for pieces, train one "
+                "with causal=True"
+            )
+        shape, halves = (bands, 1), []
+        for _ in range(halvings(self.subsampling)):
+            halves.append(HALVING.start(rows, *shape, dtype=self.dtype))
+            shape = (shape[0] + 1) // 2, self.subsampling_channels or self.width
+        each = [reach(self.kernel, dilation, causal=True) for dilation in self.dilations]
+        return {"subsampling": halves} | {
+            f"layer_{i}": edge.start(rows, self.width, dtype=self.dtype)
+            for i, edge in enumerate(each)
+        }
+
+    def advance(self, carry: Carry, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Carry]:
+        """The next hidden frames [B, N / subsampling, width] for log-mel frames [B, N, M].
+
+        A piece has beside the frames which of them are valid, bool [B, N]: from an utterance's
+        first one to its last. N is a multiple of `subsampling`.
+        """
+        inputs, mask = piece
+        edges.check_piece(inputs, self.subsampling)
+        return self._run(inputs, mask, carry, True, False)
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """Of each layer, in hidden frames."""
+        return tuple(2 ** (i % self.cycle) for i in range(self.num_layers))
+
+    @nn.compact
+    def _run(
+        self,
+        inputs: jax.Array,
+        valid: jax.Array,
+        known: Carry,
+        deterministic: bool,
+        layers_too: bool,
+    ) -> tuple[jax.Array, Carry]:
+        """[B, F, M] to hidden frames [B, T, D].
+
+        With an empty carry it is of wholes of the lengths `valid` [B]; else of pieces of which the
+        frames are valid that `valid` [B, F] says.
+        """
+        carry = {}
+        x, valid, carry["subsampling"] = Subsampling(
             self.width,
             self.subsampling_channels or self.width,
             halvings(self.subsampling),
             dtype=self.dtype,
             name="subsampling",
-        )(inputs, lengths)
-        lengths = self.output_lengths(lengths)
-        mask = masking.length_mask(lengths, x.shape[1])
+        )(inputs, valid, known.get("subsampling"))
         seed = None
         if not deterministic:
             seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
         total, each = jnp.zeros_like(x), [x]
         make = nn.remat(Layer) if self.remat else Layer
-        for i in range(self.num_layers):
+        for i, dilation in enumerate(self.dilations):
+            name = f"layer_{i}"
             layer = make(
-                self.width, self.kernel, 2 ** (i % self.cycle), self.causal, self.dtype,
-                name=f"layer_{i}",
-            )  # fmt: skip
-            change, skipped = layer(x, mask)
+                self.width, self.kernel, dilation, self.causal, self.dtype, self.adapter, name=name
+            )
+            change, skipped, carry[name] = layer(x, valid, None, known.get(name))
             x = partition.split_rows(x + layers.dropout(change, self.dropout, seed, site=i))
             total = total + skipped
             each.append(x)
         # With the residual stream, to which the last layer would else add for nothing.
         x = nn.Dense(self.width, dtype=self.dtype, name="output")(nn.relu(total + x))
         x = layers.LayerNorm(self.dtype, name="norm")(x)
+        mask = edges.mask_of(valid, x)
         if layers_too:
             x, mask = jnp.stack([*each[:-1], x], axis=2), mask[:, :, None]
-        return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), lengths
+        return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), carry
+
+
+def reach(kernel: int, dilation: int, causal: bool) -> Edge:
+    """What the taps of a dilated convolution see."""
+    past = (kernel - 1) * dilation
+    return Edge(past, 0) if causal else Edge(past // 2, past - past // 2)
 
 
 class Layer(nn.Module):
     """A gated dilated convolution: what it adds to [B, T, D], and what it skips to the end.
 
-    `mask` bool [B, T] is of valid frames; None where no frame hears what is not. `condition`
-    [B, T, 2 D] is added to the gates.
+    `valid` and `kept` are as of edges.Edge.surround, and what is to keep is returned behind the
+    rest. `condition` [B, T, 2 D] is added to the gates.
     """
 
     width: int
@@ -114,20 +190,23 @@ class Layer(nn.Module):
     dilation: int
     causal: bool
     dtype: Any
+    adapter: int = 0
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None, condition: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        x: jax.Array,
+        valid: jax.Array | None,
+        condition: jax.Array | None = None,
+        kept: Kept | None = None,
+    ) -> tuple[jax.Array, jax.Array, Kept | None]:
         x = layers.LayerNorm(self.dtype, name="norm")(x)
-        if mask is not None:
-            x = jnp.where(mask[:, :, None], x, jnp.zeros((), x.dtype))
+        edge = reach(self.kernel, self.dilation, self.causal)
+        x, _, kept = edge.surround(x, valid, kept)
         shape = (self.kernel, x.shape[-1], 2 * self.width)
         weight = self.param("gate", nn.initializers.lecun_normal(in_axis=(0, 1)), shape)
         bias = self.param("gate_bias", nn.initializers.zeros, (2 * self.width,))
-        past = (self.kernel - 1) * self.dilation
-        past = past if self.causal else past // 2
-        gates = convolution.dilated(x, weight.astype(self.dtype), self.dilation, past)
+        gates = convolution.dilated(x, weight.astype(self.dtype), self.dilation)
         gates = gates + bias.astype(self.dtype)[None, None]
         if condition is not None:
             gates = gates + condition
@@ -136,4 +215,7 @@ class Layer(nn.Module):
         project, skip = (
             nn.Dense(self.width, dtype=self.dtype, name=name) for name in ("project", "skip")
         )
-        return project(hidden), skip(hidden)
+        change = project(hidden)
+        if self.adapter:
+            change = layers.Adapter(self.adapter, self.dtype, name="adapter")(change)
+        return change, skip(hidden), kept

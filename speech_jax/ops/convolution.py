@@ -314,23 +314,22 @@ _shifted_and_banded.defvjp(_banded_forward, _banded_backward)
 # ---- Dilated -----------------------------------------------------------------------------------
 
 
-def dilated(x: jax.Array, weight: jax.Array, dilation: int, past: int) -> jax.Array:
-    """[B, T, C] convolved with weight [K, C, D], its taps `dilation` frames apart: [B, T, D].
+def dilated(x: jax.Array, weight: jax.Array, dilation: int) -> jax.Array:
+    """[B, T, C] convolved with weight [K, C, D], its taps `dilation` frames apart, no padding.
 
-    A frame sees from `past` frames before it on.
+    [B, T - (K - 1) dilation, D].
     """
     kernel, channels, width = weight.shape
-    sides = (past, (kernel - 1) * dilation - past)
 
     def convolution(x, weight):
         return lax.conv_general_dilated(
-            x, weight, (1,), [sides], rhs_dilation=(dilation,), dimension_numbers=_TIME
+            x, weight, (1,), "VALID", rhs_dilation=(dilation,), dimension_numbers=_TIME
         )
 
     def product(x, weight):
-        padded, frames = jnp.pad(x, ((0, 0), sides, (0, 0))), x.shape[1]
+        frames = x.shape[1] - (kernel - 1) * dilation
         taps = [
-            lax.slice_in_dim(padded, tap * dilation, tap * dilation + frames, axis=1)
+            lax.slice_in_dim(x, tap * dilation, tap * dilation + frames, axis=1)
             for tap in range(kernel)
         ]
         weight = weight.reshape(1, kernel * channels, width)

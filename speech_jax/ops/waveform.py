@@ -21,12 +21,19 @@ _STEP = 2.0**-15  # from one sample of 16 bits to the next
 
 def compress(x: jax.Array) -> jax.Array:
     """Mu-law (ITU-T G.711, in its continuous form): [-1, 1] to [-1, 1], finer where it is quiet."""
-    return jnp.sign(x) * jnp.log1p(_MU * jnp.minimum(jnp.abs(x), 1.0)) / math.log1p(_MU)
+    sign = _sign(x)
+    return sign * jnp.log1p(_MU * jnp.minimum(sign * x, 1.0)) / math.log1p(_MU)
 
 
 def expand(y: jax.Array) -> jax.Array:
     """The inverse of `compress`."""
-    return jnp.sign(y) * jnp.expm1(jnp.abs(y) * math.log1p(_MU)) / _MU
+    sign = _sign(y)
+    return sign * jnp.expm1(sign * y * math.log1p(_MU)) / _MU
+
+
+def _sign(x: jax.Array) -> jax.Array:
+    """1 or -1: with a 0, silence would have no gradient."""
+    return jnp.where(x < 0, -1.0, 1.0)
 
 
 def classes(x: jax.Array) -> jax.Array:

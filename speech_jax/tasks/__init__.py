@@ -48,7 +48,9 @@ class Task(Protocol):
 
     A constructor's arguments are the settings of the section `task`, and by name, if it wants them:
     `encoder`, `frontend`, `counts`, how many symbols each part has that has symbols, and
-    `examples`, how often each of them was there when a part was made, where it knows.
+    `examples`, how often each of them was there when a part was made, where it knows. One that
+    wants the `decoder` may have `searches` beside those of CTC (decoding/decoder.py), and then says
+    by usual_search(**settings) which one it is where config.decoder.name says nothing.
     """
 
     parts: ClassVar[Mapping[str, str]]  # name in a batch -> kind (data/parts/)

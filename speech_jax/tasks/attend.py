@@ -2,8 +2,9 @@
 
 Both learn from the same encoder: CTC keeps what is written in the order of what is said, which the
 decoder alone learns from few hours badly, and the decoder knows what is written before. What they
-say is searched together, or apart: config.decoder.name is 'joint' (one pass), 'rescore' (the best
-texts of CTC, put in order by both), 'attention', or a decoder of CTC ('greedy', 'beam', 'lexicon').
+say is searched together, or apart: config.decoder.name is 'joint' (one pass; it is that where it
+says nothing and there is CTC), 'rescore' (the best texts of CTC, put in order by both),
+'attention', or a decoder of CTC ('greedy', 'beam', 'lexicon').
 """
 
 import dataclasses
@@ -11,7 +12,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,101 +19,32 @@ import numpy as np
 from speech_jax.decoding import joint
 from speech_jax.decoding.decoder import Decoder
 from speech_jax.decoding.generate import Texts
-from speech_jax.errors import UserError
 from speech_jax.evaluators.errors import Errors
-from speech_jax.models.decoder import TextDecoder
-from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc
-from speech_jax.rules import Rules
 from speech_jax.tasks import Batch, Pytree, hearing, writing
-from speech_jax.tasks.recognize import Recognize
 
 
 @dataclasses.dataclass(frozen=True)
-class Attend:
-    """Audio to text. The loss is in nats, its weight are the symbols of texts, an end each.
+class Attend(writing.Writes):
+    """Audio to text. The loss is in nats, its weight are the symbols of texts, an end each."""
 
-    Attributes:
-      layers, heads, dropout: of the decoder, whose width is that of the encoder.
-      ctc_weight: of CTC in the loss, and the rest the decoder's. With 0 there is no CTC; with 1 the
-        decoder learns nothing.
-      smoothing: the share of a target's probability that all symbols have.
-    """
-
-    encoder: nn.Module
-    frontend: FrontEnd
-    counts: Mapping[str, int]
-    decoder: Decoder
-    layers: int = 2
-    heads: int = 4
-    dropout: float = 0.1
-    ctc_weight: float = 0.3
-    smoothing: float = 0.1
+    decoder: Decoder = dataclasses.field(kw_only=True)
 
     parts: ClassVar = {"audio": "audio", "labels": "transcript"}
-    along: ClassVar = "samples"
+    text: ClassVar = "labels"
     best: ClassVar = ("wer", "min")
     searches: ClassVar = ("attention", "joint", "rescore")  # beside those of CTC
 
     def __post_init__(self):
-        if not self.ctc_weight and self.decoder.settings.name != "attention":
-            raise UserError(
-                f"config.decoder.name={self.decoder.settings.name!r} needs CTC, which "
-                "config.task.ctc_weight=0 leaves out: set config.decoder.name='attention'"
-            )
+        if self.decoder.settings.name != "attention":
+            what = f"config.decoder.name={self.decoder.settings.name!r}"
+            cure = "set config.decoder.name='attention'"
+            hearing.check_ctc(self.ctc_weight, what, cure)
 
-    @property
-    def rules(self) -> Rules:
-        """How the parameters lie on a mesh."""
-        return (*self.encoder.rules, *writing.RULES)
-
-    @property
-    def writer(self) -> TextDecoder:
-        """The decoder of text; its parameters are params["decoder"]."""
-        return TextDecoder(
-            self.counts["labels"],
-            width=self.encoder.width,
-            num_layers=self.layers,
-            heads=self.heads,
-            dropout=self.dropout,
-            dtype=self.encoder.dtype,
-        )
-
-    @property
-    def model(self) -> writing.WritingModel:
-        """All of it; its parameters are {"encoder": ..., "head": ..., "decoder": ...}."""
-        classes = self.counts["labels"] if self.ctc_weight else 0
-        return writing.WritingModel(self.encoder, self.writer, classes)
-
-    @property
-    def _by_ctc(self) -> Recognize:
-        """The same model without its decoder."""
-        return Recognize(self.encoder, self.frontend, self.counts, self.decoder)
-
-    def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Parameters (float32) and model state (empty without batch norm)."""
-        texts = batch["labels"], batch["labels_length"]
-        return hearing.init(self.model, self.frontend, rng, batch, *texts)
-
-    def logits(
-        self,
-        params: Pytree,
-        state: Pytree,
-        batch: Batch,
-        rng: jax.Array | None = None,
-        step: jax.Array | int = 0,
-    ) -> tuple[jax.Array, jax.Array, Pytree]:
-        """(logits of CTC [B, T', K], frames [B], new state); trains where there is a key.
-
-        Raises:
-          UserError: there is no CTC.
-        """
-        if not self.ctc_weight:
-            raise UserError(
-                "this model has no CTC (config.task.ctc_weight=0), so that no logits of frames can "
-                "be had of it: train with more weight, or use config.decoder.name='attention'"
-            )
-        return self._by_ctc.logits(params, state, batch, rng, step)
+    @classmethod
+    def usual_search(cls, ctc_weight: float, **_: Any) -> str:
+        """What it searches by where config.decoder.name says nothing."""
+        return "joint" if ctc_weight else "attention"
 
     def loss(
         self,
@@ -147,10 +78,7 @@ class Attend:
 
         A text has a label a frame at most; `ended`, bool [B], says whether it ended by itself.
         """
-        inputs, lengths = self.frontend(batch)
-        hidden, logits, frames = self.model.apply(
-            {"params": params, **state}, inputs, lengths, True, method="hear"
-        )
+        hidden, logits, frames = self.heard(params, state, batch)
         if self.decoder.settings.name not in self.searches:
             return self.decoder.search(logits, frames)
         texts = self._search(params["decoder"], hidden, logits, frames)
@@ -187,7 +115,7 @@ class Attend:
     def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
         """Utterances of which the encoder makes fewer frames than their labels take."""
         needed = sizes["labels_aligned" if self.ctc_weight else "labels"]
-        return self._by_ctc.unusable({**sizes, "labels_aligned": needed})
+        return self.by_ctc.unusable({**sizes, "labels_aligned": needed})
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The loss in nats a symbol, the share of symbols that the decoder finds, what CTC lacks.
@@ -201,9 +129,6 @@ class Attend:
         if "infeasible" in sums:
             found["infeasible"] = sums["infeasible"]
         return found
-
-    def check(self, figures: Mapping[str, float], step: int) -> None:
-        """Nothing that is logged says that going on is of no use."""
 
     def evaluator(self, parts: Mapping[str, Any]) -> Errors:
         """Word and character errors."""

@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.tasks import Batch, Pytree
 
@@ -57,3 +58,9 @@ def applied(
         mutable=list(state),
         method=method,
     )
+
+
+def check_ctc(weight: float, what: str, cure: str = "train with more of it") -> None:
+    """UserError where config.task.ctc_weight is 0, and `what` needs CTC."""
+    if not weight:
+        raise UserError(f"{what} needs CTC, which config.task.ctc_weight=0 leaves out: {cure}")

@@ -1,7 +1,8 @@
 """Speech recognition with a transducer (Graves 2012), also with durations (Xu et al. 2023).
 
 What it says is searched as config.decoder.name says: 'transducer', the best label of each step,
-'transducer_beam', or a decoder of CTC ('greedy', 'beam', 'lexicon') where there is a head of CTC.
+which it is where nothing is said, 'transducer_beam', or a decoder of CTC ('greedy', 'beam',
+'lexicon') where there is a head of CTC.
 """
 
 import dataclasses
@@ -107,7 +108,8 @@ class Transduce:
       omega: the share of the loss without durations in the loss, with durations.
       span: positions of a frame at which the joiner is computed in training, where a simple joint
         says; 0: at all. It spares time and memory where labels are many.
-      warmup: updates until the band counts in full; 0: it does from the first one.
+      warmup: updates until the band counts in full, and the transducer beside CTC: an encoder that
+        hears nothing yet teaches a transducer to say nothing. 0: they do from the first one.
       ctc_weight: of CTC in the loss, by a head of its own; 0: none.
       most: labels that a search may say in a frame.
     """
@@ -144,19 +146,17 @@ class Transduce:
                 "it to 'transducer'"
             )
         if self._search not in self.searches:
-            self._check_head(f"config.decoder.name={self._search!r}")
+            what, cure = f"config.decoder.name={self._search!r}", self.usual_search()
+            hearing.check_ctc(self.ctc_weight, what, f"set config.decoder.name={cure!r}")
+
+    @classmethod
+    def usual_search(cls, **_: Any) -> str:
+        """What it searches by where config.decoder.name says nothing."""
+        return "transducer"
 
     @property
     def _search(self) -> str:
-        return self.decoder.settings.name if self.decoder else "transducer"
-
-    def _check_head(self, what: str) -> None:
-        """UserError where there is no head of CTC, which `what` needs."""
-        if not self.ctc_weight:
-            raise UserError(
-                f"{what} needs CTC, which config.task.ctc_weight=0 leaves out: train with more, or "
-                "set config.decoder.name='transducer'"
-            )
+        return self.decoder.settings.name if self.decoder else self.usual_search()
 
     @property
     def rules(self) -> Rules:
@@ -198,7 +198,7 @@ class Transduce:
         Raises:
           UserError: there is no CTC.
         """
-        self._check_head("what reads logits of frames")
+        hearing.check_ctc(self.ctc_weight, "what reads logits of frames")
         found, state = self._apply(params, state, batch, rng, step, method="listen")
         return *found, state
 
@@ -226,7 +226,7 @@ class Transduce:
         if self.ctc_weight:
             args = heard.lengths, labels, labels_length
             by_ctc = ctc.ctc_loss(heard.logits, *args, zero_infinity=True)
-            nats = (1 - self.ctc_weight) * nats + self.ctc_weight * by_ctc
+            nats = (1 - self.ctc_weight) * ramp * nats + self.ctc_weight * by_ctc
             fits &= ctc.ctc_feasible(*args)
         weight = batch["weight"]
         tokens = (weight * labels_length.astype(jnp.float32)).sum()

@@ -9,104 +9,38 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from speech_jax.decoding import ctc as decoding
 from speech_jax.decoding import generate
-from speech_jax.errors import UserError
 from speech_jax.evaluators.bleu import Bleu
-from speech_jax.models.decoder import TextDecoder
-from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc
-from speech_jax.rules import Rules
 from speech_jax.tasks import Batch, Pytree, hearing, writing
-from speech_jax.tasks.recognize import Recognize
 
 # Labels that a translation may have of no frame at all: short utterances are not cut.
 _SPARE = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Translate:
+class Translate(writing.Writes):
     """Audio to a translation. The loss is in nats, its weight are the symbols of translations.
 
     Attributes:
-      layers, heads, dropout: of the decoder, whose width is that of the encoder.
-      smoothing: the share of a target's probability that all symbols have.
-      ctc_weight: of CTC in the loss, and the rest the decoder's. With 0 there is no CTC.
       beam: hypotheses of the search; 1: greedy.
       length_penalty: see decoding/generate.py; more of it makes longer translations.
       labels_per_frame: of a frame of the encoder, how many labels a translation has at most.
     """
 
-    encoder: nn.Module
-    frontend: FrontEnd
-    counts: Mapping[str, int]
-    layers: int = 2
-    heads: int = 4
-    dropout: float = 0.1
-    smoothing: float = 0.1
-    ctc_weight: float = 0.3
     beam: int = 5
     length_penalty: float = 0.6
     labels_per_frame: float = 2.0
 
     parts: ClassVar = {"audio": "audio", "labels": "transcript", "target": "transcript"}
-    along: ClassVar = "samples"
+    text: ClassVar = "target"
     best: ClassVar = ("bleu", "max")
     translates: ClassVar = "target"  # the part that a prediction is a translation of
-
-    @property
-    def rules(self) -> Rules:
-        """How the parameters lie on a mesh."""
-        return (*self.encoder.rules, *writing.RULES)
-
-    @property
-    def writer(self) -> TextDecoder:
-        """The decoder of text; its parameters are params["decoder"]."""
-        return TextDecoder(
-            self.counts["target"],
-            width=self.encoder.width,
-            num_layers=self.layers,
-            heads=self.heads,
-            dropout=self.dropout,
-            dtype=self.encoder.dtype,
-        )
-
-    @property
-    def model(self) -> writing.WritingModel:
-        """All of it; its parameters are {"encoder": ..., "head": ..., "decoder": ...}."""
-        classes = self.counts["labels"] if self.ctc_weight else 0
-        return writing.WritingModel(self.encoder, self.writer, classes)
-
-    def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
-        """Parameters (float32) and model state (empty without batch norm)."""
-        texts = batch["target"], batch["target_length"]
-        return hearing.init(self.model, self.frontend, rng, batch, *texts)
-
-    def logits(
-        self,
-        params: Pytree,
-        state: Pytree,
-        batch: Batch,
-        rng: jax.Array | None = None,
-        step: jax.Array | int = 0,
-    ) -> tuple[jax.Array, jax.Array, Pytree]:
-        """(logits of CTC [B, T', K], frames [B], new state); trains where there is a key.
-
-        Raises:
-          UserError: there is no CTC.
-        """
-        if not self.ctc_weight:
-            raise UserError(
-                "this model has no CTC (config.task.ctc_weight=0), so that it gives no transcript: "
-                "have it translate, or train with more weight"
-            )
-        recognizer = Recognize(self.encoder, self.frontend, self.counts)
-        return recognizer.logits(params, state, batch, rng, step)
 
     def loss(
         self,
@@ -142,10 +76,7 @@ class Translate:
         probabilities of its symbols. {"labels", "labels_length"} are the transcript, where there is
         CTC.
         """
-        inputs, lengths = self.frontend(batch)
-        hidden, logits, frames = self.model.apply(
-            {"params": params, **state}, inputs, lengths, True, method="hear"
-        )
+        hidden, logits, frames = self.heard(params, state, batch)
         texts = self._search(params["decoder"], hidden, frames)
         count, ended = texts.count[:, 0], texts.ended[:, 0]
         symbols = (count + ended).astype(jnp.float32)
@@ -212,9 +143,6 @@ class Translate:
             found["ctc_nats"] = sums["spoken"] / max(sums["labels"], 1.0)
             found["infeasible"] = sums["infeasible"]
         return found
-
-    def check(self, figures: Mapping[str, float], step: int) -> None:
-        """Nothing that is logged says that going on is of no use."""
 
     def evaluator(self, parts: Mapping[str, Any]) -> Bleu:
         """BLEU and chrF2, and the errors of the transcript where one is spoken of."""

@@ -4,8 +4,9 @@ A text of N labels is learned as N + 1 symbols: the decoder reads `begin` and th
 write the labels and `begin`, which ends the text (models/decoder.py).
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 
 from speech_jax.decoding.generate import Advance
 from speech_jax.models.decoder import TextDecoder
+from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import masking
 from speech_jax.rules import Rules
-from speech_jax.tasks import Pytree, recognize
+from speech_jax.tasks import Batch, Pytree, hearing, recognize
 
 # How the head's and the decoder's parameters lie on a mesh.
 RULES: Rules = (*recognize.RULES, *TextDecoder.rules)
@@ -60,6 +62,89 @@ class WritingModel(nn.Module):
         hidden, frames = self.encoder(inputs, lengths, deterministic)
         logits = self.head(hidden).astype(jnp.float32) if self.vocabulary_size else None
         return hidden, logits, frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Writes:
+    """What tasks are that write one of their parts with a decoder, with CTC beside it.
+
+    Attributes:
+      layers, heads, dropout: of the decoder, whose width is that of the encoder.
+      ctc_weight: of CTC in the loss, and the rest the decoder's. With 0 there is no CTC; with 1 the
+        decoder learns nothing.
+      smoothing: the share of a target's probability that all symbols have.
+    """
+
+    encoder: nn.Module
+    frontend: FrontEnd
+    counts: Mapping[str, int]
+    layers: int = 2
+    heads: int = 4
+    dropout: float = 0.1
+    ctc_weight: float = 0.3
+    smoothing: float = 0.1
+
+    along: ClassVar = "samples"
+    text: ClassVar[str]  # the part that the decoder writes
+
+    @property
+    def rules(self) -> Rules:
+        """How the parameters lie on a mesh."""
+        return (*self.encoder.rules, *RULES)
+
+    @property
+    def writer(self) -> TextDecoder:
+        """The decoder of text; its parameters are params["decoder"]."""
+        return TextDecoder(
+            self.counts[self.text],
+            width=self.encoder.width,
+            num_layers=self.layers,
+            heads=self.heads,
+            dropout=self.dropout,
+            dtype=self.encoder.dtype,
+        )
+
+    @property
+    def model(self) -> WritingModel:
+        """All of it; its parameters are {"encoder": ..., "head": ..., "decoder": ...}."""
+        classes = self.counts["labels"] if self.ctc_weight else 0
+        return WritingModel(self.encoder, self.writer, classes)
+
+    @property
+    def by_ctc(self) -> recognize.Recognize:
+        """The same model without its decoder."""
+        return recognize.Recognize(self.encoder, self.frontend, self.counts)
+
+    def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
+        """Parameters (float32) and model state (empty without batch norm)."""
+        texts = batch[self.text], batch[f"{self.text}_length"]
+        return hearing.init(self.model, self.frontend, rng, batch, *texts)
+
+    def logits(
+        self,
+        params: Pytree,
+        state: Pytree,
+        batch: Batch,
+        rng: jax.Array | None = None,
+        step: jax.Array | int = 0,
+    ) -> tuple[jax.Array, jax.Array, Pytree]:
+        """(logits of CTC [B, T', K], frames [B], new state); trains where there is a key.
+
+        Raises:
+          UserError: there is no CTC.
+        """
+        hearing.check_ctc(self.ctc_weight, "what reads logits of frames")
+        return self.by_ctc.logits(params, state, batch, rng, step)
+
+    def heard(
+        self, params: Pytree, state: Pytree, batch: Batch
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """As WritingModel.hear, of the audio of a batch, without training."""
+        variables = {"params": params, **state}
+        return self.model.apply(variables, *self.frontend(batch), True, method="hear")
+
+    def check(self, figures: Mapping[str, float], step: int) -> None:
+        """Nothing that is logged says that going on is of no use."""
 
 
 def cross_entropy(

@@ -165,13 +165,14 @@ def decay_factors(params: Any, decay: Rules) -> Any:
     return _by_name(params, lambda name: float(rules.first(decay, name, 1.0)))
 
 
-def rate_factors(params: Any, rates: Rules = (), layer_decay: float = 1.0) -> Any:
+def rate_factors(params: Any, rates: Rules = (), layer_decay: float = 1.0, above: str = "") -> Any:
     """A tree of what multiplies the learning rate of each parameter.
 
     That is a float, or for the stacked layers of a scanned encoder an array [layers, 1, ...] that
     broadcasts over the parameter. It is the first rule that matches, or 1, times `layer_decay` to
     the power of how far a parameter lies below the head: 1 for the last layer, the number of layers
-    for the first, and one more for what is before the layers (ELECTRA, Clark et al. 2020).
+    for the first, and one more for what is before the layers (ELECTRA, Clark et al. 2020). What is
+    behind them, by the expression `above` (models/__init__.py), learns as fast as the head.
 
     Raises:
       UserError: a rule that matches no parameter, a factor that is not above 0, or no layers.
@@ -186,6 +187,8 @@ def rate_factors(params: Any, rates: Rules = (), layer_decay: float = 1.0) -> An
         name = path_name(path)
         factor = float(rules.first(rates, name, 1.0))
         if not depth or not name.startswith("encoder/"):
+            return factor
+        if above and rules.matches(f"encoder/({above})", name):
             return factor
         if name.startswith("encoder/layers/"):
             below = np.arange(depth, 0, -1).reshape(-1, *[1] * (len(leaf.shape) - 1))
@@ -238,12 +241,13 @@ def table(
     rates: Rules = (),
     frozen: Sequence[tuple[str, int]] = (),
     layer_decay: float = 1.0,
+    above: str = "",
 ) -> list[Row]:
     """The rows of the table that a run's log begins with, in the order of the parameters."""
     names_and_shapes = jax.tree_util.tree_leaves_with_path(params)
     columns = (
         thaw(params, frozen),
-        rate_factors(params, rates, layer_decay),
+        rate_factors(params, rates, layer_decay, above),
         decay_factors(params, decay),
     )
     found: dict[tuple[str, str], list[tuple]] = {}

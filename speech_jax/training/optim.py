@@ -139,6 +139,7 @@ def make_optimizer(
     decay: Rules = (),
     rates: Rules = (),
     layer_decay: float = 1.0,
+    above: str = "",
     frozen: Sequence[tuple[str, int]] = (),
     defaults: Mapping[str, Any] | None = None,
     **kwargs: Any,
@@ -156,7 +157,7 @@ def make_optimizer(
       weight_decay: decoupled from the gradient for adamw, nadamw and lion; for adam and sgd it is
         added to the gradient (L2).
       decay: what multiplies the weight decay of a parameter.
-      rates, layer_decay: what multiplies its learning rate, see groups.rate_factors.
+      rates, layer_decay, above: what multiplies its learning rate, see groups.rate_factors.
       frozen: (regular expression, updates): the parameters stand still until so many updates are
         done, with moments that begin then and without a part in the clip; -1 is for ever.
       defaults: settings that nobody chose: one that this optimizer does not take is left out.
@@ -191,7 +192,7 @@ def make_optimizer(
     factors = learned(groups.decay_factors(params, decay))
     if weight_decay and set(jax.tree.leaves(factors)) - {0.0, 1.0}:
         tx = _scaled_decay(tx, factors)
-    factors = learned(groups.rate_factors(params, rates, layer_decay))
+    factors = learned(groups.rate_factors(params, rates, layer_decay, above))
     if any(jnp.ndim(factor) or factor != 1.0 for factor in jax.tree.leaves(factors)):
         tx = _scaled(tx, factors)
     return tx
