@@ -250,10 +250,11 @@ def test_a_stream_says_what_the_whole_says(durations):
     )  # fmt: skip
     encoder, (made, _, _) = models.make_encoder(**settings), model(durations)
     inputs, lengths = jax.random.normal(jax.random.key(5), (3, 32, 8)), jnp.asarray([32, 20, 7])
-    variables = encoder.init(jax.random.key(6), inputs, lengths, True)
+    init = jax.jit(encoder.init, static_argnums=3)
+    variables = init(jax.random.key(6), inputs, lengths, True)
     # What is heard, as what the joiner is asked about: of its width, and large.
     hear = lambda hidden: 3 * hidden
-    whole, frames = encoder.apply(variables, inputs, lengths, True)
+    whole, frames = jax.jit(encoder.apply, static_argnums=3)(variables, inputs, lengths, True)
     greedy = jax.jit(lambda *given: searches.greedy(made, *given, 3))
     wanted, _ = greedy(searches.start(made, 3), hear(whole), frames)
     assert wanted.count[0] > 3
