@@ -539,6 +539,7 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
         if decoder:
             say(f"decoder: {decoder.settings}")
         for split in splits:
+            evaluation.check(split)
             evaluation.check_memory(split, params, state, longest)
         found = measure(evaluation, params, state, splits, workdir, say)
         used = {"decoder": decoder.settings.used()} if decoder else {}

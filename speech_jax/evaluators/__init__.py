@@ -19,7 +19,8 @@ two for what is no such quotient, to tell what a training has gained (compare.py
     value(sums [k, draws]) -> that function [draws], NaN where it has no value; more is better
 
 one more for a picture beside the predictions of a split, draw(path), a PNG, and one that is asked
-before the training: check(utterance) raises UserError for one that lacks what it is measured by.
+before the model is: check(utterances), all of a split, raises UserError where they lack what they
+are measured by.
 
 `example` holds the utterance's row of the batch, `prediction` its row of what `task.predict`
 returned, both as numpy arrays by name. Padding and filler rows never reach an evaluator.
