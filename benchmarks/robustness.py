@@ -4,9 +4,9 @@
   python -m speech_jax.main --mode=robustness --config=... --workdir=runs/robust ...
   python -m benchmarks.robustness clean=runs/clean robust=runs/robust --plot robustness.png
 
-A row is a perturbation, with the word error rate of every run under it in per cent. Where a second
-run is compared with the first, `threshold` is the smallest epsilon at which PGD-10 takes the first
-above 50%.
+A row is a perturbation, with the word error rate of every run (of recognizers) under it in per
+cent. Where a second run is compared with the first, `threshold` is the smallest epsilon at which
+PGD-10 takes the first above 50%.
 """
 
 import argparse

@@ -30,8 +30,8 @@ ENCODERS = {
 TASKS = {
     "recognize": (tasks.settings("recognize"), {}),
     "attend": (tasks.settings("attend"), {"width": 8}),
-    "transduce": (tasks.settings("transduce", width=128, ctc_weight=0.5), {}),
-    "tdt": (tasks.settings("transduce", width=128, ctc_weight=0.5, durations=(0, 1, 2, 3, 4)), {}),
+    "transduce": (tasks.settings("transduce", width=128, warmup=1_000), {}),
+    "tdt": (tasks.settings("transduce", width=128, warmup=1_000, durations=(0, 1, 2, 3, 4)), {}),
 }
 
 
@@ -57,9 +57,7 @@ def get_config(model: str = "conformer"):
         settings = registry.lookup("encoder of this recipe", ENCODERS, encoder)
         config.model = models.settings(encoder, "tiny", **settings)
     config.optimizer.weight_decay = 1e-2
-    # A transducer that learns faster never says more than blanks.
-    peak = 1e-3 if config.task.name == "transduce" else 2e-3
-    config.schedule = {"name": "cosine", "peak": peak, "warmup": 250}
+    config.schedule = {"name": "cosine", "peak": 2e-3, "warmup": 250}
     # Narrow and few: a mask over a whole word of a string without grammar cannot be learned from.
     config.spec_augment.update({"time_masks": 2, "frequency_width": 15, "start_step": 800})
     config.train.steps = 4_200

@@ -77,13 +77,13 @@ def _measured(config: ConfigDict, workdir: Workdir, before: dict[str, Workdir]) 
     first = before.get("head", before["untouched"])
     gains = {}
     for split in _compared(config):
-        if not hasattr(evaluator, "tallies"):
+        if not (hasattr(evaluator, "tallies") or hasattr(evaluator, "statistics")):
             one, other = (_scores(folder).get(split, {}) for folder in (first, workdir))
             gains[split] = compare.difference(*task.best, one, other)
         elif first.predictions(split).exists():
             utterances = experiment.open_splits(config, split).utterances
             paths = first.predictions(split), workdir.predictions(split)
-            gains[split] = compare.gain(evaluator.tallies, *paths, utterances)
+            gains[split] = compare.gain(evaluator, *paths, utterances)
     scores = {name: found for name, one in before.items() if (found := _scores(one))}
     return {"before": scores, "gain": gains}
 
@@ -98,11 +98,12 @@ def _line(split: str, found: dict[str, Any]) -> str:
     if not found["interval"]:
         before, after, gain = (f"{found[key]:.4f}" for key in ("before", "after", "gain"))
         return f"{split}: {found['metric']} {before} before, {after} after, gain {gain}"
-    low, high = (100 * value for value in found["interval"])
+    values = (found["before"], found["after"], found["gain"], *found["interval"])
+    before, after, gain, low, high = (100 / found["of"] * value for value in values)
+    unit = "%" if found["of"] == 1 else ""
     return (
-        f"{split}: {found['metric']} {100 * found['before']:.2f}% before, "
-        f"{100 * found['after']:.2f}% after, gain {100 * found['gain']:.2f} points "
-        f"(95% over {found['over']}: {low:.2f} to {high:.2f})"
+        f"{split}: {found['metric']} {before:.2f}{unit} before, {after:.2f}{unit} after, "
+        f"gain {gain:.2f} points (95% over {found['over']}: {low:.2f} to {high:.2f})"
     )
 
 

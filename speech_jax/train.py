@@ -284,6 +284,7 @@ class _Loop:
                 self._save(self._first, self._evaluate(self._first))
         for step in range(self._first + 1, steps + 1):
             if self.stopper.should_stop:
+                self.report.say(f"stopped after update {step - 1}: {self.stopper.why}")
                 break
             self._update(step, next(self._batches))
             if self._pause(step):
@@ -538,6 +539,7 @@ def evaluate(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = 
         if decoder:
             say(f"decoder: {decoder.settings}")
         for split in splits:
+            evaluation.check(split)
             evaluation.check_memory(split, params, state, longest)
         found = measure(evaluation, params, state, splits, workdir, say)
         used = {"decoder": decoder.settings.used()} if decoder else {}

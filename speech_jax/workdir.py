@@ -168,7 +168,9 @@ class Workdir:
         try:
             config = settings.completed(self._record(), str(self.config))
         except FileNotFoundError:
-            raise WorkdirError(f"{self.folder} holds no config.json: train there first") from None
+            raise WorkdirError(
+                f"{self.folder} holds no config.json: name a workdir, or train there first"
+            ) from None
         if config.task.name not in tasks.TASKS:
             raise WorkdirError(
                 f"{self.config} is of a task that is unknown here, {config.task.name!r}: bring it "

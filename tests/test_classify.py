@@ -18,6 +18,7 @@ from speech_jax import bundle, classify, experiment, files, gain, models, tasks,
 from speech_jax.bundle import start
 from speech_jax.config import default
 from speech_jax.data.parts.audio import Audio
+from speech_jax.deploy import export
 from speech_jax.errors import UserError
 from speech_jax.experiment import make_frontend
 from speech_jax.ops import augment
@@ -363,6 +364,8 @@ def test_a_model_of_another_task_names_the_command_for_it(tuned, finished, heard
     assert "python -m speech_jax.classify names the class" in capsys.readouterr().err
     assert classify.main([first, f"--model={finished.workdir.folder}"]) == 1
     assert "python -m speech_jax.transcribe writes down" in capsys.readouterr().err
+    assert export.main([str(tuned.workdir.folder), "classes.sjx"]) == 1
+    assert "is a classifier, and recognizers alone are exported" in capsys.readouterr().err
     with pytest.raises(UserError, match="use classify"):
         speech_jax.load(tuned.workdir.folder).transcribe(first)
     with pytest.raises(UserError, match="use transcribe"):

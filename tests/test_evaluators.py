@@ -198,7 +198,7 @@ ROWS = {
         {"eer": 0.5, "min_dcf_0.01": 0.5, "min_dcf_0.05": 0.5, "pairs": 6, "same": 2},
         [_heard(0, "a", 0)],
         (
-            "EER 50.00% (normalized 50.00%)  minDCF 0.500 (p 0.01) 0.500 (p 0.05)",
+            "EER 50.00% (normalized 50.00%)  minDCF 0.500 (p 0.01) 0.500 (p 0.05)  6 pairs",
             "no pairs of one speaker and of two",
         ),
         pairs=True,
@@ -516,6 +516,7 @@ def test_trials_come_from_a_file(tmp_path):
             evaluator.add(*_heard(number, "", degrees))
         results = evaluator.results()
         assert (results["eer"], results["pairs"], results["pairs_left_out"]) == (0.0, 2, 1)
+        assert evaluator.line().endswith("2 pairs, 1 of the file of trials left out")
     # What the file does not name is compared in all pairs, and said to be: it may pick the model.
     others = [_heard(number, who, 10.0 * number) for number, who in enumerate("aabb", 3)]
     trials = read_trials(str(path))
@@ -531,8 +532,29 @@ def test_trials_come_from_a_file(tmp_path):
     (tmp_path / "bad").write_text("1 0 1\n2 0 1\n")
     with pytest.raises(UserError, match="bad:2: '2 0 1' is not a trial"):
         read_trials(str(tmp_path / "bad"))
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(UserError, match="empty hold no pair"):
+        read_trials(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="absent cannot be read"):
         read_trials(str(tmp_path / "absent"))
+
+
+def test_utterances_that_make_no_pairs_are_refused_before_they_are_heard(monkeypatch):
+    said = [_heard(number, who, 0)[0] for number, who in enumerate("aabb")]
+    all_pairs, listed = Verification("speaker"), Verification("", (Trial("0", "1", True),))
+    all_pairs.check(said)
+    for evaluator, some, says in (
+        (all_pairs, said[:2], "no pair of two speakers among the 2 utterances, such as '0'"),
+        (all_pairs, said[1:3], "no pair of one speaker among"),
+        (listed, said, "no pair of two speakers among .* config.task.trials"),
+        (listed, said[1:], "no pair of one speaker among"),
+        (listed, [], "no pair of one speaker among the 0 utterances: take"),
+    ):
+        with pytest.raises(UserError, match=says):
+            evaluator.check(some)
+    monkeypatch.setattr(verification, "_MOST", 3)
+    with pytest.raises(UserError, match="all pairs of 4 utterances are too many"):
+        all_pairs.check(said)
 
 
 def test_bits_are_no_share_that_a_report_would_show_in_per_cent():
@@ -540,5 +562,7 @@ def test_bits_are_no_share_that_a_report_would_show_in_per_cent():
 
 
 def test_an_utterance_of_nobody_is_named():
+    with pytest.raises(UserError, match="utterance 7 has no tag 'speaker'"):
+        Verification("speaker").check([_heard(7, "", 0)[0]])
     with pytest.raises(UserError, match="utterance 7 has no tag 'speaker'"):
         Verification("speaker").add(*_heard(7, "", 0))

@@ -132,3 +132,15 @@ def test_what_cannot_be_measured_is_named(hardened, tones, tmp_path):
     config.robustness.epsilons, config.robustness.noise_snr_db = (), ()
     with pytest.raises(UserError, match="dev: there is no word"):
         robustness.run(config, hardened.workdir, lambda line: None)
+
+
+def test_translations_are_shown_by_bleu(tmp_path):
+    point = lambda bleu: {"bleu": bleu, "wer": 0.5}
+    curves = {"clean": point(30.0), "noise": [{"snr_db": 5.0, **point(20.0)}]} | {
+        name: [{"epsilon": 0.001, **point(10.0)}] for name in robustness.ATTACKS
+    }
+    lines = [*robustness._table("dev", curves)]
+    assert lines[0] == "dev: clean BLEU 30.00"
+    assert lines[-1] == "dev: noise BLEU  5 dB 20.0"
+    robustness.plot({"one": {"dev": curves}}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -36,6 +36,7 @@ def test_it_counts_evaluations_without_a_better_one():
     assert resumed.from_dict(stopper.to_dict()) is None
     assert updates(resumed, 2.0) == [False]  # an equal is not better
     assert resumed.should_stop
+    assert resumed.why == "dev wer not better than 2 for 2 evaluations"
     assert updates(resumed, 1.0) == [True]
     assert not resumed.should_stop
 

@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 
 import stepwise
-from speech_jax import models, rules
+from speech_jax import bundle, experiment, models, rules, tasks
+from speech_jax import config as defaults
+from speech_jax.data.parts.audio import Audio
+from speech_jax.data.parts.transcript import Transcript
+from speech_jax.data.text import CharacterTokenizer
 from speech_jax.decoding import transducer as searches
+from speech_jax.deploy import acoustic, export
+from speech_jax.errors import UserError
 from speech_jax.models import transducer
 from speech_jax.tasks.transduce import Transduce
+from speech_jax.training import adversarial, peft
 
 K, WIDTH = 4, 6
 LEAVES = ("kernel", "bias")
@@ -154,3 +161,115 @@ def test_no_rule_of_an_encoder_is_of_the_rest(encoder):
     ]
     for name in names:
         rules.only(task.rules, name, "sharding")
+
+
+# ---- The task ----------------------------------------------------------------------------------
+
+PARTS = {"audio": Audio(), "labels": Transcript(CharacterTokenizer("abc"))}
+ROWS, SAMPLES = 2, 8_000
+BATCH = {
+    "audio": np.zeros((ROWS, SAMPLES), np.int16),
+    "audio_length": np.full(ROWS, SAMPLES, np.int32),
+    "labels": np.ones((ROWS, 3), np.int32),
+    "labels_length": np.asarray([3, 1], np.int32),
+    "weight": np.ones(ROWS, np.float32),
+    "index": np.arange(ROWS, dtype=np.int32),
+}
+
+
+def configure(name="transduce", **task):
+    config = defaults.default()
+    config.task = tasks.settings(name, **task)
+    config.model = models.settings(
+        "conformer", "tiny", width=8, num_layers=1, heads=2, subsampling_channels=4, dropout=0.0
+    )
+    return config
+
+
+@pytest.mark.optax
+@pytest.mark.parametrize("wrapped", ["fgsm", "lora", "no ctc", "band", "durations"])
+def test_it_goes_with_the_rest(wrapped):
+    """Shapes alone: the gradient has that of the parameters, and a prediction its rows."""
+    of_task = {
+        "no ctc": {"ctc_weight": 0.0}, "band": {"span": 2}, "durations": {"durations": (0, 1, 2)},
+    }  # fmt: skip
+    task = experiment.make_task(configure(width=8, **of_task.get(wrapped, {})), PARTS)
+    if wrapped == "lora":
+        task = peft.Adapted(task, peft.LoRA(rank=2))
+    params, state = jax.eval_shape(task.init, jax.random.key(0), BATCH)
+    adversary = adversarial.Adversary(method="fgsm" if wrapped == "fgsm" else "none")
+    gradients = adversarial.gradients(task, adversary)
+    found = jax.eval_shape(gradients, params, state, BATCH, jax.random.key(1), jnp.int32(3))
+    assert jax.tree.map(lambda x: x.shape, found[0]) == jax.tree.map(lambda x: x.shape, params)
+    assert ("head" in params) == (wrapped != "no ctc")
+    said = jax.eval_shape(task.predict, params, state, BATCH)
+    assert said["labels_length"].shape == (ROWS,)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "usual"),
+    [
+        ("recognize", {}, "greedy"),
+        ("transduce", {}, "transducer"),
+        ("transduce", {"ctc_weight": 0.0}, "transducer"),
+        ("attend", {}, "joint"),
+        ("attend", {"ctc_weight": 0.0}, "attention"),
+    ],
+)
+def test_a_task_searches_its_own_way_where_nothing_is_said(name, task, usual):
+    config = configure(name, **task)
+    assert experiment.make_task(config, PARTS).decoder.settings.name == usual
+    config.decoder.name = "beam"
+    if "ctc_weight" in task:
+        with pytest.raises(UserError, match=f"ctc_weight=0 leaves out: .*'{usual}'"):
+            experiment.make_task(config, PARTS)
+    else:
+        assert experiment.make_task(config, PARTS).decoder.settings.name == "beam"
+
+
+def test_without_ctc_there_is_a_text_and_no_file(tmp_path, capsys):
+    """A bundle is searched as its task does, and what is of CTC is refused by name."""
+    config = configure(width=8, ctc_weight=0.0)
+    task = experiment.make_task(config, PARTS)
+    params, state = jax.jit(task.init)(jax.random.key(0), BATCH)
+    bundle.save(bundle.Bundle(config, PARTS, *jax.device_get((params, state))), tmp_path / "model")
+    heard = acoustic.open_acoustic(tmp_path / "model")
+    assert heard.decoder["name"] == "transducer"
+    assert heard.search(heard.decoder) is not None
+    assert export.main([str(tmp_path / "model"), str(tmp_path / "model.sjx")]) == 1
+    assert "needs CTC, which config.task.ctc_weight=0 leaves out" in capsys.readouterr().err
+    assert not (tmp_path / "model.sjx").exists()
+
+
+@pytest.mark.parametrize("durations", [(), (0, 1, 2, 3)], ids=["plain", "durations"])
+def test_a_stream_says_what_the_whole_says(durations):
+    """Log-mel in pieces, through an encoder that hears a little of the future."""
+    settings = models.settings(
+        "deepspeech", "tiny", width=WIDTH, num_layers=1, cell="gru", bidirectional=False,
+        lookahead=2, subsampling=2, conv_channels=(2,), conv_kernels=(3,), conv_bands=(3,),
+    )  # fmt: skip
+    encoder, (made, _, _) = models.make_encoder(**settings), model(durations)
+    inputs, lengths = jax.random.normal(jax.random.key(5), (3, 32, 8)), jnp.asarray([32, 20, 7])
+    init = jax.jit(encoder.init, static_argnums=3)
+    variables = init(jax.random.key(6), inputs, lengths, True)
+    # What is heard, as what the joiner is asked about: of its width, and large.
+    hear = lambda hidden: 3 * hidden
+    whole, frames = jax.jit(encoder.apply, static_argnums=3)(variables, inputs, lengths, True)
+    greedy = jax.jit(lambda *given: searches.greedy(made, *given, 3))
+    wanted, _ = greedy(searches.start(made, 3), hear(whole), frames)
+    assert wanted.count[0] > 3
+
+    advance = jax.jit(lambda *given: encoder.apply(variables, *given, method="advance"))
+    carry, size, found = encoder.start(3, 8), 8, [[] for _ in lengths]
+    # The first outputs are of nothing: frames that are taken already.
+    state = searches.start(made, 3)._replace(ahead=jnp.full(3, encoder.delay, jnp.int32))
+    for begin in range(0, 32 + 2 * encoder.delay, size):
+        piece = jnp.pad(inputs, ((0, 0), (0, 16), (0, 0)))[:, begin : begin + size]
+        valid = begin + jnp.arange(size)[None] < lengths[:, None]
+        hidden, carry = advance(carry, (piece, valid))
+        left = jnp.clip(frames + encoder.delay - begin // 2, 0, size // 2)
+        said, state = greedy(state, hear(hidden), left)
+        for row, labels in enumerate(found):
+            labels += said.labels[row, : said.count[row]].tolist()
+    for row, labels in enumerate(found):
+        assert labels == wanted.labels[row, : wanted.count[row]].tolist()

@@ -79,18 +79,19 @@ def whole(model: Bundle, folder: pathlib.Path, base: str | os.PathLike | None = 
         expected = model.base["digest"]
     except (KeyError, TypeError) as error:
         raise BundleError(f"{folder} names no base ({error!r}): bring it back") from error
+    cure = (
+        "bring it back, or name another place or a copy: python -m speech_jax.bundle.base merge "
+        f"{folder} WHOLE --base=DIR"
+    )
     if not place.is_dir():
-        raise BundleError(
-            f"{folder} holds what was trained on {place}, which is not there: bring it back, or "
-            f"python -m speech_jax.bundle.base merge {folder} WHOLE --base=DIR"
-        )
+        raise BundleError(f"{folder} needs its base, and there is no folder {place}: {cure}")
     learned = start.flat(model.params, {})
     theirs = _taken(bundle.open(place), model.config)
     still = {name: value for name, value in theirs.items() if name not in learned}
     if digest(still) != expected:
         raise BundleError(
-            f"{folder} was trained on {place} as it was ({expected[:12]}), and that is another "
-            f"model now ({digest(still)[:12]}): bring it back, or name a copy of it with --base"
+            f"{place} is not, or no longer, the base that {folder} was trained on (its digest is "
+            f"{digest(still)[:12]}, and was {expected[:12]}): {cure}"
         )
     tree = flax.traverse_util.unflatten_dict(still | learned, sep="/")
     return merged(dataclasses.replace(model, params=tree["params"], base=None))
@@ -136,6 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("target", help="a new folder")
     parser.add_argument("--base", help="merge: where the base is by now")
     arguments = parser.parse_args(argv)
+    if arguments.base and arguments.command == "split":
+        parser.error("--base is for merge: split finds the base where the run started from it")
     try:
         if arguments.command == "split":
             model = split(arguments.source)

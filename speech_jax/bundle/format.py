@@ -89,7 +89,7 @@ def save(model: Bundle, folder: str | os.PathLike) -> None:
 def open_saved(folder: pathlib.Path) -> Bundle:
     """Opens what `save` wrote; BundleError where it is damaged or of a newer version."""
     if not (folder / DESCRIPTION).exists():
-        raise BundleError(f"{folder} holds no {DESCRIPTION}: it is no folder of a saved model")
+        raise BundleError(f"{folder} holds no {DESCRIPTION}: name a folder of a saved model")
     described = files.read_json(folder / DESCRIPTION)
     version = described.get("version")
     if not isinstance(version, int) or version > VERSION:
@@ -116,26 +116,30 @@ def open_saved(folder: pathlib.Path) -> Bundle:
     )
 
 
-# Task -> the parameters that end in a number for each symbol of a part, and that part.
+# Task -> parameters, where a model has them, that are as long in a dimension as a part has symbols,
+# and by so many more: (path, dimension, more, part).
 _HEADS = {
-    "attend": ("head", "labels"),
-    "recognize": ("head", "labels"),
-    "transduce": ("head", "labels"),
-    "translate": ("head", "labels"),
-    "classify": ("classifier", "target"),
+    "attend": (("head/kernel", -1, 0, "labels"), ("decoder/output/kernel", -1, 1, "labels")),
+    "recognize": (("head/kernel", -1, 0, "labels"),),
+    "transduce": (("head/kernel", -1, 0, "labels"), ("predictor/embedding", 0, 0, "labels")),
+    "translate": (("head/kernel", -1, 0, "labels"), ("decoder/output/kernel", -1, 1, "target")),
+    "classify": (("classifier/kernel", -1, 0, "target"),),
 }
 
 
 def checked(model: Bundle, folder: pathlib.Path) -> Bundle:
     """The model; BundleError where a part has not the symbols that the head was trained for."""
-    head, name = _HEADS.get(model.config.task.name, ("", ""))
-    outputs = np.shape(model.params.get(head, {}).get("kernel", ()))[-1:]
-    if outputs and name in model.parts and model.parts[name].count != outputs[0]:
-        raise BundleError(
-            f"{folder}: what it keeps of {name!r} has {model.parts[name].count} symbols, and the "
-            f"model's head was trained for {outputs[0]}: bring back the file that it had "
-            "(tokenizer.json, of labels)"
-        )
+    params = flax.traverse_util.flatten_dict(model.params, sep="/")
+    for head, dimension, more, name in _HEADS.get(model.config.task.name, ()):
+        if head not in params or name not in model.parts:
+            continue
+        trained, kept = np.shape(params[head])[dimension] - more, model.parts[name].count
+        if trained != kept:
+            raise BundleError(
+                f"{folder}: what it keeps of {name!r} has {kept} symbols, and the model's head was "
+                f"trained for {trained}: bring back the file that it had (tokenizer.json, of "
+                "labels)"
+            )
     return model
 
 

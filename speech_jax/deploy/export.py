@@ -45,6 +45,7 @@ from speech_jax import bundle, files, rules
 from speech_jax.bundle.format import FILES, kept_name
 from speech_jax.decoding.decoder import OF_TASKS
 from speech_jax.deploy import acoustic, onnx, sjx
+from speech_jax.deploy.classify import is_classifier
 from speech_jax.errors import UserError
 from speech_jax.ops import partition
 
@@ -373,7 +374,13 @@ def _run(arguments: argparse.Namespace) -> None:
     check_place(out)
     say = lambda text: print(text, file=sys.stderr, flush=True)
     say(f"opening {arguments.model}")
-    heard = acoustic.BundleAcoustic(bundle.open(arguments.model))
+    model = bundle.open(arguments.model)
+    if is_classifier(model):
+        raise ExportError(
+            f"{arguments.model} is a classifier, and recognizers alone are exported: hand on its "
+            "folder, which python -m speech_jax.classify uses"
+        )
+    heard = acoustic.BundleAcoustic(model)
     if (search := heard.decoder["name"]) in OF_TASKS:
         say(
             f"the search {search!r} stays behind: a file holds one program, which gives the logits "

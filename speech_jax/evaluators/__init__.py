@@ -13,8 +13,14 @@ Some methods are optional. Two are for report.html (report.py); both are given w
         that result as their quotient. The first one says which utterances are worst.
     sections(lines) -> [page.Section] of its own: a confusion matrix, a table of classes
 
+two for what is no such quotient, to tell what a training has gained (compare.py):
+
+    statistics(lines) -> [n, k] numbers, of whose sums the first of `rates` is a function
+    value(sums [k, draws]) -> that function [draws], NaN where it has no value; more is better
+
 one more for a picture beside the predictions of a split, draw(path), a PNG, and one that is asked
-before the training: check(utterance) raises UserError for one that lacks what it is measured by.
+before the model is: check(utterances), all of a split, raises UserError where they lack what they
+are measured by.
 
 `example` holds the utterance's row of the batch, `prediction` its row of what `task.predict`
 returned, both as numpy arrays by name. Padding and filler rows never reach an evaluator.

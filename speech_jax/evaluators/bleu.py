@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
@@ -106,6 +107,20 @@ class Bleu:
             return {"wer": (0, 0)}
         counts = count_errors(line["reference"], line["hypothesis"])
         return {"wer": (counts.word_errors, counts.words)}
+
+    def statistics(self, lines: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """What BLEU is made of, [n, 10]: lengths, and n-grams that are right and all of them."""
+        pairs = [(one["reference"], one["hypothesis"] if one["reference"] else "") for one in lines]
+        references, hypotheses = _columns(pairs)
+        bleu = _metrics()["bleu"]
+        return np.asarray(bleu._extract_corpus_statistics(hypotheses, [references]))
+
+    def value(self, sums: np.ndarray) -> np.ndarray:
+        """BLEU [draws] of sums of these [10, draws]."""
+        bleu = _metrics()["bleu"]
+        by_draw = sums.astype(int).T.tolist()
+        scores = [bleu._compute_score_from_stats(one).score for one in by_draw]
+        return np.where(sums[1] > 0, scores, np.nan)
 
     def sections(self, lines: Sequence[Mapping[str, Any]]) -> list[Section]:
         """Both measures with their intervals, by the bootstrap over utterances."""

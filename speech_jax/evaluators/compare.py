@@ -7,55 +7,62 @@ the difference depends on the speakers of the split, not on the seed of the trai
 
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from speech_jax.data.sources import Utterance
-from speech_jax.evaluators import intervals
+from speech_jax.evaluators import Evaluator, intervals
 
-_KEYS = ("metric", "before", "after", "gain", "interval", "over")
+_KEYS = ("metric", "of", "before", "after", "gain", "interval", "over")
 
 
 def gain(
-    tallies: Callable[[Mapping[str, Any]], Mapping[str, tuple[float, float]]],
+    evaluator: Evaluator,
     before: pathlib.Path,
     after: pathlib.Path,
     utterances: Iterable[Utterance] = (),
 ) -> dict[str, Any]:
-    """How much smaller the first rate of `tallies` is after than before, with its interval.
+    """How much better what an evaluator measures is after than before, with its interval.
 
     Args:
-      tallies: that of an evaluator (evaluators/__init__.py).
+      evaluator: it has `statistics`, and more is better; or `tallies`, and less of the first one
+        is (evaluators/__init__.py).
       before, after: files of predictions; what one of them lacks is left out of both.
       utterances: those of the split, whose tags say who speaks; where they do not, utterances are
         drawn on their own.
 
     Returns:
-      {"metric", "before", "after", "gain", "interval": [low, high], "over": "speakers" or
-      "utterances", "utterances"}; None for what cannot be told, where there is nothing to count.
+      {"metric", "of": the most that it can be, "before", "after", "gain", "interval": [low, high],
+      "over": "speakers" or "utterances", "utterances"}; None for what cannot be told, where there
+      is nothing to count.
     """
     one, other = _lines(before), _lines(after)
     names = sorted(one.keys() & other.keys())
     found: dict[str, Any] = dict.fromkeys(_KEYS) | {"utterances": len(names)}
     if not names:
         return found
-    found["metric"] = next(iter(tallies(one[names[0]])))
-    counted = [[tallies(lines[n])[found["metric"]] for n in names] for lines in (one, other)]
-    sums = np.asarray(counted, np.float64)  # [2, utterances, (errors, of how many)]
-    errors, total = np.moveaxis(sums.sum(1), -1, 0)
-    if not total.all():
+    both = [[lines[name] for name in names] for lines in (one, other)]
+    if hasattr(evaluator, "statistics"):
+        found |= {"metric": evaluator.rates[0], "of": 100}
+        counted, value, better = map(evaluator.statistics, both), evaluator.value, 1
+    else:
+        found |= {"metric": next(iter(evaluator.tallies(both[0][0]))), "of": 1}
+        tally = lambda line: evaluator.tallies(line)[found["metric"]]
+        counted, value, better = ([*map(tally, of)] for of in both), intervals.quotient, -1
+    sums = [np.asarray(of, np.float64).T for of in counted]  # [k, utterances] each
+    first, last = (float(value(of.sum(1, keepdims=True))[0]) for of in sums)
+    if np.isnan([first, last]).any():
         return found
     known = {utterance.id: utterance for utterance in utterances}
     said = [known[name] for name in names if name in known]
     speakers = intervals.speakers(said) if len(said) == len(names) else None
-    interval = intervals.paired(*np.moveaxis(sums, -1, 1), speakers)
-    first, last = map(float, errors / total)
+    interval = intervals.paired(*sums[::-better], speakers, value=value)
     return found | {
         "before": first,
         "after": last,
-        "gain": first - last,
+        "gain": better * (last - first),
         "interval": interval and list(interval),
         "over": "speakers" if speakers else "utterances",
     }
@@ -64,7 +71,7 @@ def gain(
 def difference(
     metric: str, mode: str, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What `gain` returns, of a metric that is no sum over utterances: an interval is not known.
+    """What `gain` returns, of a metric of another kind, such as EER: an interval is not known.
 
     Args:
       metric: its name in the results `before` and `after`; mode: 'min' where less is better.

@@ -1,6 +1,7 @@
 """Confidence intervals of error rates and of their differences, by resampling speakers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,51 +44,60 @@ def bootstrap(
       The percentiles of the drawn rates; None where drawing tells nothing: for fewer than two
       groups, without a size, and without an error. The same numbers give the same interval.
     """
-    drawn = _drawn([errors, sizes], groups, draws)
-    return None if drawn is None else _percentiles(drawn[0] / drawn[1], level)
+    rate = lambda drawn: quotient(drawn[0])
+    return _interval([np.stack([errors, sizes])], groups, rate, draws, level)
+
+
+def quotient(sums: np.ndarray) -> np.ndarray:
+    """Rates [...] of sums of errors and sizes [2, ...]; NaN without a size."""
+    errors, sizes = sums
+    return np.divide(errors, sizes, out=np.full(errors.shape, np.nan), where=sizes > 0)
 
 
 def paired(
-    before: tuple[Sequence[float], Sequence[float]],
-    after: tuple[Sequence[float], Sequence[float]],
+    before: Sequence[Sequence[float]] | np.ndarray,
+    after: Sequence[Sequence[float]] | np.ndarray,
     groups: Sequence[object] | None = None,
     *,
+    value: Callable[[np.ndarray], np.ndarray] = quotient,
     draws: int = 1000,
     level: float = 0.95,
 ) -> tuple[float, float] | None:
     """As `bootstrap`, of how much lower the rate is after than before.
 
     Args:
-      before, after: (errors, sizes), each [n], of the same utterances in the same order.
+      before, after: errors and sizes [2, n] of the same utterances in the same order; or, for
+        another `value` than the rate, the numbers [k, n] that it is a function of.
+      value: of sums [k, draws], those draws' values [draws], NaN for none.
     """
-    drawn = _drawn([*before, *after], groups, draws)
-    if drawn is None:
-        return None
-    return _percentiles(drawn[0] / drawn[1] - drawn[2] / drawn[3], level)
+    lower = lambda drawn: value(drawn[0]) - value(drawn[1])
+    return _interval([before, after], groups, lower, draws, level)
 
 
-def _drawn(
-    counts: Sequence[Sequence[float] | np.ndarray], groups: Sequence[object] | None, draws: int
-) -> np.ndarray | None:
-    """Sums of `counts`, errors and sizes in turn, over groups that are drawn [len(counts), draws].
-
-    Draws without a size are left out. None where drawing tells nothing.
-    """
-    sums = np.stack([np.asarray(of, np.float64) for of in counts])
+def _interval(
+    counts: Sequence[Any],
+    groups: Sequence[object] | None,
+    value: Callable[[np.ndarray], np.ndarray],
+    draws: int,
+    level: float,
+) -> tuple[float, float] | None:
+    """The percentiles of the values of sums [runs, k, draws] of `counts`, [k, n] of each run."""
+    sums = np.stack([np.asarray(of, np.float64) for of in counts])  # [runs, k, n]
     if groups is not None:
         _, places = np.unique(np.asarray(groups, str), return_inverse=True)
-        sums = np.stack([np.bincount(places, of) for of in sums])
-    count = sums.shape[1]
-    if count < 2 or not sums[1::2].any(axis=1).all() or not sums[::2].any():
+        sums = np.stack([[np.bincount(places, one) for one in of] for of in sums])
+    count = sums.shape[2]
+    if count < 2 or not sums[:, 0].any():
         return None
     rng = np.random.default_rng(0)
     at_once = max(1, _DRAWN // count)
     found = []
     for start in range(0, draws, at_once):
         places = rng.integers(count, size=(min(at_once, draws - start), count), dtype=np.int32)
-        found.append(np.stack([of[places].sum(1) for of in sums]))
-    drawn = np.concatenate(found, axis=1)
-    return drawn[:, (drawn[1::2] > 0).all(0)]
+        found.append(np.stack([[one[places].sum(1) for one in of] for of in sums]))
+    values = value(np.concatenate(found, axis=2))
+    values = values[~np.isnan(values)]
+    return _percentiles(values, level) if len(values) else None
 
 
 def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:

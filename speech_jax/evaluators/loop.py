@@ -98,11 +98,13 @@ class Evaluation:
         return self._corpora[split]
 
     def check(self, split: str) -> None:
-        """Raises UserError where an utterance of a split lacks what it is measured by."""
-        corpus = self.corpus(split)
-        check = getattr(self.task.evaluator(self._parts), "check", lambda utterance: None)
-        for index in corpus.index:
-            check(corpus.source.utterances[index])
+        """Raises UserError where the utterances of a split lack what they are measured by."""
+        corpus, evaluator = self.corpus(split), self.task.evaluator(self._parts)
+        if check := getattr(evaluator, "check", None):
+            try:
+                check([corpus.source.utterances[index] for index in corpus.index])
+            except UserError as error:
+                raise UserError(f"{split}: {error}") from error
 
     def check_memory(self, split: str, params: Any, state: Any, fits: int) -> None:
         """Raises UserError where the longest utterances of a split do not fit in memory.

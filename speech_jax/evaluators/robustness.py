@@ -1,10 +1,10 @@
-"""How a recognizer's errors grow with what is added to its input: attacks, and noise.
+"""How much worse a recognizer or translator is with what is added to its input: attacks, noise.
 
     python -m speech_jax.main --mode=robustness --config=... --workdir=...
 
-writes workdir/robustness.json and workdir/robustness.png: word and character error rates of the
-best checkpoint against the bound of FGSM and PGD-10 perturbations (white box: they know the model
-and the transcript), and against the signal-to-noise ratio of additive noise.
+writes workdir/robustness.json and workdir/robustness.png: the word error rate, or BLEU, of the best
+checkpoint against the bound of FGSM and PGD-10 perturbations (white box: they know the model and
+what is to be written), and against the signal-to-noise ratio of additive noise.
 """
 
 import collections
@@ -23,8 +23,7 @@ from speech_jax.config import split_names
 from speech_jax.data import audio
 from speech_jax.data.parts.audio import open_noise
 from speech_jax.errors import UserError
-from speech_jax.evaluators import figures
-from speech_jax.evaluators.errors import Errors
+from speech_jax.evaluators import Evaluator, figures
 from speech_jax.evaluators.loop import alone, by_utterance
 from speech_jax.tasks import Task
 from speech_jax.training import sharding
@@ -36,15 +35,17 @@ ATTACKS = {"fgsm": (1, 1.0, False), "pgd10": (10, 0.25, True)}
 # An utterance is heard with so many of the noises, if there are as many.
 _NOISES = 6
 _UNTOUCHED = (0.0, 0, 0.0, False)
+# What is shown, the first one that there is -> (how it is called, its unit, how many units 1 is).
+_MEASURES = {"bleu": ("BLEU", "", 1.0), "wer": ("WER", "%", 100.0)}
 
 
 def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print) -> dict:
     """Measures the best checkpoint of a workdir on `config.data.eval_splits`.
 
-    Returns what robustness.json holds: {split: {"clean": errors, "fgsm": [{"epsilon", **errors}],
-    "pgd10": the same, "noise": [{"snr_db", **errors}]}}, errors being Errors.results and how many
-    `utterances` they are of. Those that cannot be aligned with their transcript, or cannot be read,
-    are `left_out` of all curves, which the clean ones say.
+    Returns what robustness.json holds: {split: {"clean": results, "fgsm": [{"epsilon", **results}],
+    "pgd10": the same, "noise": [{"snr_db", **results}]}}, those of the task's evaluator and how
+    many `utterances` they are of. Those that cannot be aligned with their transcript, or cannot be
+    read, are `left_out` of all curves, which the clean ones say.
 
     Raises:
       UserError: the workdir holds no such model, or what is asked for cannot be done with it.
@@ -52,9 +53,9 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
     model = bundle.open(workdir.folder)
     config = bundle.for_use(model, config)
     task = model.task()
-    if not isinstance(task.evaluator(model.parts), Errors):
+    if task.evaluator(model.parts).rates[0] not in _MEASURES:
         raise UserError(
-            f"--mode=robustness counts word errors, and {config.task.name} has no words"
+            f"--mode=robustness measures word errors or BLEU, and {config.task.name} has no words"
         )
     with alone(workdir) as on_batch:
         return _run(config, workdir, model, task, say, on_batch)
@@ -78,7 +79,7 @@ def _run(
     for split in split_names(config.data.eval_splits):
         corpus = experiment.evaluation_corpus(config, split, model.parts, task.unusable)
         curves[split] = _arrange(_measure(config, mesh, model, task, corpus, attacked, on_batch))
-        if curves[split]["clean"]["wer"] is None:
+        if curves[split]["clean"][_measure_of(curves[split])] is None:
             raise UserError(f"{split}: there is no word in what could be read: no error to count")
         for line in _table(split, curves[split]):
             say(line)
@@ -118,14 +119,14 @@ def _measure(config, mesh, model, task, corpus, recognize, on_batch) -> dict[tup
     """Results of a corpus by (curve, level)."""
     settings = config.robustness
     noises = _open_noises(settings.noise_root, config.data.sample_rate, config.seed)
-    total: dict[tuple, Errors] = {}
+    total: dict[tuple, Evaluator] = {}
     heard: collections.Counter[tuple] = collections.Counter()
 
     def count(curve, level, batch, attack):
         found, index = jax.device_get(recognize(batch, *attack))
-        errors = total.setdefault((curve, level), task.evaluator(model.parts))
+        measured = total.setdefault((curve, level), task.evaluator(model.parts))
         for utterance, example, row in by_utterance(corpus, {"index": index}, found):
-            errors.add(utterance, example, row)
+            measured.add(utterance, example, row)
             heard[curve, level] += 1
 
     plan = experiment.evaluation_plan(config, corpus, task, mesh)
@@ -177,19 +178,25 @@ def _arrange(found: Mapping[tuple, dict]) -> dict:
         **{name: [] for name in ATTACKS},
         "noise": [],
     }
-    for (curve, level), errors in found.items():
+    for (curve, level), results in found.items():
         if curve != "clean":
             key = "snr_db" if curve == "noise" else "epsilon"
-            curves[curve].append({key: level, **errors})
+            curves[curve].append({key: level, **results})
     return curves
 
 
+def _measure_of(curves):
+    return next(name for name in _MEASURES if name in curves["clean"])
+
+
 def _table(split, curves):
-    yield f"{split}: clean WER {100 * curves['clean']['wer']:.2f}%"
+    measure = _measure_of(curves)
+    called, sign, scale = _MEASURES[measure]
+    yield f"{split}: clean {called} {scale * curves['clean'][measure]:.2f}{sign}"
     for name in (*ATTACKS, "noise"):
         key, unit = ("snr_db", " dB") if name == "noise" else ("epsilon", "")
-        points = (f"{point[key]:g}{unit} {100 * point['wer']:.1f}%" for point in curves[name])
-        yield f"{split}: {name} WER  " + "  ".join(points)
+        points = (f"{one[key]:g}{unit} {scale * one[measure]:.1f}{sign}" for one in curves[name])
+        yield f"{split}: {name} {called}  " + "  ".join(points)
 
 
 def plot(runs: Mapping[str, dict], path: pathlib.Path) -> None:
@@ -201,7 +208,9 @@ def plot(runs: Mapping[str, dict], path: pathlib.Path) -> None:
         for color, (name, curves) in enumerate(runs.items()):
             if split in curves:
                 _draw(attacked, noisy, curves[split], name, f"C{color}")
-        attacked.set(title=split, xlabel="epsilon", ylabel="WER (%)", ylim=(0, None), xscale="log")
+        measure = _measure_of(next(of[split] for of in runs.values() if split in of))
+        called = " ".join(_MEASURES[measure][:2]).rstrip()
+        attacked.set(title=split, xlabel="epsilon", ylabel=called, ylim=(0, None), xscale="log")
         noisy.set(title=split, xlabel="signal-to-noise ratio (dB)", ylim=(0, None))
         noisy.invert_xaxis()
         attacked.legend()
@@ -210,11 +219,14 @@ def plot(runs: Mapping[str, dict], path: pathlib.Path) -> None:
 
 
 def _draw(attacked, noisy, curves, name, color):
+    measure = _measure_of(curves)
+    scale = _MEASURES[measure][2]
     for axis in (attacked, noisy):
-        clean = 100 * curves["clean"]["wer"]
+        clean = scale * curves["clean"][measure]
         axis.axhline(clean, color=color, linestyle=":", linewidth=1, label=f"{name}, clean")
     lines = (("fgsm", attacked, "o--"), ("pgd10", attacked, "o-"), ("noise", noisy, "o-"))
     for curve, axis, style in lines:
         level = "snr_db" if curve == "noise" else "epsilon"
-        levels, rates = zip(*((p[level], 100 * p["wer"]) for p in curves[curve]), strict=True)
-        axis.plot(levels, rates, style, color=color, label=f"{name}, {curve}")
+        points = ((point[level], scale * point[measure]) for point in curves[curve])
+        levels, values = zip(*points, strict=True)
+        axis.plot(levels, values, style, color=color, label=f"{name}, {curve}")

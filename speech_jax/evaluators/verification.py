@@ -11,7 +11,7 @@ al. 2017). The cohort are the training classes, each by the vector that the clas
 
 import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -38,7 +38,7 @@ def read_trials(path: str) -> tuple[Trial, ...]:
     """The trials of a file: lines '1 ID ID' (1: the same, 0: not) or 'ID ID target|nontarget'.
 
     Raises:
-      UserError: the file cannot be read, or a line is not a trial.
+      UserError: the file cannot be read or is empty, or a line is not a trial.
     """
     try:
         lines = pathlib.Path(path).expanduser().read_text("utf-8").splitlines()
@@ -58,6 +58,8 @@ def read_trials(path: str) -> tuple[Trial, ...]:
                 f"{path}:{number}: {line[:80]!r} is not a trial: write '1 ID ID', '0 ID ID', or "
                 "'ID ID target' or 'ID ID nontarget'"
             )
+    if not trials:
+        raise UserError(f"the trials {path} hold no pair: write '1 ID ID' or '0 ID ID' in a line")
     return tuple(trials)
 
 
@@ -129,21 +131,49 @@ class Verification:
     def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]:
         """Keeps the embedding of one utterance, which its line has too."""
         del example
-        self.check(utterance)
-        who = utterance.tags.get(self._tag, "")
+        who = self._who(utterance)
         embedding = np.asarray(prediction["embedding"], np.float32)
         unit = embedding / max(np.linalg.norm(embedding), 1e-12)
         self._found[utterance.id] = who, unit, np.asarray(prediction["cohort"], np.float32)
         self._results = None
         return {"speaker": who, "embedding": [round(float(value), 6) for value in unit]}
 
-    def check(self, utterance: Utterance) -> None:
-        """Raises UserError for an utterance of which nobody knows who speaks."""
-        if not self._trials and not utterance.tags.get(self._tag):
+    def check(self, utterances: Sequence[Utterance]) -> None:
+        """Raises UserError where utterances make no pairs, or too many, or it is not known which.
+
+        Error rates need pairs of one speaker and of two.
+        """
+        who = {utterance.id: self._who(utterance) for utterance in utterances}
+        listed = self._listed(who)
+        if listed is None:
+            if len(who) > _MOST:
+                raise UserError(
+                    f"all pairs of {len(who)} utterances are too many: name a file of pairs in "
+                    "config.task.trials"
+                )
+            distinct = len(set(who.values()))
+            one, two = distinct < len(who), distinct > 1
+            cure = "take others, or a larger portion"
+        else:
+            kinds = {trial.same for trial in listed}
+            one, two = True in kinds, False in kinds
+            cure = "add some to the file of config.task.trials, with the ids of the utterances"
+        if not (one and two):
+            first = f", such as {utterances[0].id!r}" if utterances else ""
+            raise UserError(
+                f"there is no pair of {'two speakers' if one else 'one speaker'} among the "
+                f"{len(utterances)} utterances{first}: {cure}"
+            )
+
+    def _who(self, utterance: Utterance) -> str:
+        """Who speaks; UserError where it has to be known and is not."""
+        who = utterance.tags.get(self._tag, "")
+        if not who and not self._trials:
             raise UserError(
                 f"utterance {utterance.id} has no tag {self._tag!r}, so nobody knows whom it is "
                 "compared with: add it, or name a file of pairs in config.task.trials"
             )
+        return who
 
     def results(self) -> dict[str, float | None]:
         """Error rates and costs of the pairs, and how many pairs there were."""
@@ -153,12 +183,7 @@ class Verification:
 
     def _measured(self) -> dict[str, float | None]:
         ids = sorted(self._found)  # the order of the utterances is no matter
-        listed = self._listed()
-        if listed is None and len(ids) > _MOST:
-            raise UserError(
-                f"all pairs of {len(ids)} utterances are too many: name a file of pairs in "
-                "config.task.trials"
-            )
+        listed = self._listed({name: who for name, (who, _, _) in self._found.items()})
         blocks = [*self._scored(ids, listed)] if ids else [np.zeros((3, 0), np.float32)]
         scores, normalized, same = map(np.concatenate, zip(*blocks, strict=True))
         same = same.astype(bool)
@@ -175,10 +200,10 @@ class Verification:
             found[f"min_dcf_0.05{suffix}"] = curve.least_cost(0.05)
         return found | counts
 
-    def _listed(self) -> list[Trial] | None:
-        """The trials of the utterances that there are; None where all pairs are compared."""
-        known = [t for t in self._trials if t.one in self._found and t.other in self._found]
-        if known or (self._trials and not all(who for who, _, _ in self._found.values())):
+    def _listed(self, who: Mapping[str, str]) -> list[Trial] | None:
+        """The trials of utterances, given who speaks by id; None where all pairs are compared."""
+        known = [trial for trial in self._trials if trial.one in who and trial.other in who]
+        if known or (self._trials and not all(who.values())):
             return known
         return None
 
@@ -221,9 +246,12 @@ class Verification:
         found = self.results()
         if found["eer"] is None:
             return "no pairs of one speaker and of two"
-        other = self._trials and found["pairs_left_out"] == len(self._trials)
+        lost = found.get("pairs_left_out", 0)
+        of = f", {lost} of the file of trials left out" if lost else ""
+        if lost == len(self._trials) > 0:
+            of = ", all there are: the file of trials names none of them"
         return (
             f"EER {100 * found['eer']:.2f}% (normalized {100 * found['eer_normalized']:.2f}%)  "
-            f"minDCF {found['min_dcf_0.01']:.3f} (p 0.01) {found['min_dcf_0.05']:.3f} (p 0.05)"
-            + ("  all pairs: the file of trials names none of them" if other else "")
+            f"minDCF {found['min_dcf_0.01']:.3f} (p 0.01) {found['min_dcf_0.05']:.3f} (p 0.05)  "
+            f"{found['pairs']} pairs{of}"
         )

@@ -108,7 +108,8 @@ class Transduce:
       omega: the share of the loss without durations in the loss, with durations.
       span: positions of a frame at which the joiner is computed in training, where a simple joint
         says; 0: at all. It spares time and memory where labels are many.
-      warmup: updates until the band counts in full; 0: it does from the first one.
+      warmup: updates until the band counts in full, and the transducer beside CTC: an encoder that
+        hears nothing yet teaches a transducer to say nothing. 0: they do from the first one.
       ctc_weight: of CTC in the loss, by a head of its own; 0: none.
       most: labels that a search may say in a frame.
     """
@@ -225,7 +226,7 @@ class Transduce:
         if self.ctc_weight:
             args = heard.lengths, labels, labels_length
             by_ctc = ctc.ctc_loss(heard.logits, *args, zero_infinity=True)
-            nats = (1 - self.ctc_weight) * nats + self.ctc_weight * by_ctc
+            nats = (1 - self.ctc_weight) * ramp * nats + self.ctc_weight * by_ctc
             fits &= ctc.ctc_feasible(*args)
         weight = batch["weight"]
         tokens = (weight * labels_length.astype(jnp.float32)).sum()

@@ -80,6 +80,13 @@ class EarlyStopping:
         epochs = self.epoch - (self.best_epoch or 0.0)
         return 0 < self.patience <= self.count or 0 < self.patience_epochs <= epochs
 
+    @property
+    def why(self) -> str:
+        """Why the patience is at its end, to be read."""
+        of = f"{self.watched.split} {self.watched.metric}" if self.watched else "no metric"
+        best = "without a value" if self.best is None else f"not better than {self.best:.4g}"
+        return f"{of} {best} for {self.count} evaluation{'s' if self.count > 1 else ''}"
+
     def to_dict(self) -> dict[str, Any]:
         """Returns what the checkpoint must hold."""
         watched = dataclasses.asdict(self.watched) if self.watched else None

@@ -59,8 +59,8 @@ class Transcript:
             first = f"; the first is {source.utterances[0].id}" if source.utterances else ""
             raise PartError(
                 f"no utterance of the training splits has {what}, which config.task needs{tags}"
-                f"{first}: add it to the data, name a tag that has text in "
-                "config.parts.labels.tag, or choose another task"
+                f"{first}: add it to the data, name a tag that has text as "
+                f"config.parts.{name}.tag, or choose another task"
             )
         try:
             made = text.make_tokenizer(
