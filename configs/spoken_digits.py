@@ -7,11 +7,14 @@
 benchmarks/RESULTS.md. The argument is the encoder: `configs/spoken_digits.py:deepspeech`,
 `wavenet`, `wav2vec2`, or `conformer`, which it is without one. What follows a plus
 is the task: CTC without one, `conformer+attend` for CTC and an attention decoder together,
-`conformer+transduce` for a transducer, `conformer+tdt` for one with durations.
+`conformer+transduce` for a transducer, `conformer+tdt` for one with durations. Instead of the name
+of an encoder a folder goes on with the encoder of the model in it, pretrained by
+configs/pretrain_wavenet.py for example: `configs/spoken_digits.py:runs/wavenet`, with a slash.
 """
 
 from speech_jax import config as defaults
 from speech_jax import models, registry, tasks
+from speech_jax.bundle import start
 
 # A hidden frame is eight of log-mel, if it is of log-mel: of pieces that are words there are few.
 ENCODERS = {
@@ -48,8 +51,11 @@ def get_config(model: str = "conformer"):
     config.text.update(
         {"tokenizer": "sentencepiece", "vocabulary_size": 27, "normalizer": "english"}
     )
-    settings = registry.lookup("encoder of this recipe", ENCODERS, encoder)
-    config.model = models.settings(encoder, "tiny", **settings)
+    if "/" in encoder:
+        start.start_from(config, encoder)
+    else:
+        settings = registry.lookup("encoder of this recipe", ENCODERS, encoder)
+        config.model = models.settings(encoder, "tiny", **settings)
     config.optimizer.weight_decay = 1e-2
     config.schedule = {"name": "cosine", "peak": 2e-3, "warmup": 250}
     # Narrow and few: a mask over a whole word of a string without grammar cannot be learned from.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import runs
+from configs import spoken_digits
 from speech_jax import bundle, experiment, models, tasks, train
 from speech_jax.bundle import huggingface as hf
 from speech_jax.bundle import start
@@ -190,14 +191,23 @@ def test_what_transformers_does_not_know_is_not_exported(pretrained, tmp_path):
         ("model.width", 32, "has model.width=16"),
         ("model.kernel", 7, "has model.kernel=5"),
         ("features.hop_ms", 20.0, "has features.hop_ms=10.0"),
-        ("model.name", "wav2vec2", "has model.name='conformer'"),
+        ("model", models.settings("wavenet", "tiny"), "has model.name='conformer'"),
     ],
 )
 def test_another_model_is_refused(pretrained, tones, key, value, message):
     config = fine_tuning(tones, pretrained.workdir.folder)
-    config.update_from_flattened_dict({key: value})
+    section, _, name = key.partition(".")
+    config[section] = config[section].to_dict() | {name: value} if name else value
     with pytest.raises(UserError, match=message):
         start.with_bundle({}, {}, config)
+
+
+def test_a_recipe_goes_on_with_the_encoder_of_a_folder(pretrained):
+    config = spoken_digits.get_config(f"{pretrained.workdir.folder}+attend")
+    for section in ("model", "features"):
+        assert config[section].to_json() == pretrained.config[section].to_json()
+    assert (config.init.take, config.task.name) == ("encoder", "attend")
+    assert config.init.folder == str(pretrained.workdir.folder)
 
 
 def test_what_differs_begins_anew_where_it_is_named(pretrained, tones):

@@ -207,7 +207,9 @@ def _differences(folder: pathlib.Path, theirs: ConfigDict, config: ConfigDict) -
         settings |= {"task": {"name": theirs.task.name}, "text": theirs.text, "parts": theirs.parts}
     for section, values in settings.items():
         ours = json.loads(config[section].to_json())
-        for key, value in json.loads(ConfigDict(values).to_json()).items():
+        known = json.loads(ConfigDict(values).to_json())
+        # First the name: an encoder of another kind has other settings.
+        for key, value in sorted(known.items(), key=lambda item: item[0] != "name"):
             added = section == "model" and key == "adapter" and not value
             trains = section == "model" and _TRAINING.search(key)
             if added or trains or ours.get(key) == value:
