@@ -221,6 +221,7 @@ def test_two_of_a_kind_live_in_one_folder(row, source, tmp_path):
     constructor = parts.constructor(row.kind)
     tags = {"translation": "u", "speaker": "z"}
     other = _changed(source, {"text": "XYZ", "tags": tags}, *range(6))
+    other = _changed(other, {"tags": tags | {"speaker": "y"}}, 0, 1, 2)  # two classes
     other = dataclasses.replace(other, paths=source.paths[:1] * 6)
     made = {
         "first": constructor.make(source, "first", **row.settings),
