@@ -17,16 +17,14 @@ from speech_jax import registry
 from speech_jax.errors import UserError
 from speech_jax.models import edges, layers
 from speech_jax.models.conformer import halved
-from speech_jax.models.edges import Edge
+from speech_jax.models.edges import Carry, Edge, LogMelStepwise
 from speech_jax.ops import convolution, partition, recurrent
 from speech_jax.rules import Rules
 
 CHUNK = 64  # frames of a recurrent layer that `remat` computes again at once
 
-Carry = dict[str, Any]  # by layer: edges.Kept, or the states of the recurrent one
 
-
-class DeepSpeech(nn.Module):
+class DeepSpeech(LogMelStepwise):
     """Log-mel [B, F, M] to hidden [B, F / subsampling, width].
 
     Attributes:
@@ -107,12 +105,6 @@ class DeepSpeech(nn.Module):
         """Hidden frames for `lengths` log-mel frames: each halving rounds up."""
         return halved(lengths, self._halvings())
 
-    def __call__(
-        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool, layers_too: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
-        x, _ = self._run(inputs, lengths, {}, deterministic, layers_too)
-        return x, self.output_lengths(lengths)
-
     @property
     def delay(self) -> int:
         """Hidden frames that an output of `advance` lags behind its piece."""
@@ -141,16 +133,6 @@ class DeepSpeech(nn.Module):
             carry[f"layer_{i}"] = (jnp.zeros((rows, self.width), jnp.float32),) * states
         return carry
 
-    def advance(self, carry: Carry, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Carry]:
-        """The next hidden frames [B, N / subsampling, width] for log-mel frames [B, N, M].
-
-        A piece has beside the frames which of them are valid, bool [B, N]: from an utterance's
-        first one to its last. N is a multiple of `subsampling`.
-        """
-        inputs, mask = piece
-        edges.check_piece(inputs, self.subsampling)
-        return self._run(inputs, mask, carry, True, False)
-
     def _edges(self) -> dict[str, Edge]:
         """Of the convolutions in their order, or of the context, and of the row convolution."""
         found, lag = {}, 0
@@ -174,11 +156,6 @@ class DeepSpeech(nn.Module):
         deterministic: bool,
         layers_too: bool,
     ) -> tuple[jax.Array, Carry]:
-        """[B, F, M] to hidden frames [B, T, D].
-
-        With an empty carry it is of wholes of the lengths `valid` [B]; else of pieces of which the
-        frames are valid that `valid` [B, F] says.
-        """
         carry = {}
 
         def surround(name: str, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,13 +1,16 @@
 """What a convolution sees beyond its piece: zeros around a whole, kept frames between pieces."""
 
 import dataclasses
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from speech_jax.errors import UserError
 from speech_jax.ops import convolution, masking
 
+Carry = dict[str, Any]  # what an encoder keeps between pieces, by layer
 Kept = tuple[jax.Array, jax.Array]  # frames [B, K, ...], and which of them are valid [B, K]
 
 
@@ -84,14 +87,36 @@ def mask_of(valid: jax.Array, x: jax.Array) -> jax.Array:
     return masking.length_mask(valid, x.shape[1]) if valid.ndim == 1 else valid
 
 
-def check_piece(piece: jax.Array, each: int) -> None:
-    """Raises a UserError for a piece [B, N, M] that is not of whole hidden frames of `each`."""
-    if piece.shape[1] % each:
-        raise UserError(
-            f"a piece of {piece.shape[1]} log-mel frames is no multiple of subsampling={each}"
-        )
-
-
 def _zeroed(x: jax.Array, mask: jax.Array) -> jax.Array:
     mask = mask.reshape(*mask.shape, *(1,) * (x.ndim - 2))
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+class LogMelStepwise(nn.Module):
+    """An encoder of log-mel that runs over wholes, and piece by piece (stepwise.py), by one `_run`.
+
+    `_run(inputs [B, F, M], valid, carry, deterministic, layers_too)` gives hidden frames [B, T, D]
+    and the next carry. With an empty carry it is of wholes of the lengths `valid` [B]; else of
+    pieces of which the frames are valid that `valid` [B, F] says. `subsampling` and
+    `output_lengths` are those of an encoder (models/__init__.py).
+    """
+
+    def __call__(
+        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool, layers_too: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        x, _ = self._run(inputs, lengths, {}, deterministic, layers_too)
+        return x, self.output_lengths(lengths)
+
+    def advance(self, carry: Carry, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Carry]:
+        """The next hidden frames [B, N / subsampling, width] for log-mel frames [B, N, M].
+
+        A piece has beside the frames which of them are valid, bool [B, N]: from an utterance's
+        first one to its last. N is a multiple of `subsampling`.
+        """
+        inputs, valid = piece
+        if inputs.shape[1] % self.subsampling:
+            raise UserError(
+                f"a piece of {inputs.shape[1]} log-mel frames is no multiple of "
+                f"subsampling={self.subsampling}"
+            )
+        return self._run(inputs, valid, carry, True, False)

@@ -12,11 +12,9 @@ import jax.numpy as jnp
 from speech_jax.errors import UserError
 from speech_jax.models import edges, layers
 from speech_jax.models.conformer import HALVING, Subsampling, halved, halvings
-from speech_jax.models.edges import Edge, Kept
+from speech_jax.models.edges import Carry, Edge, Kept, LogMelStepwise
 from speech_jax.ops import convolution, partition
 from speech_jax.rules import Rules
-
-Carry = dict[str, Any]  # edges.Kept of each layer, and of each convolution of the subsampling
 
 # How the layers, and what is behind them, lie on a mesh.
 RULES: Rules = (
@@ -30,7 +28,7 @@ RULES: Rules = (
 )
 
 
-class WaveNet(nn.Module):
+class WaveNet(LogMelStepwise):
     """Log-mel [B, F, M] to hidden [B, F / subsampling, width], the sum of what all layers skip.
 
     A norm before each layer, which the paper lacks, spares a slow warm-up.
@@ -84,12 +82,6 @@ class WaveNet(nn.Module):
         """Hidden frames for `lengths` log-mel frames: each stride-2 convolution rounds up."""
         return halved(lengths, halvings(self.subsampling))
 
-    def __call__(
-        self, inputs: jax.Array, lengths: jax.Array, deterministic: bool, layers_too: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
-        x, _ = self._run(inputs, lengths, {}, deterministic, layers_too)
-        return x, self.output_lengths(lengths)
-
     @nn.nowrap
     def start(self, rows: int, bands: int) -> Carry:
         """What is known before the first piece of log-mel frames of so many bands.
@@ -112,16 +104,6 @@ class WaveNet(nn.Module):
             for i, edge in enumerate(each)
         }
 
-    def advance(self, carry: Carry, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Carry]:
-        """The next hidden frames [B, N / subsampling, width] for log-mel frames [B, N, M].
-
-        A piece has beside the frames which of them are valid, bool [B, N]: from an utterance's
-        first one to its last. N is a multiple of `subsampling`.
-        """
-        inputs, mask = piece
-        edges.check_piece(inputs, self.subsampling)
-        return self._run(inputs, mask, carry, True, False)
-
     @property
     def dilations(self) -> tuple[int, ...]:
         """Of each layer, in hidden frames."""
@@ -136,11 +118,6 @@ class WaveNet(nn.Module):
         deterministic: bool,
         layers_too: bool,
     ) -> tuple[jax.Array, Carry]:
-        """[B, F, M] to hidden frames [B, T, D].
-
-        With an empty carry it is of wholes of the lengths `valid` [B]; else of pieces of which the
-        frames are valid that `valid` [B, F] says.
-        """
         carry = {}
         x, valid, carry["subsampling"] = Subsampling(
             self.width,
