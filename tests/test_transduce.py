@@ -206,6 +206,23 @@ def test_it_goes_with_the_rest(wrapped):
     assert said["labels_length"].shape == (ROWS,)
 
 
+@pytest.mark.optax
+def test_beside_ctc_the_transducer_counts_as_its_warm_up_goes_on():
+    """CTC alone at first, and in the end as without a warm-up."""
+    make = lambda **settings: experiment.make_task(configure(width=8, **settings), PARTS)
+    params, state = jax.jit(make().init)(jax.random.key(0), BATCH)
+
+    def loss(step, **settings):
+        key = jax.random.key(1)
+        return float(jax.jit(make(**settings).loss)(params, state, BATCH, key, step)[0])
+
+    first, half, last = (loss(step, ctc_weight=0.25, warmup=10) for step in (0, 5, 10))
+    assert first == pytest.approx(0.25 * loss(0, ctc_weight=1.0))
+    assert half == pytest.approx((first + last) / 2)
+    assert last == pytest.approx(loss(0, ctc_weight=0.25, warmup=0))
+    assert first < 0.5 * last
+
+
 @pytest.mark.parametrize(
     ("name", "task", "usual"),
     [
