@@ -107,7 +107,7 @@ def _scores(asked: argparse.Namespace, name: str, seed: int) -> dict[str, float]
 
 def _random(asked: argparse.Namespace, seed: int) -> pathlib.Path:
     """A model like the pretrained one, with the weights that a training begins with."""
-    folder = pathlib.Path(asked.out) / f"random_{seed}"
+    folder = pathlib.Path(asked.out) / f"random_{pathlib.Path(asked.encoder).name}_{seed}"
     if not folder.exists():
         model = bundle.open(asked.encoder)
         task, rate = model.task(), model.config.data.sample_rate

@@ -96,14 +96,14 @@ def _line(split: str, found: dict[str, Any]) -> str:
     if found["gain"] is None:
         return ""
     if not found["interval"]:
-        before, after, gain = (f"{found[key]:.4f}" for key in ("before", "after", "gain"))
+        before, after, gain = (f"{found[key]:z.4f}" for key in ("before", "after", "gain"))
         return f"{split}: {found['metric']} {before} before, {after} after, gain {gain}"
     values = (found["before"], found["after"], found["gain"], *found["interval"])
     before, after, gain, low, high = (100 / found["of"] * value for value in values)
     unit = "%" if found["of"] == 1 else ""
     return (
         f"{split}: {found['metric']} {before:.2f}{unit} before, {after:.2f}{unit} after, "
-        f"gain {gain:.2f} points (95% over {found['over']}: {low:.2f} to {high:.2f})"
+        f"gain {gain:z.2f} points (95% over {found['over']}: {low:z.2f} to {high:z.2f})"
     )
 
 

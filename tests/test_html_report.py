@@ -293,11 +293,14 @@ def test_other_tasks_and_measures(tmp_path):
 
     made = Made(tmp_path, Bare())
     made.add("dev", lines)
+    made.results["training"] = {"layer_weights": [0.25, 0.75]}
     parsed = Parsed(made.make())
     row = {"split": "dev", "eer": "0.2", "utterances": "3", "left out": "0"}
     assert parsed.table("split", "eer") == [row]
     assert parsed.tables[1] == [["is \\ said", "x<", "y"], ["x<", "3", ""], ["y", "1", ""]]
     assert len(parsed.rows) == 3
+    shares = parsed.table("layer", "share in the sum")
+    assert [row["share in the sum"] for row in shares] == ["25.0%", "75.0%"]
 
 
 def test_a_matrix_of_a_thousand_classes_is_of_the_most_confused():

@@ -299,3 +299,12 @@ def test_rates_count_no_pause(tmp_path, monkeypatch):
         figures = one.finish()
     assert figures["audio_seconds_per_second"] == pytest.approx(0.5)
     assert figures["mfu"] == pytest.approx(10 / 1e3)
+
+
+def test_the_last_update_is_logged(tmp_path):
+    with report(tmp_path, steps=3) as one:
+        for step in range(3):
+            go(one, step, step + 1)
+        figures = one.finish()
+    assert [line["step"] for line in lines(tmp_path)] == [2, 3]
+    assert figures["audio_seconds_per_second"] > 0

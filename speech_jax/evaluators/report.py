@@ -88,6 +88,8 @@ def make(
         sections.append(Section("Training", curves))
     if heard := _generated(workdir):
         sections.append(Section("Generated", heard))
+    if shares := results.get("training", {}).get("layer_weights"):
+        sections.append(Section("Layers", _layers(shares)))
     sections.append(Section("About this model", _about(results)))
     return page.document(workdir.folder.name, sections)
 
@@ -468,11 +470,23 @@ def _generated(workdir: Workdir) -> Html | None:
     return page.table(["after", "a held-out utterance"], rows) if rows else None
 
 
+def _layers(shares: Sequence[float]) -> Html:
+    """The share of each layer in the sum that the head gets (evaluators/layer_weights.py)."""
+    names = ["input", *range(1, len(shares))]
+    top = max(shares)
+    rows = [
+        [name, page.percent(share, 1), page.whisker(share, None, top)]
+        for name, share in zip(names, shares, strict=True)
+    ]
+    return page.table(["layer", "share in the sum", ""], rows)
+
+
 def _about(results: Mapping[str, Any]) -> Html:
     facts = {
         name.replace("_", " "): value
         for section in ("training", "versions")
         for name, value in results.get(section, {}).items()
+        if name != "layer_weights"  # a section of its own
     }
     config = json.dumps(results.get("config", {}), indent=2, ensure_ascii=False)
     return page.join(

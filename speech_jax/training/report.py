@@ -195,7 +195,7 @@ class Report:
             self.skipped += 1
             names = [self._name(int(place)) for place in index if place >= 0]
             self.say(f"step {step}: not finite, skipped; its utterances: {' '.join(names)}")
-        if step % self._log_every == 0:
+        if step % self._log_every == 0 or step == self._steps:
             self._log(step, {name: float(value) for name, value in jax.device_get(sums).items()})
 
     def _log(self, step: int, sums: Mapping[str, float]) -> None:
