@@ -99,6 +99,13 @@ def test_what_comes_later_and_what_is_padding_changes_nothing(params, memory, wh
     assert (np.exp(a[..., 0]) == 0).all()  # the blank is never written
 
 
+def test_the_order_of_the_memory_is_known(memory, whole):
+    tokens = np.full((3, 1), DECODER.begin, np.int32)
+    lengths = np.full(3, memory.shape[1], np.int32)
+    there, back = (whole(tokens, x, lengths) for x in (memory, memory[:, ::-1]))
+    assert np.abs(there - back).max() > 0.1
+
+
 def test_cached_greedy_search_gives_the_tokens_of_uncached(params, memory, whole):
     texts = jax.device_get(search(params, memory, LENGTHS, LIMIT))
     for row in range(3):

@@ -265,8 +265,9 @@ class CrossAttention(nn.Module):
         self.project = _projection(self.width, self.dtype)
 
     def remember(self, memory: jax.Array) -> Seen:
-        """The keys and values of a memory [B, T, D']."""
-        projected = self.key_value(memory)
+        """The keys and values of a memory [B, T, D'], whose frames say where they are."""
+        places = layers.sinusoids(0, memory.shape[1], 1, memory.shape[2])[None]  # [1, T, D']
+        projected = self.key_value(memory + jnp.asarray(places, memory.dtype))
         return Seen(projected[:, :, 0], projected[:, :, 1])
 
     def __call__(
