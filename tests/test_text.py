@@ -157,6 +157,7 @@ def test_what_a_normalizer_drops_is_counted():
     assert lost == {"\u0308": 2, "\u0327": 1}
     assert text.dropped(["दुनिया"], "english").total() == 3
     assert not text.dropped(["HE'S — “here”, at 5:30!", "straße"], "english")
+    assert not text.dropped(["l &apos;eau &amp; le sel"], "moses")
     assert not text.dropped([], "english")
 
 

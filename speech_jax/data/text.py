@@ -105,6 +105,8 @@ def dropped(texts: Iterable[str], normalizer: str) -> Counter[str]:
     """
     # All at once: Python counts characters fast, and only the distinct ones are looked at.
     together = "\n".join(texts)
+    if normalizer == "moses":
+        together = html.unescape(together)  # the name of a character is not its text
     return _parts(together) - _parts(normalize(together, normalizer))
 
 
