@@ -43,6 +43,11 @@ def first(rules: Rules, name: str, default: Any) -> Any:
     return next((value for pattern, value in rules if matches(pattern, name)), default)
 
 
+def within(part: str, rules: Rules) -> Rules:
+    """Rules for what lies in `part` of a task's parameters, and for nothing beside it."""
+    return tuple((rf"{part}/(?:.*/)?(?:{pattern})", value) for pattern, value in rules)
+
+
 def only(rules: Rules, name: str, kind: str) -> Any:
     """The value of the one rule that matches.
 

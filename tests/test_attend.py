@@ -4,6 +4,7 @@ The model has the encoder and the CTC of a run that has learned the tones, and a
 parameters: what CTC has learned shows in a search if it is asked.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import speech_jax
-from speech_jax import bundle, experiment, tasks
+from speech_jax import bundle, experiment, models, rules, tasks
 from speech_jax.bundle import start
 from speech_jax.deploy import acoustic, export
 from speech_jax.errors import UserError
@@ -225,6 +226,15 @@ def test_an_exported_file_has_the_logits_of_ctc(model, trained, tones, tmp_path)
 
 def trained_text(trained, recording):
     return speech_jax.Model(acoustic.BundleAcoustic(trained)).transcribe(recording).text
+
+
+@pytest.mark.parametrize("encoder", models.ENCODERS)
+def test_no_rule_of_an_encoder_is_of_the_decoder(encoder, finished, trained, params):
+    """Each parameter has one rule of sharding, whatever the encoder is."""
+    task = task_of(finished, trained)
+    task = dataclasses.replace(task, encoder=models.make_encoder(encoder))
+    for name in rules.names({part: params[part] for part in ("decoder", "head")}):
+        rules.only(task.rules, name, "sharding")
 
 
 def test_without_ctc_there_are_no_logits(finished, trained, params, batch):

@@ -162,6 +162,17 @@ def test_a_beam_of_one_is_greedy_and_rows_do_not_see_each_other(params, memory):
     np.testing.assert_allclose(wide.score, turned.score[::-1], rtol=1e-5)
 
 
+def test_how_sure_a_text_is_does_not_depend_on_how_long_ones_are_favoured(params, memory):
+    found = [
+        generate.confidence(search(params, memory, LENGTHS, LIMIT, width=4, penalty=power), power)
+        for power in (0.0, 1e-3)
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-4)
+    texts = search(params, memory, LENGTHS, LIMIT, width=4)
+    symbols = texts.count[:, 0] + texts.ended[:, 0].astype(jnp.int32)
+    np.testing.assert_allclose(found[0] ** symbols.astype(jnp.float32), np.exp(texts.score[:, 0]), rtol=1e-4)
+
+
 @pytest.mark.parametrize("width", [0, 2])
 def test_what_ends_at_its_limit_is_not_cut(width):
     """A decoder that writes 1, then 2, then the end, each with 0.7."""

@@ -250,6 +250,11 @@ def test_durations_that_cannot_be_are_named(durations):
         experiment.make_task(configure(durations=durations), PARTS)
 
 
+def test_a_band_of_one_position_is_refused():
+    with pytest.raises(UserError, match=r"span=1 .*give 2 or more"):
+        experiment.make_task(configure(span=1), PARTS)
+
+
 def test_without_ctc_there_is_a_text_and_no_file(tmp_path, capsys):
     """A bundle is searched as its task does, and what is of CTC is refused by name."""
     config = configure(width=8, ctc_weight=0.0)

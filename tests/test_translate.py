@@ -1,5 +1,6 @@
 """Translation: what its loss is made of, where its search ends, and data that it cannot use."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -20,6 +21,7 @@ from speech_jax.data.parts.audio import Audio
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.pipeline import CorpusError
 from speech_jax.errors import UserError
+from speech_jax.evaluators.bleu import Bleu
 from speech_jax.ops import ctc
 from speech_jax.training import adversarial, peft
 
@@ -197,6 +199,27 @@ def test_no_translations_at_all(write):
     message = r"the tag 'translation'.*tags are speaker.*the first is 1-1-0000: add it"
     with pytest.raises(PartError, match=message):
         corpus(config)
+
+
+def test_a_split_without_translations_is_refused_before_the_training(write):
+    config = write(["oui", "non", "si"])
+    made = corpus(config)
+    measure = Bleu(made.parts["target"])
+    utterances = made.source.utterances
+    measure.check(utterances)
+    without = [dataclasses.replace(one, tags={}) for one in utterances]
+    with pytest.raises(UserError, match=r"no utterance has a translation.*'translation'"):
+        measure.check(without)
+
+
+def test_a_transcript_that_is_not_there_is_no_error(write):
+    made = corpus(write(["oui", "non", "si"]))
+    measure = Bleu(made.parts["target"], made.parts["labels"])
+    row = {"labels": np.ones(3, np.int32), "labels_length": 3, "ended": True}
+    row |= {"target": np.ones(2, np.int32), "target_length": 2}
+    for one in made.source.utterances:
+        measure.add(dataclasses.replace(one, text=""), {}, row)
+    assert measure.results()["transcript_wer"] is None
 
 
 def test_a_target_vocabulary_that_is_too_small(write):

@@ -233,7 +233,8 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([i for i in map(int, ids) if i != BLANK])
+        text = self._processor.decode([i for i in map(int, ids) if i != BLANK])
+        return " ".join(text.split())
 
     def save(self, path: str | os.PathLike) -> None:
         model = base64.b64encode(self.model).decode()

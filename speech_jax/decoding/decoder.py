@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speech_jax import files
-from speech_jax.decoding import beam, ctc, fusion, ngram
+from speech_jax.decoding import beam, ctc, fusion, generate, ngram
 from speech_jax.decoding.confidence import calibrated
 from speech_jax.decoding.generate import Texts
 from speech_jax.decoding.lexicon import Lexicon
@@ -261,7 +261,8 @@ class Decoder:
         inside = masking.length_mask(count, labels.shape[1])
         place = jnp.arange(labels.shape[1], dtype=jnp.int32)[None]
         starts = place * frames[:, None] // jnp.maximum(count, 1)[:, None]
-        ends, sure = starts + 1, jnp.exp(score / (count + 1).astype(jnp.float32))[:, None]
+        penalty = 0.0 if self.settings.name == "rescore" else self.settings.length_penalty
+        ends, sure = starts + 1, generate.confidence(texts, penalty)[:, None]
         if logits is not None:
             best = ctc.aligned(logits, frames, labels, count)
             placed = best.starts >= 0

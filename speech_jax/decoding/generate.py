@@ -8,6 +8,7 @@ limit is cut there, and said to be: it is for the caller to count.
 Shapes: B rows, W hypotheses of a row (the beam), R = B * W, S labels at most, V symbols.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,14 +26,28 @@ class Texts(NamedTuple):
 
     labels: int32 [B, n, S], filled with 0; count: int32 [B, n], labels in each; score: float32
     [B, n], the sum of the scores of its symbols, its end among them, over what the length penalty
-    says, -1e30 where there are fewer than n; ended: bool [B, n], whether it ended by itself: at the
-    limit it does if the end is what is likeliest there.
+    says, -1e30 where there are fewer than n; ended: bool [B, n], whether it ended by itself; one of
+    `limit` labels did if the end is the most probable symbol behind them.
     """
 
     labels: jax.Array
     count: jax.Array
     score: jax.Array
     ended: jax.Array
+
+
+def confidence(texts: Texts, length_penalty: float = 0.0) -> jax.Array:
+    """The geometric mean of the probabilities of the symbols of each row's best text, [B].
+
+    `length_penalty` is what the search was given.
+    """
+    symbols = texts.count[:, 0] + texts.ended[:, 0].astype(jnp.int32)
+    log_probability = texts.score[:, 0] * _penalty(symbols, length_penalty)
+    return jnp.exp(log_probability / jnp.maximum(symbols, 1).astype(jnp.float32))
+
+
+def _penalty(symbols: jax.Array, exponent: float) -> jax.Array:
+    return ((5.0 + symbols.astype(jnp.float32)) / 6.0) ** exponent
 
 
 def greedy(advance: Advance, carry: Any, *, begin: int, limit: jax.Array, longest: int) -> Texts:
@@ -107,8 +122,7 @@ def beam(
     """
     B = limit.shape[0]
 
-    def penalty(symbols: jax.Array) -> jax.Array:
-        return ((5.0 + symbols.astype(jnp.float32)) / 6.0) ** length_penalty
+    penalty = functools.partial(_penalty, exponent=length_penalty)
 
     def body(beam: _Beam) -> _Beam:
         scores, carry = advance(beam.carry, beam.symbols.reshape(-1, 1))

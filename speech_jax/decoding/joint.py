@@ -161,7 +161,7 @@ def search(
         last = symbols.reshape(B, width)
         chosen = jnp.take_along_axis(carry.scores, last[..., None], axis=2)[..., 0]
         grown = extended(heard, carry.prefixes, jnp.minimum(last, end - 1), chosen)
-        begins = last == end  # of what has ended nobody asks
+        begins = last == end  # what has ended is not asked for again
         keep = lambda old, new: jnp.where(begins.reshape(B, width, *[1] * (new.ndim - 2)), old, new)
         prefixes = jax.tree.map(keep, carry.prefixes, grown)
         scores = continued(heard, prefixes)

@@ -49,7 +49,7 @@ class Said(NamedTuple):
     labels: int32 [B, M], packed left and filled with blanks; count: int32 [B]; frames: int32 [B,
     M], where each was said; sure: float32 [B, M], its probability there; score: float32 [B], the
     log probability of what was done; steps: int32 [B], joints that were computed for a row;
-    bounded: int32 [B], frames that were left for so many labels were said there.
+    bounded: int32 [B], frames that the search left because they had as many labels as it may say.
     """
 
     labels: jax.Array

@@ -48,6 +48,14 @@ class Bleu:
         self._words, self._spoken = ErrorCounts(), ErrorCounts()
         self._lacking = self._cut = 0
 
+    def check(self, utterances: Sequence[Utterance]) -> None:
+        """Raises UserError where no utterance has a translation."""
+        if not any(self._target.text(utterance) for utterance in utterances):
+            raise UserError(
+                f"no utterance has a translation (the tag {self._target.tag!r}) to compare with: "
+                "add it, name another tag as config.parts.target.tag, or another split"
+            )
+
     def add(self, utterance: Utterance, example: Row, prediction: Row) -> dict[str, Any]:
         """Keeps one utterance; its line has both texts, and the transcript where there is one.
 
@@ -67,7 +75,8 @@ class Bleu:
         if self._transcript:
             said = self._transcript.text(utterance)
             line |= {"said": said, "transcript": self._transcript.read(prediction)}
-            self._spoken += count_errors(said, line["transcript"])
+            if said:
+                self._spoken += count_errors(said, line["transcript"])
         return line
 
     def results(self) -> dict[str, Any]:

@@ -68,15 +68,16 @@ class TextDecoder(nn.Module):
 
     delay: ClassVar = 0
     rules: ClassVar[Rules] = (
-        (r"decoder/embedding/embedding", ("tensor", "fsdp")),
-        (r"decoder/.*cross_attention/query/kernel", ("fsdp", "tensor", None)),
-        (r"decoder/.*cross_attention/query/bias", ("tensor", None)),
-        (r"decoder/.*cross_attention/key_value/kernel", ("fsdp", None, "tensor", None)),
-        (r"decoder/.*cross_attention/key_value/bias", (None, "tensor", None)),
-        (r"decoder/.*cross_attention/project/kernel", ("tensor", None, "fsdp")),
-        (r"decoder/.*cross_attention/project/bias", ()),
-        (r"decoder/output/kernel", ("fsdp", "tensor")),
-        (r"decoder/output/bias", ("tensor",)),
+        *layers.TRANSFORMER_RULES,
+        (r"embedding/embedding", ("tensor", "fsdp")),
+        (r"cross_attention/query/kernel", ("fsdp", "tensor", None)),
+        (r"cross_attention/query/bias", ("tensor", None)),
+        (r"cross_attention/key_value/kernel", ("fsdp", None, "tensor", None)),
+        (r"cross_attention/key_value/bias", (None, "tensor", None)),
+        (r"cross_attention/project/kernel", ("tensor", None, "fsdp")),
+        (r"cross_attention/project/bias", ()),
+        (r"output/kernel", ("fsdp", "tensor")),
+        (r"output/bias", ("tensor",)),
     )
 
     @property

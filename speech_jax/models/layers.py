@@ -26,23 +26,27 @@ Dtype = Any
 # How the parameters of the modules below lie on a mesh, by the names that the encoders give them:
 # (regular expression for the end of a path, mesh axes of the last dimensions). See rules.py and
 # training/sharding.py.
-RULES: Rules = (
+TRANSFORMER_RULES: Rules = (
     (r"layer/(scale|bias)", ()),
     (r"attention/qkv?/kernel", ("fsdp", None, "tensor", None)),
     (r"attention/qkv?/bias", (None, "tensor", None)),
-    (r"attention/(position|value)/kernel", ("fsdp", "tensor", None)),
-    (r"attention/(content_bias|position_bias|value/bias)", ("tensor", None)),
     (r"attention/project/kernel", ("tensor", None, "fsdp")),
     (r"feed_forward(_\d)?/expand/kernel", ("fsdp", "tensor")),
     (r"feed_forward(_\d)?/expand/bias", ("tensor",)),
     (r"feed_forward(_\d)?/project/kernel", ("tensor", "fsdp")),
+    (r"(attention|feed_forward(_\d)?)/project/bias", ()),
+)
+RULES: Rules = (
+    *TRANSFORMER_RULES,
+    (r"attention/(position|value)/kernel", ("fsdp", "tensor", None)),
+    (r"attention/(content_bias|position_bias|value/bias)", ("tensor", None)),
     (r"convolution/gate/kernel", ("fsdp", None, "tensor")),
     (r"convolution/gate/bias", (None, "tensor")),
     (r"convolution/depthwise/kernel", (None, "tensor")),
     (r"convolution/depthwise/bias", ("tensor",)),
     (r"convolution/middle_norm/(scale|bias)", ()),
     (r"convolution/project/kernel", ("tensor", "fsdp")),
-    (r"(attention|feed_forward(_\d)?|convolution)/project/bias", ()),
+    (r"convolution/project/bias", ()),
     (r"adapter/(down|up)/(kernel|bias)", ()),
 )
 

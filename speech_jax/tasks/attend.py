@@ -1,10 +1,10 @@
 """Speech recognition with CTC and an attention decoder together (Watanabe et al. 2017).
 
 Both learn from the same encoder: CTC keeps what is written in the order of what is said, which the
-decoder alone learns from few hours badly, and the decoder knows what is written before. What they
-say is searched together, or apart: config.decoder.name is 'joint' (one pass; it is that where it
-says nothing and there is CTC), 'rescore' (the best texts of CTC, put in order by both),
-'attention', or a decoder of CTC ('greedy', 'beam', 'lexicon').
+decoder alone learns badly from few hours, and the decoder knows what was written before. They are
+searched together or apart. config.decoder.name is 'joint' (one pass, the default where there is
+CTC), 'rescore' (the best texts of CTC, put in order by both), 'attention', or a decoder of CTC
+('greedy', 'beam', 'lexicon').
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from speech_jax.tasks import Batch, Pytree, hearing, writing
 
 @dataclasses.dataclass(frozen=True)
 class Attend(writing.Writes):
-    """Audio to text. The loss is in nats, its weight are the symbols of texts, an end each."""
+    """Audio to text. The loss is in nats and weighs as much as the symbols of texts, ends too."""
 
     decoder: Decoder = dataclasses.field(kw_only=True)
 
@@ -115,7 +115,9 @@ class Attend(writing.Writes):
     def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
         """Utterances of which the encoder makes fewer frames than their labels take."""
         needed = sizes["labels_aligned" if self.ctc_weight else "labels"]
-        return self.by_ctc.unusable({**sizes, "labels_aligned": needed})
+        frames = self.encoder.output_lengths(self.frontend.lengths(sizes["samples"]))
+        lacking = self.by_ctc.unusable({**sizes, "labels_aligned": needed})
+        return hearing.without_frames(frames) | lacking
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The loss in nats a symbol, the share of symbols that the decoder finds, what CTC lacks.

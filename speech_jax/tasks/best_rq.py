@@ -12,7 +12,7 @@ from jax import lax
 from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import features
-from speech_jax.rules import Rules
+from speech_jax.rules import Rules, within
 from speech_jax.tasks import masked
 
 # Cepstra of a target, like those that HuBERT (Hsu et al. 2021) begins with: how many, and their
@@ -81,7 +81,7 @@ class BestRQ(masked.MaskedTask):
     @property
     def rules(self) -> Rules:
         """How the parameters lie on a mesh."""
-        return (*self.encoder.rules, *RULES)
+        return (*within("encoder", self.encoder.rules), *RULES)
 
     def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
         """Parameters, and a state that holds the random projection and codes too."""

@@ -22,7 +22,7 @@ from speech_jax.evaluators.verification import Verification, read_trials
 from speech_jax.models import layers
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import augment, masking
-from speech_jax.rules import Rules
+from speech_jax.rules import Rules, within
 from speech_jax.tasks import Batch, Pytree, hearing
 
 # How the head's parameters lie on a mesh; there may be any number of classes.
@@ -194,7 +194,7 @@ class Classify:
     @property
     def rules(self) -> Rules:
         """How the parameters lie on a mesh."""
-        return (*self.encoder.rules, *RULES)
+        return (*within("encoder", self.encoder.rules), *RULES)
 
     @property
     def model(self) -> ClassModel:

@@ -12,7 +12,7 @@ from jax import lax
 
 from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
-from speech_jax.rules import Rules
+from speech_jax.rules import Rules, within
 from speech_jax.tasks import masked
 
 # How the parameters beside the encoder's lie on a mesh.
@@ -229,7 +229,7 @@ class Contrastive(masked.MaskedTask):
     @property
     def rules(self) -> Rules:
         """How the parameters lie on a mesh."""
-        return (*self.encoder.rules, *RULES)
+        return (*within("encoder", self.encoder.rules), *RULES)
 
     def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
         """Parameters (float32) and model state (empty without batch norm)."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
@@ -58,6 +59,12 @@ def applied(
         mutable=list(state),
         method=method,
     )
+
+
+def without_frames(frames: np.ndarray) -> dict[int, str]:
+    """Why utterances cannot be used of which the encoder makes so many frames, by their index."""
+    reason = "the encoder makes no frame of this audio"
+    return {int(i): reason for i in np.flatnonzero(np.asarray(frames) < 1)}
 
 
 def check_ctc(weight: float, what: str, cure: str = "train with more of it") -> None:

@@ -18,7 +18,7 @@ from speech_jax.evaluators.bits import Bits
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.models.waveform import SampleModel, generate
 from speech_jax.ops import features, waveform
-from speech_jax.rules import Rules
+from speech_jax.rules import Rules, within
 from speech_jax.tasks import Batch, Pytree
 
 
@@ -67,7 +67,7 @@ class NextSample:
     @property
     def rules(self) -> Rules:
         """How the parameters lie on a mesh."""
-        return (*self.encoder.rules, *SampleModel.rules)
+        return (*within("encoder", self.encoder.rules), *SampleModel.rules)
 
     def init(self, rng: jax.Array, batch: Batch) -> tuple[Pytree, Pytree]:
         """Parameters (float32); there is no model state."""

@@ -14,7 +14,7 @@ from speech_jax.decoding.decoder import Decoder
 from speech_jax.evaluators.errors import Errors
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import augment, ctc, masking
-from speech_jax.rules import Rules
+from speech_jax.rules import Rules, within
 from speech_jax.tasks import Batch, Pytree, hearing
 
 # How the head's parameters lie on a mesh.
@@ -117,7 +117,7 @@ class Recognize:
     @property
     def rules(self) -> Rules:
         """How the parameters lie on a mesh."""
-        return (*self.encoder.rules, *RULES)
+        return (*within("encoder", self.encoder.rules), *RULES)
 
     @property
     def model(self) -> CTCModel:

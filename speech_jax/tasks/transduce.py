@@ -1,8 +1,8 @@
 """Speech recognition with a transducer (Graves 2012), also with durations (Xu et al. 2023).
 
-What it says is searched as config.decoder.name says: 'transducer', the best label of each step,
-which it is where nothing is said, 'transducer_beam', or a decoder of CTC ('greedy', 'beam',
-'lexicon') where there is a head of CTC.
+config.decoder.name says how it is searched: 'transducer' (the default) takes the best label of each
+step, 'transducer_beam' keeps several texts, and a decoder of CTC ('greedy', 'beam', 'lexicon')
+needs a head of CTC.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from speech_jax.evaluators.errors import Errors, Searched
 from speech_jax.models import transducer as models
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import ctc, transducer
-from speech_jax.rules import Rules
+from speech_jax.rules import Rules, within
 from speech_jax.tasks import Batch, Pytree, hearing
 from speech_jax.tasks.recognize import RULES as HEAD_RULES
 
@@ -104,12 +104,12 @@ class Transduce:
       width: of the predictor and of the joint.
       durations: the frames that a label or a blank may take, such as (0, 1, 2, 3, 4); empty: a
         blank takes one and a label none.
-      sigma: nats that every step of a path is made less probable by, with durations.
+      sigma: nats taken from the log probability of every step of a path, with durations.
       omega: the share of the loss without durations in the loss, with durations.
-      span: positions of a frame at which the joiner is computed in training, where a simple joint
-        says; 0: at all. It spares time and memory where labels are many.
+      span: positions of a frame at which the joiner is computed in training, chosen by a simple
+        joint; 0: all of them. It spares time and memory where labels are many.
       warmup: updates until the band counts in full, and the transducer beside CTC: an encoder that
-        hears nothing yet teaches a transducer to say nothing. 0: they do from the first one.
+        hears nothing yet teaches a transducer to say nothing. With 0 they count from the start.
       ctc_weight: of CTC in the loss, by a head of its own; 0: none.
       most: labels that a search may say in a frame.
     """
@@ -142,10 +142,15 @@ class Transduce:
                 "with 0 and 1 among them, so that labels that are many fit: (0, 1, 2, 3, 4) are "
                 "usual"
             )
+        if self.span == 1:
+            raise UserError(
+                "config.task.span=1 leaves no frame with a label and what follows it: give 2 or "
+                "more, or 0 for all"
+            )
         if self.durations and self._search == "transducer_beam":
             raise UserError(
-                "config.decoder.name='transducer_beam' is for transducers without durations: set "
-                "it to 'transducer'"
+                "a transducer with durations keeps one text: leave out --beam and --nbest, and set "
+                "config.decoder.name to 'transducer'"
             )
         if self._search not in self.searches:
             what, cure = f"config.decoder.name={self._search!r}", self.usual_search()
@@ -163,7 +168,7 @@ class Transduce:
     @property
     def rules(self) -> Rules:
         """How the parameters lie on a mesh."""
-        return (*self.encoder.rules, *models.RULES, *HEAD_RULES)
+        return (*within("encoder", self.encoder.rules), *models.RULES, *HEAD_RULES)
 
     @property
     def model(self) -> TransducerModel:
@@ -311,10 +316,9 @@ class Transduce:
 
     def unusable(self, sizes: Mapping[str, np.ndarray]) -> dict[int, str]:
         """Utterances of which the encoder makes no frame; labels may be more than frames."""
-        frames = self.encoder.output_lengths(self.frontend.lengths(sizes["samples"]))
-        return {
-            int(i): "the encoder makes no frame of this audio" for i in np.flatnonzero(frames < 1)
-        }
+        return hearing.without_frames(
+            self.encoder.output_lengths(self.frontend.lengths(sizes["samples"]))
+        )
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The loss in nats a label, and the utterances that did not fit."""

@@ -19,13 +19,13 @@ from speech_jax.evaluators.bleu import Bleu
 from speech_jax.ops import ctc
 from speech_jax.tasks import Batch, Pytree, hearing, writing
 
-# Labels that a translation may have of no frame at all: short utterances are not cut.
+# Labels that a translation may have beside those of its frames, so that no short one is cut.
 _SPARE = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Translate(writing.Writes):
-    """Audio to a translation. The loss is in nats, its weight are the symbols of translations.
+    """Audio to a translation. Its loss is in nats and weighs as much as the symbols written.
 
     Attributes:
       beam: hypotheses of the search; 1: greedy.
@@ -50,9 +50,10 @@ class Translate(writing.Writes):
         rng: jax.Array | None = None,
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        """Both losses of rows with weight; a row without a translation has none of the decoder's.
+        """Both losses of the rows with weight.
 
-        CTC's leaves out a row without a transcript, and one that does not fit, which is counted.
+        The decoder's leaves out a row without a translation; CTC's leaves out a row without a
+        transcript, and one that does not fit, which is counted.
         """
         target, count = batch["target"], batch["target_length"]
         (logits, heard, frames), state = hearing.heard(
@@ -78,14 +79,11 @@ class Translate(writing.Writes):
         """
         hidden, logits, frames = self.heard(params, state, batch)
         texts = self._search(params["decoder"], hidden, frames)
-        count, ended = texts.count[:, 0], texts.ended[:, 0]
-        symbols = (count + ended).astype(jnp.float32)
-        penalty = ((5.0 + symbols) / 6.0) ** (self.length_penalty if self.beam > 1 else 0.0)
         found = {
             "target": texts.labels[:, 0],
-            "target_length": count,
-            "sure": jnp.exp(texts.score[:, 0] * penalty / jnp.maximum(symbols, 1.0)),
-            "ended": ended,
+            "target_length": texts.count[:, 0],
+            "sure": generate.confidence(texts, self.length_penalty if self.beam > 1 else 0.0),
+            "ended": texts.ended[:, 0],
         }
         if logits is None:
             return found
@@ -97,7 +95,8 @@ class Translate(writing.Writes):
         advance, carry = writing.stepwise(
             self.writer, params, hidden, frames, width=self.beam, longest=longest
         )
-        limits = {"limit": self.longest(frames).astype(jnp.int32), "longest": longest}
+        limit = jnp.where(frames > 0, self.longest(frames).astype(jnp.int32), 0)
+        limits = {"limit": limit, "longest": longest}
         if self.beam == 1:
             return generate.greedy(advance, carry, begin=self.writer.begin, **limits)
         return generate.beam(
@@ -122,11 +121,15 @@ class Translate(writing.Writes):
             int(i): "no translation: it is absent or empty; add one"
             for i in np.flatnonzero(count < 1)
         }
-        return lacking | {
-            int(i): f"translation too long: {count[i]} labels, and of {frames[i]} frames "
-            f"{int(most[i])} are written at most (config.task.labels_per_frame)"
-            for i in np.flatnonzero(count > most)
-        }
+        return (
+            lacking
+            | hearing.without_frames(frames)
+            | {
+                int(i): f"translation too long: {count[i]} labels, and of {frames[i]} frames "
+                f"{int(most[i])} are written at most (config.task.labels_per_frame)"
+                for i in np.flatnonzero(count > most)
+            }
+        )
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The loss and the decoder's own in nats a symbol, the share of symbols that it finds.

@@ -16,11 +16,11 @@ from speech_jax.decoding.generate import Advance
 from speech_jax.models.decoder import TextDecoder
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import masking
-from speech_jax.rules import Rules
+from speech_jax.rules import Rules, within
 from speech_jax.tasks import Batch, Pytree, hearing, recognize
 
 # How the head's and the decoder's parameters lie on a mesh.
-RULES: Rules = (*recognize.RULES, *TextDecoder.rules)
+RULES: Rules = (*recognize.RULES, *within("decoder", TextDecoder.rules))
 
 
 class WritingModel(nn.Module):
@@ -66,12 +66,11 @@ class WritingModel(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Writes:
-    """What tasks are that write one of their parts with a decoder, with CTC beside it.
+    """The base of tasks that write one of their parts with a decoder, with CTC beside it.
 
     Attributes:
       layers, heads, dropout: of the decoder, whose width is that of the encoder.
-      ctc_weight: of CTC in the loss, and the rest the decoder's. With 0 there is no CTC; with 1 the
-        decoder learns nothing.
+      ctc_weight: of CTC in the loss, below 1; the decoder has the rest. With 0 there is no CTC.
       smoothing: the share of a target's probability that all symbols have.
     """
 
@@ -90,7 +89,7 @@ class Writes:
     @property
     def rules(self) -> Rules:
         """How the parameters lie on a mesh."""
-        return (*self.encoder.rules, *RULES)
+        return (*within("encoder", self.encoder.rules), *RULES)
 
     @property
     def writer(self) -> TextDecoder:
@@ -140,8 +139,10 @@ class Writes:
         self, params: Pytree, state: Pytree, batch: Batch
     ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         """As WritingModel.hear, of the audio of a batch, without training."""
-        variables = {"params": params, **state}
-        return self.model.apply(variables, *self.frontend(batch), True, method="hear")
+        found, _ = hearing.heard(
+            self.model, self.frontend, params, state, batch, None, 0, method="hear"
+        )
+        return found
 
     def check(self, figures: Mapping[str, float], step: int) -> None:
         """Nothing that is logged says that going on is of no use."""

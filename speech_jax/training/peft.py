@@ -71,7 +71,7 @@ class Adapted:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._task, name)
-        if name not in ("loss", "logits", "predict", "encode", "generate"):
+        if name not in ("loss", "logits", "predict", "encode", "generate", "heard", "searched"):
             return found
         return lambda params, *rest: found(merged(params, self._lora), *rest)
 
