@@ -170,7 +170,8 @@ def test_how_sure_a_text_is_does_not_depend_on_how_long_ones_are_favoured(params
     np.testing.assert_allclose(*found, rtol=1e-4)
     texts = search(params, memory, LENGTHS, LIMIT, width=4)
     symbols = texts.count[:, 0] + texts.ended[:, 0].astype(jnp.int32)
-    np.testing.assert_allclose(found[0] ** symbols.astype(jnp.float32), np.exp(texts.score[:, 0]), rtol=1e-4)
+    together = found[0] ** symbols.astype(jnp.float32)
+    np.testing.assert_allclose(together, np.exp(texts.score[:, 0]), rtol=1e-4)
 
 
 @pytest.mark.parametrize("width", [0, 2])
