@@ -20,7 +20,6 @@ from speech_jax.decoding import joint
 from speech_jax.decoding.decoder import Decoder
 from speech_jax.decoding.generate import Texts
 from speech_jax.evaluators.errors import Errors
-from speech_jax.ops import ctc
 from speech_jax.tasks import Batch, Pytree, hearing, writing
 
 
@@ -67,10 +66,8 @@ class Attend(writing.Writes):
             sums["right"] = (right * weight).sum()
             total += (1 - self.ctc_weight) * (nats * weight).sum()
         if self.ctc_weight:
-            fits = jnp.where(ctc.ctc_feasible(frames, labels, count), weight, 0.0)
-            nats = ctc.ctc_loss(logits, frames, labels, count, zero_infinity=True)
-            sums["infeasible"] = (weight - fits).sum()
-            total += self.ctc_weight * (nats * fits).sum()
+            nats, _, sums["infeasible"] = hearing.ctc_part(logits, frames, batch)
+            total += self.ctc_weight * nats
         return total, symbols, {"state": state, "sums": sums}
 
     def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:

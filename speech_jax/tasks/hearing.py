@@ -4,10 +4,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
+from speech_jax.ops import ctc
 from speech_jax.tasks import Batch, Pytree
 
 
@@ -59,6 +61,21 @@ def applied(
         mutable=list(state),
         method=method,
     )
+
+
+def ctc_part(
+    logits: jax.Array, frames: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """CTC's loss of the labels of a batch, how many they are, and the weight of what did not fit.
+
+    A row that has no alignment has no part in the loss and in the labels.
+    """
+    labels, labels_length = batch["labels"], batch["labels_length"]
+    feasible = ctc.ctc_feasible(frames, labels, labels_length)
+    nats = ctc.ctc_loss(logits, frames, labels, labels_length, zero_infinity=True)
+    weight = jnp.where(feasible, batch["weight"], 0.0)
+    tokens = (weight * labels_length.astype(jnp.float32)).sum()
+    return (nats * weight).sum(), tokens, (batch["weight"] - weight).sum()
 
 
 def without_frames(frames: np.ndarray) -> dict[int, str]:

@@ -13,7 +13,7 @@ from speech_jax.decoding.ctc import greedy
 from speech_jax.decoding.decoder import Decoder
 from speech_jax.evaluators.errors import Errors
 from speech_jax.models.frontend import FrontEnd
-from speech_jax.ops import augment, ctc, masking
+from speech_jax.ops import augment, masking
 from speech_jax.rules import Rules, within
 from speech_jax.tasks import Batch, Pytree, hearing
 
@@ -49,18 +49,6 @@ class CTCModel(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Logits [2, B, T', vocabulary_size] of the middle layer and of the last one."""
         return self(inputs, lengths, deterministic, middle_too=True)
-
-
-def _nats_and_tokens(
-    logits: jax.Array, lengths: jax.Array, batch: Batch
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The loss of a batch's labels, how many they are, and the weight of what did not fit."""
-    labels, labels_length = batch["labels"], batch["labels_length"]
-    feasible = ctc.ctc_feasible(lengths, labels, labels_length)
-    nats = ctc.ctc_loss(logits, lengths, labels, labels_length, zero_infinity=True)
-    weight = jnp.where(feasible, batch["weight"], 0.0)
-    tokens = (weight * labels_length.astype(jnp.float32)).sum()
-    return (nats * weight).sum(), tokens, (batch["weight"] - weight).sum()
 
 
 def _viewed(batch: Batch, views: int) -> Batch:
@@ -180,7 +168,7 @@ class Recognize:
             by_layer = zip(weights, logits, strict=True) if self.inter_ctc else [(1.0, logits)]
         total = 0.0
         for share, logits in by_layer:
-            each = [_nats_and_tokens(logits, lengths, _viewed(one, views)) for one in readings]
+            each = [hearing.ctc_part(logits, lengths, _viewed(one, views)) for one in readings]
             nats, tokens, infeasible = (sum(parts) for parts in zip(*each, strict=True))
             total += share * nats
         if views > 1:

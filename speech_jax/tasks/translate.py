@@ -16,7 +16,6 @@ import numpy as np
 from speech_jax.decoding import ctc as decoding
 from speech_jax.decoding import generate
 from speech_jax.evaluators.bleu import Bleu
-from speech_jax.ops import ctc
 from speech_jax.tasks import Batch, Pytree, hearing, writing
 
 # Labels that a translation may have beside those of its frames, so that no short one is cut.
@@ -66,8 +65,11 @@ class Translate(writing.Writes):
         sums = {"written": written, "right": (right * weight).sum()}
         total = (1 - self.ctc_weight) * written
         if self.ctc_weight:
-            spoken, more = _spoken_nats(heard, frames, batch)
-            total, sums = total + self.ctc_weight * spoken, sums | more
+            asked = jnp.where(batch["labels_length"] > 0, batch["weight"], 0.0)
+            spoken = hearing.ctc_part(heard, frames, batch | {"weight": asked})
+            names = ("spoken", "labels", "infeasible")
+            sums |= zip(names, spoken, strict=True)
+            total += self.ctc_weight * spoken[0]
         return total, symbols, {"state": state, "sums": sums}
 
     def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
@@ -152,17 +154,3 @@ class Translate(writing.Writes):
         spoken = parts["labels"]
         said = bool(self.ctc_weight) and not spoken.tag
         return Bleu(parts["target"], spoken if said else None)
-
-
-def _spoken_nats(
-    logits: jax.Array, frames: jax.Array, batch: Batch
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """CTC's nats of the labels of a batch, and {"spoken": the same, "labels", "infeasible"}."""
-    labels, length = batch["labels"], batch["labels_length"]
-    feasible = ctc.ctc_feasible(frames, labels, length)
-    asked = jnp.where(length > 0, batch["weight"], 0.0)
-    weight = jnp.where(feasible, asked, 0.0)
-    nats = ctc.ctc_loss(logits, frames, labels, length, zero_infinity=True)
-    spoken = (nats * weight).sum()
-    count = (weight * length.astype(jnp.float32)).sum()
-    return spoken, {"spoken": spoken, "labels": count, "infeasible": (asked - weight).sum()}
