@@ -307,6 +307,19 @@ def test_recordings_are_translated(folder, task, model, batch, tmp_path, capsys)
     assert "--beam does nothing with a model that translates" in capsys.readouterr().err
 
 
+def test_what_learned_from_translations_alone_does_not_transcribe(folder, tmp_path):
+    model = bundle.open(folder)
+    config = model.config.copy_and_resolve_references().unlock()
+    config.parts.labels = {"tag": "t"}
+    bundle.save(dataclasses.replace(model, config=config), tmp_path / "model")
+    translator = speech_jax.load(tmp_path / "model")
+    silence = np.ones(RATE, np.int16)
+    assert isinstance(translator.translate(silence).text, str)
+    for use in (translator.transcribe, translator.transcribe_all):
+        with pytest.raises(UserError, match="writes translations .*: use translate"):
+            use(silence)
+
+
 def test_a_recognizer_does_not_translate(finished):
     recognizer = speech_jax.load(finished.workdir.folder)
     with pytest.raises(UserError, match="does not translate: use transcribe"):

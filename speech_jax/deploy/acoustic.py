@@ -95,6 +95,8 @@ class BundleAcoustic:
     Attributes:
       bundle: the model as plain data.
       target: reads translations; None where the model makes none.
+      transcribes: whether it also writes what was said, which a translator without CTC, or with
+        CTC on its translations, does not.
       function: (params, state, samples, lengths) -> (logits, frames), as `logits` but traceable.
       frames: how many frames come of so many samples.
     """
@@ -114,6 +116,7 @@ class BundleAcoustic:
         self.bundle = model
         self.transcript = labels
         self.target = model.parts.get(getattr(task, "translates", ""))
+        self.transcribes = not self.target or bool(task.ctc_weight) and not labels.tag
         self.sample_rate = model.config.data.sample_rate
         self.longest_seconds = float(model.config.data.max_seconds)
         self.decoder = dict(model.config.decoder)

@@ -166,8 +166,9 @@ class Model:
 
         Raises:
           AudioError: the file cannot be read.
-          TranscriptionError: the array is not audio.
+          TranscriptionError: the array is not audio, or the model writes translations alone.
         """
+        self._check_transcribes()
         return self._one(recording, sample_rate, self._hear)
 
     def translate(
@@ -188,6 +189,12 @@ class Model:
     def translates(self) -> bool:
         """Whether `translate` can be used."""
         return getattr(self.acoustic, "target", None) is not None
+
+    def _check_transcribes(self) -> None:
+        if not getattr(self.acoustic, "transcribes", True):
+            raise TranscriptionError(
+                "this model writes translations and has not learned what was said: use translate"
+            )
 
     def _one(self, recording: File | np.ndarray, sample_rate: int | None, hear) -> Transcription:
         opened = open_recording(recording, sample_rate, self.sample_rate)
@@ -215,6 +222,7 @@ class Model:
         Yields what `transcribe` returns or raises for each, in their order, as it becomes ready.
         `progress` is told how many files and how many seconds of audio were read.
         """
+        self._check_transcribes()
         opened = (open_recording(file, None, self.sample_rate) for file in recordings)
         return self._transcribe(opened, progress, self._hear)
 
