@@ -316,7 +316,7 @@ def test_what_learned_from_translations_alone_does_not_transcribe(folder, tmp_pa
     silence = np.ones(RATE, np.int16)
     assert isinstance(translator.translate(silence).text, str)
     for use in (translator.transcribe, translator.transcribe_all):
-        with pytest.raises(UserError, match="writes translations .*: use translate"):
+        with pytest.raises(UserError, match=r"writes translations .*: use translate"):
             use(silence)
 
 

@@ -116,7 +116,7 @@ class BundleAcoustic:
         self.bundle = model
         self.transcript = labels
         self.target = model.parts.get(getattr(task, "translates", ""))
-        self.transcribes = not self.target or bool(task.ctc_weight) and not labels.tag
+        self.transcribes = not self.target or (bool(task.ctc_weight) and not labels.tag)
         self.sample_rate = model.config.data.sample_rate
         self.longest_seconds = float(model.config.data.max_seconds)
         self.decoder = dict(model.config.decoder)
