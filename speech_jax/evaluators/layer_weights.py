@@ -25,13 +25,18 @@ def shares(weights: jax.Array) -> list[float]:
     return np.asarray(jax.nn.softmax(weights)).tolist()
 
 
+def names(shares: Sequence[float]) -> list[str]:
+    """What the layers are called, the input of the first one first."""
+    return ["input", *map(str, range(1, len(shares)))]
+
+
 def draw(shares: Sequence[float], path: pathlib.Path) -> None:
     """Draws them as bars."""
     from matplotlib.figure import Figure  # takes half a second, and most runs need none
 
     figure = Figure(figsize=(3 + 0.3 * len(shares), 3), layout="constrained")
     axes = figure.subplots()
-    axes.bar(["input", *map(str, range(1, len(shares)))], shares)
+    axes.bar(names(shares), shares)
     axes.axhline(1 / len(shares), color="gray", linewidth=1, linestyle=":")
     axes.set(xlabel="layer", ylabel="share")
     figures.save(figure, path)

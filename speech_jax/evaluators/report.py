@@ -22,7 +22,7 @@ from speech_jax import files
 from speech_jax.data import audio
 from speech_jax.data.pipeline import Corpus
 from speech_jax.data.sources import Utterance
-from speech_jax.evaluators import Evaluator, intervals, page, sounds, words
+from speech_jax.evaluators import Evaluator, intervals, layer_weights, page, sounds, words
 from speech_jax.evaluators.intervals import FEW
 from speech_jax.evaluators.page import Html, Section, element
 from speech_jax.evaluators.sounds import Media
@@ -472,11 +472,10 @@ def _generated(workdir: Workdir) -> Html | None:
 
 def _layers(shares: Sequence[float]) -> Html:
     """The share of each layer in the sum that the head gets (evaluators/layer_weights.py)."""
-    names = ["input", *range(1, len(shares))]
     top = max(shares)
     rows = [
         [name, page.percent(share, 1), page.whisker(share, None, top)]
-        for name, share in zip(names, shares, strict=True)
+        for name, share in zip(layer_weights.names(shares), shares, strict=True)
     ]
     return page.table(["layer", "share in the sum", ""], rows)
 
