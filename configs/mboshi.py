@@ -1,6 +1,6 @@
 """Mboshi speech to French text (Godard et al. 2018): 3.8 hours, on two CPU cores or a GPU.
 
-On two cores it takes 40 minutes; dev BLEU is 4.8 then, and chrF2 16.6.
+On two cores it takes 40 minutes; dev BLEU is 5.1 then, and chrF2 18.2.
 
 python -m speech_jax.main --config=configs/mboshi.py --config.data.root=Mboshi --workdir=runs/mboshi
 
@@ -32,7 +32,7 @@ def get_config():
         }
     }  # fmt: skip
     config.task = tasks.settings(
-        "translate", layers=2, dropout=0.2, beam=5, length_penalty=0.6, ctc_weight=0.5
+        "translate", layers=2, dropout=0.2, beam=5, length_penalty=0.8, ctc_weight=0.5
     )
     config.model = models.settings("conformer", "tiny")
     config.optimizer.weight_decay = 1e-2

@@ -128,10 +128,11 @@ def _unheeded(config: ConfigDict, workdir: "Workdir", argv: list[str]) -> Iterat
     except UserError:  # the mode itself says it
         return
     recorded, given = (flax.traverse_util.flatten_dict(files.plain(one), sep=".") for one in whole)
+    task = recorded["task.name"]
     for flag in argv:
         key = flag.partition("=")[0].lstrip("-").removeprefix("config.")
         is_setting = flag.lstrip("-").startswith("config.")
-        if is_setting and not bundle.of_use(key) and given.get(key) != recorded.get(key):
+        if is_setting and not bundle.of_use(key, task) and given.get(key) != recorded.get(key):
             yield (
                 f"{flag} is ignored: the model was trained with {recorded.get(key)!r}, and is used "
                 "as it was trained"

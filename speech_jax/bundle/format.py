@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from speech_jax import config as defaults
-from speech_jax import experiment, files
+from speech_jax import experiment, files, tasks
 from speech_jax.data.parts import Part
 from speech_jax.decoding.decoder import Settings
 from speech_jax.errors import UserError
@@ -187,15 +187,16 @@ def with_decoder(
 _OF_USE = ("data", "decoder", "mesh", "robustness")
 # Settings of the data that belong to a model, not to what it is used on.
 _OWN = ("sample_rate", "max_seconds")
-# The setting of a task that says what a model is used on: the pairs that are compared.
-_TRIALS = "trials"
 
 
-def of_use(key: str) -> bool:
-    """Whether `for_use` takes a setting such as 'data.root' of the configuration it is given."""
+def of_use(key: str, task: str) -> bool:
+    """Whether `for_use` takes a setting such as 'data.root' of the configuration it is given.
+
+    `task` is the name of the model's task.
+    """
     section, _, name = key.partition(".")
-    if (section, name) == ("task", _TRIALS):
-        return True
+    if section == "task":
+        return name in tasks.of_use(task)
     return section in _OF_USE and not (section == "data" and name in _OWN)
 
 
@@ -224,8 +225,7 @@ def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
         kept = {key: merged.data[key] for key in _OWN}
         merged.data = config.data.copy_and_resolve_references()
         merged.data.update(kept)
-        if _TRIALS in merged.task:
-            merged.task[_TRIALS] = config.task[_TRIALS]
+        merged.task.update({key: config.task[key] for key in tasks.of_use(merged.task.name)})
     Settings.of(merged.decoder).check_files()
     return merged.lock()
 

@@ -50,7 +50,8 @@ class Task(Protocol):
     `encoder`, `frontend`, `counts`, how many symbols each part has that has symbols, and
     `examples`, how often each of them was there when a part was made, where it knows. One that
     wants the `decoder` may have `searches` beside those of CTC (decoding/decoder.py), and then says
-    by usual_search(**settings) which one it is where config.decoder.name says nothing.
+    by usual_search(**settings) which one it is where config.decoder.name says nothing. `of_use`, if
+    it has that, names the settings that may change when a trained model is used.
     """
 
     parts: ClassVar[Mapping[str, str]]  # name in a batch -> kind (data/parts/)
@@ -81,6 +82,11 @@ def constructor(name: str) -> type[Task]:
     """The class of a task by its name in TASKS; an unknown name is a UserError."""
     module, _, attribute = registry.lookup("task", TASKS, name).partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def of_use(name: str) -> tuple[str, ...]:
+    """The settings of a task that say how a trained model is used, not what it has learned."""
+    return getattr(constructor(name), "of_use", ())
 
 
 # What experiment.py makes for a task, which is no setting though it may have a default.

@@ -178,6 +178,7 @@ class Classify:
 
     parts: ClassVar = {"audio": "audio", "target": "category"}
     along: ClassVar = "samples"
+    of_use: ClassVar = ("trials", "cohort")
 
     def __post_init__(self):
         if self.balance and not self.examples.get("target"):

@@ -132,6 +132,7 @@ class Transduce:
     parts: ClassVar = {"audio": "audio", "labels": "transcript"}
     along: ClassVar = "samples"
     best: ClassVar = ("wer", "min")
+    of_use: ClassVar = ("most",)
     searches: ClassVar = ("transducer", "transducer_beam")  # beside those of CTC
 
     def __post_init__(self) -> None:

@@ -26,6 +26,8 @@ _SPARE = 10
 class Translate(writing.Writes):
     """Audio to a translation. Its loss is in nats and weighs as much as the symbols written.
 
+    The attributes can be changed when a trained model is used.
+
     Attributes:
       beam: hypotheses of the search; 1: greedy.
       length_penalty: see decoding/generate.py; more of it makes longer translations.
@@ -33,12 +35,13 @@ class Translate(writing.Writes):
     """
 
     beam: int = 5
-    length_penalty: float = 0.6
+    length_penalty: float = 0.8
     labels_per_frame: float = 2.0
 
     parts: ClassVar = {"audio": "audio", "labels": "transcript", "target": "transcript"}
     text: ClassVar = "target"
     best: ClassVar = ("bleu", "max")
+    of_use: ClassVar = ("beam", "length_penalty", "labels_per_frame")
     translates: ClassVar = "target"  # the part that a prediction is a translation of
 
     def loss(
