@@ -35,7 +35,7 @@ class Translate(writing.Writes):
     """
 
     beam: int = 5
-    length_penalty: float = 0.8
+    length_penalty: float = 0.6
     labels_per_frame: float = 2.0
 
     parts: ClassVar = {"audio": "audio", "labels": "transcript", "target": "transcript"}
