@@ -40,9 +40,10 @@ EVALUATIONS = 6  # while a row trains
 BASELINE = "baseline"
 UPDATES = 15  # that are timed
 
+OVER_TIME = {"model.subsampling_kind": "time"}
 PIECES = {"text.tokenizer": "sentencepiece", "text.vocabulary_size": 256}
 EIGHT = PIECES | {"model.subsampling": 8}
-TIME = EIGHT | {"model.subsampling_kind": "time"}
+TIME = EIGHT | OVER_TIME
 WIDE = TIME | {"model.width": 192, "model.num_layers": 6, "model.subsampling_channels": 192}
 
 IDEAS: dict[str, Mapping[str, Any]] = {
@@ -71,14 +72,18 @@ IDEAS: dict[str, Mapping[str, Any]] = {
 ROWS: dict[str, Mapping[str, Any]] = {
     BASELINE: {},
     # Cheaper frames, the same layers.
+    "over_time": OVER_TIME | {"model.subsampling_channels": 128},
     "eight": EIGHT | {"model.subsampling_channels": 16},
     "separable": EIGHT | {"model.subsampling_kind": "separable"},
     "time": TIME | {"model.subsampling_channels": 128},
+    "time_128": TIME | {"model.subsampling_channels": 128, "text.vocabulary_size": 128},
     # What they pay for.
     "wide": WIDE,
     "wide_plane": EIGHT
     | {"model.width": 192, "model.num_layers": 6, "model.subsampling_channels": 16},
     "deep": TIME | {"model.width": 144, "model.num_layers": 10, "model.subsampling_channels": 144},
+    "wide_over_time": OVER_TIME
+    | {"model.width": 192, "model.num_layers": 6, "model.subsampling_channels": 192},
     "wide_128": WIDE | {"text.vocabulary_size": 128},
     # One idea each, on the wide one.
     **{f"wide+{name}": WIDE | changes for name, changes in IDEAS.items()},
