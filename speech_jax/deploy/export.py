@@ -387,7 +387,10 @@ def _run(arguments: argparse.Namespace) -> None:
             "of CTC, and a decoder of these reads them"
         )
     if heard.target:
-        say("the translation stays behind: a file gives the logits of CTC, and so a transcript")
+        say(
+            "the decoder of translations stays behind: a file gives the logits of CTC, and so a "
+            + ("transcript" if heard.transcribes else "translation by CTC alone")
+        )
     scores = _scores(files.expand(arguments.model))
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     try:

@@ -60,11 +60,9 @@ class Attend(writing.Writes):
         )
         weight = batch["weight"]
         symbols = (weight * (count + 1).astype(jnp.float32)).sum()
-        sums, total = {}, jnp.zeros(())
-        if self.ctc_weight < 1:
-            nats, right = writing.cross_entropy(written, labels, count, self.smoothing)
-            sums["right"] = (right * weight).sum()
-            total += (1 - self.ctc_weight) * (nats * weight).sum()
+        nats, right = writing.cross_entropy(written, labels, count, self.smoothing)
+        sums = {"right": (right * weight).sum()}
+        total = (1 - self.ctc_weight) * (nats * weight).sum()
         if self.ctc_weight:
             nats, _, sums["infeasible"] = hearing.ctc_part(logits, frames, batch)
             total += self.ctc_weight * nats
@@ -119,12 +117,10 @@ class Attend(writing.Writes):
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The loss in nats a symbol, the share of symbols that the decoder finds, what CTC lacks.
 
-        A decoder or CTC that does not learn has no figure.
+        Without CTC, nothing is said of it.
         """
         weight = max(sums["weight"], 1.0)
-        found = {"loss_per_label": sums["loss"] / weight}
-        if "right" in sums:
-            found["accuracy"] = sums["right"] / weight
+        found = {"loss_per_label": sums["loss"] / weight, "accuracy": sums["right"] / weight}
         if "infeasible" in sums:
             found["infeasible"] = sums["infeasible"]
         return found
