@@ -33,6 +33,7 @@ from configs import librispeech
 from speech_jax import experiment, files, main
 from speech_jax.data import sources
 from speech_jax.data.batch import signature
+from speech_jax.setup import make_setup
 from speech_jax.training import sharding
 
 TRAIN, DEV = "train-clean-5", "dev-clean-5"
@@ -232,7 +233,7 @@ def _updates(asked: argparse.Namespace, name: str, changes: Mapping) -> Callable
     task = experiment.make_task(config, parts)
     corpus = experiment.training_corpus(config, source, parts, task)
     plan = experiment.training_plan(config, corpus, task, mesh)
-    setup = experiment.make_setup(config, task, corpus.fields, mesh, plan.buckets[-1])
+    setup = make_setup(config, task, corpus.fields, mesh, plan.buckets[-1])
     programs = setup.compile(plan.buckets[-1:])
     with contextlib.closing(experiment.training_batches(config, corpus, plan, 0)) as batches:
         longest = signature(setup.batch(plan.buckets[-1]))

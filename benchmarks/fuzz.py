@@ -44,6 +44,7 @@ import soundfile
 
 from benchmarks.table import report
 from speech_jax.errors import UserError
+from speech_jax.setup import make_adversary
 
 SECONDS, BYTES = 10.0, 2 << 30
 DATA = pathlib.Path(__file__).parent.parent / "tests" / "data"
@@ -443,7 +444,7 @@ def _try_setting(keys: list[str], folder: pathlib.Path, rng: random.Random) -> N
         config.check(settings)
         parts = {"audio": Audio(), "labels": _Labels()}
         experiment.make_task(settings, parts)
-        experiment.make_adversary(settings)
+        make_adversary(settings)
         optim.make_schedule(
             steps=settings.train.steps, defaults=config.default().schedule, **settings.schedule
         )

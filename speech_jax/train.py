@@ -27,6 +27,7 @@ from speech_jax.evaluators import layer_weights
 from speech_jax.evaluators.generated import Generated
 from speech_jax.evaluators.loop import Evaluation, alone, measure
 from speech_jax.evaluators.report import write_report
+from speech_jax.setup import Setup, make_setup
 from speech_jax.tasks import Task
 from speech_jax.training import costs, groups, sharding
 from speech_jax.training.checkpoint import Checkpoints
@@ -206,7 +207,7 @@ class _Loop:
         `started` is a time; `stack` ends what works beside the loop: loading and compiling.
         """
         self.config, self.workdir, self.data = config, workdir, data
-        self.setup = setup = experiment.make_setup(
+        self.setup = setup = make_setup(
             config, data.task, data.corpus.fields, data.mesh, data.plan.buckets[0]
         )
         self._started, self._watchdog, self._interruption = started, watchdog, interruption
@@ -424,7 +425,7 @@ def _watched(config: ConfigDict, split: str, data: _Data) -> Watched:
     return Watched(split, settings.metric, settings.mode)
 
 
-def _first_state(setup: experiment.Setup) -> tuple[TrainState, Iterable[str]]:
+def _first_state(setup: Setup) -> tuple[TrainState, Iterable[str]]:
     """The state that training begins with, and what is to be said of it.
 
     It is random, but for what config.init takes of a bundle.
@@ -440,9 +441,7 @@ def _first_state(setup: experiment.Setup) -> tuple[TrainState, Iterable[str]]:
     return state.replace(params=params, model_state=stats, ema=ema), tuple(report.lines())
 
 
-def _report(
-    config: ConfigDict, workdir: Workdir, data: _Data, setup: experiment.Setup, first: int
-) -> Report:
+def _report(config: ConfigDict, workdir: Workdir, data: _Data, setup: Setup, first: int) -> Report:
     """What is said and logged of a run, from the update `first` on."""
     return Report(
         workdir.metrics,
@@ -459,7 +458,7 @@ def _report(
     )
 
 
-def _table(setup: experiment.Setup) -> list[str]:
+def _table(setup: Setup) -> list[str]:
     """What learns, how fast and with how much decay."""
     optimizer = setup.config.optimizer
     settings = {
@@ -470,7 +469,7 @@ def _table(setup: experiment.Setup) -> list[str]:
     return groups.shown(groups.table(setup.abstract.params, **settings))
 
 
-def _opening(data: _Data, setup: experiment.Setup, first: int) -> Iterator[str]:
+def _opening(data: _Data, setup: Setup, first: int) -> Iterator[str]:
     """What is trained on what, and what is lost of it."""
     counts = [f"{part.count} {name}" for name, part in data.parts.items() if part.count]
     yield ", ".join(

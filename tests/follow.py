@@ -13,6 +13,7 @@ import jax
 import runs
 from speech_jax import experiment
 from speech_jax.data.batch import signature
+from speech_jax.setup import make_setup
 from speech_jax.training import checkpoint, sharding
 
 STEPS, SAVED = 20, 10
@@ -33,7 +34,7 @@ class Run:
         task = experiment.make_task(self.config, parts)
         self.corpus = experiment.training_corpus(self.config, source, parts, task)
         self.plan = experiment.training_plan(self.config, self.corpus, task, self.mesh)
-        self.setup = experiment.make_setup(
+        self.setup = make_setup(
             self.config, task, self.corpus.fields, self.mesh, self.plan.buckets[0]
         )
         self.init = jax.jit(self.setup.init, out_shardings=self.setup.shardings)

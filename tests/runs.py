@@ -14,6 +14,7 @@ import numpy as np
 
 from speech_jax import config as defaults
 from speech_jax import experiment, models
+from speech_jax.setup import Setup, make_setup
 from speech_jax.training import saved, sharding
 from speech_jax.training.step import TrainState
 from speech_jax.workdir import Workdir
@@ -109,7 +110,7 @@ def metrics(workdir: pathlib.Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
-def setup(config, workdir: Workdir) -> experiment.Setup:
+def setup(config, workdir: Workdir) -> Setup:
     """What a step of a run is made of, its parts made in the workdir where they are not there."""
     source = experiment.open_training(config)
     parts = experiment.make_parts(config, workdir.folder, source)
@@ -117,7 +118,7 @@ def setup(config, workdir: Workdir) -> experiment.Setup:
     corpus = experiment.training_corpus(config, source, parts, task)
     mesh = sharding.make_mesh(**config.mesh)
     plan = experiment.training_plan(config, corpus, task, mesh)
-    return experiment.make_setup(config, task, corpus.fields, mesh, plan.buckets[0])
+    return make_setup(config, task, corpus.fields, mesh, plan.buckets[0])
 
 
 def saved_state(workdir: Workdir, step: int | None = None) -> dict[str, np.ndarray]:

@@ -397,7 +397,7 @@ def test_accumulation_hardens_each_micro_batch():
 
 @functools.cache
 def update(**settings):
-    """A step of training, as experiment.Setup makes it."""
+    """A step of training, as Setup makes it."""
     gradients = adversarial.gradients(make_task(), Adversary(**settings))
     return jit(steps.make_step(gradients, optax.sgd(0.1), log_every=2))
 

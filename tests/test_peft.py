@@ -24,6 +24,7 @@ from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.text import CharacterTokenizer
 from speech_jax.errors import UserError
 from speech_jax.models import layers
+from speech_jax.setup import make_setup
 from speech_jax.training import costs, groups, peft, sharding
 from speech_jax.workdir import Workdir
 
@@ -127,7 +128,7 @@ def setup(tmp_path, frozen=(), **lora):
     task = experiment.make_task(config, parts)
     fields = parts["audio"].fields | parts["labels"].fields
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return experiment.make_setup(config, task, fields, mesh, BUCKET)
+    return make_setup(config, task, fields, mesh, BUCKET)
 
 
 BUCKET = Bucket(4, (("samples", 32_000), ("labels", 8)))

@@ -18,6 +18,7 @@ from speech_jax.data.parts.audio import Audio
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.text import CharacterTokenizer
 from speech_jax.errors import UserError
+from speech_jax.setup import make_adversary, make_setup
 from speech_jax.training import sharding
 
 pytestmark = [
@@ -90,12 +91,12 @@ def use(config, key):
         "labels": Transcript(CharacterTokenizer("abc "), "labels"),
     }
     task = experiment.make_task(config, parts)
-    experiment.make_adversary(config)
+    make_adversary(config)
     if key.partition(".")[0] in TRACED:
         fields = parts["audio"].fields | parts["labels"].fields
         bucket = Bucket(8, (("samples", 32_000), ("labels", 8)))
         mesh = sharding.make_mesh(**config.mesh)
-        experiment.make_setup(config, task, fields, mesh, bucket)
+        make_setup(config, task, fields, mesh, bucket)
 
 
 def base(root):

@@ -29,6 +29,7 @@ from speech_jax.data import parts, sources
 from speech_jax.data.batch import signature
 from speech_jax.errors import UserError
 from speech_jax.evaluators.loop import Evaluation
+from speech_jax.setup import Setup, make_setup
 from speech_jax.training import checkpoint, sharding
 from speech_jax.workdir import Workdir
 
@@ -157,7 +158,7 @@ class Built(NamedTuple):
 
     corpus: Any
     plan: Any
-    setup: experiment.Setup
+    setup: Setup
 
 
 def build(config, workdir: Workdir) -> Built:
@@ -167,7 +168,7 @@ def build(config, workdir: Workdir) -> Built:
     task = experiment.make_task(config, made)
     corpus = experiment.training_corpus(config, source, made, task)
     plan = experiment.training_plan(config, corpus, task, mesh)
-    setup = experiment.make_setup(config, task, corpus.fields, mesh, plan.buckets[0])
+    setup = make_setup(config, task, corpus.fields, mesh, plan.buckets[0])
     return Built(corpus, plan, setup)
 
 

@@ -12,6 +12,7 @@ from configs import finetune_wav2vec2, librispeech
 from speech_jax import experiment, models
 from speech_jax.data.batch import Bucket
 from speech_jax.preflight import assumed
+from speech_jax.setup import batch_shapes, make_setup
 from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
 
@@ -57,7 +58,7 @@ def make_batch(
     fields: experiment.Fields, bucket: Bucket, mesh: Mesh, vocabulary_size: int = 29
 ) -> dict[str, np.ndarray]:
     """A full batch of noise."""
-    return noise(experiment.batch_shapes(fields, bucket, mesh), vocabulary_size)
+    return noise(batch_shapes(fields, bucket, mesh), vocabulary_size)
 
 
 class Model:
@@ -67,7 +68,7 @@ class Model:
         self.mesh = sharding.make_mesh(**config.mesh)
         task, fields = make_task(config, vocabulary_size)
         bucket = make_bucket(1, 2.0, 8)
-        self.setup = experiment.make_setup(config, task, fields, self.mesh, bucket)
+        self.setup = make_setup(config, task, fields, self.mesh, bucket)
         self.parameters = self.setup.parameters
         self.state = None
 

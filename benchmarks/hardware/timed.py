@@ -22,6 +22,7 @@ from speech_jax import bundle, experiment
 from speech_jax.data.batch import signature
 from speech_jax.evaluators.loop import Evaluation
 from speech_jax.ops import attention
+from speech_jax.setup import make_setup
 from speech_jax.training import costs, sharding
 
 COUNTS = 10_000  # of the schedule
@@ -46,7 +47,7 @@ class Training:
         self.task = experiment.make_task(config, self.parts)
         self.corpus = experiment.training_corpus(config, source, self.parts, self.task)
         self.plan = experiment.training_plan(config, self.corpus, self.task, self.mesh)
-        self.setup = experiment.make_setup(
+        self.setup = make_setup(
             config, self.task, self.corpus.fields, self.mesh, self.plan.buckets[0]
         )
         self.evaluation = Evaluation(config, self.task, self.parts, self.mesh)

@@ -21,6 +21,7 @@ from rich.table import Table
 from speech_jax import experiment
 from speech_jax.errors import UserError
 from speech_jax.preflight import assumed, hlo
+from speech_jax.setup import make_setup
 from speech_jax.training import costs, sharding
 
 
@@ -113,7 +114,7 @@ def measure(config: ConfigDict, where: Slice) -> dict:
     parts = assumed.make_parts(config)
     task = experiment.make_task(config, parts)
     bucket = assumed.longest_bucket(config, task, parts, mesh)
-    setup = experiment.make_setup(config, task, assumed.fields_of(parts), mesh, bucket)
+    setup = make_setup(config, task, assumed.fields_of(parts), mesh, bucket)
     abstract = setup.abstract
     chip = costs.chip(where.devices[0].device_kind)
     count = len(where.devices)
