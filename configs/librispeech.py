@@ -75,5 +75,7 @@ def _for_two_cores(config):
     config.model.dtype = "float32"
     config.schedule = {"name": "cosine", "peak": 1e-3, "warmup": 800}
     config.spec_augment.update({"frequency_masks": 1, "time_masks": 1})
+    if config.task.name == "attend":  # after a few hours a decoder by itself ends texts too soon
+        config.decoder.ctc_weight = 0.7
     config.train.update({"steps": 9_000, "eval_every": 750, "ema_decay": 0.0})
     config.checkpoint.every = 750
