@@ -31,9 +31,8 @@ def get_config():
             "tag": "translation", "tokenizer": "sentencepiece", "vocabulary_size": 500,
         }
     }  # fmt: skip
-    config.task = tasks.settings(
-        "translate", layers=2, dropout=0.2, beam=5, length_penalty=0.8, ctc_weight=0.5
-    )
+    config.task = tasks.settings("translate", layers=2, dropout=0.2, ctc_weight=0.5)
+    config.decoder.length_penalty = 0.8
     config.model = models.settings("conformer", "tiny")
     config.optimizer.weight_decay = 1e-2
     config.schedule = {"name": "cosine", "peak": 1e-3, "warmup": 800}

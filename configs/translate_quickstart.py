@@ -21,6 +21,7 @@ def get_config(pair: str = "en-es"):
     config.data.arguments.update({"language": language, "translation": translation})
     config.text.normalizer = "words"
     config.parts = {"target": {"tag": "translation"}}
-    config.task = tasks.settings("translate", layers=2, beam=3)
+    config.task = tasks.settings("translate", layers=2)
+    config.decoder.width = 3
     config.train.steps = 3_000
     return config

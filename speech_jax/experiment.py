@@ -28,7 +28,7 @@ from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.hidden import Hidden
 from speech_jax.data.plan import Plan
 from speech_jax.data.sources import portions
-from speech_jax.decoding.decoder import Decoder
+from speech_jax.decoding.decoder import OF_CTC, Decoder
 from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import features
@@ -336,11 +336,10 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
         arguments["frontend"] = make_frontend(config, arguments["encoder"], parts)
     if "decoder" in accepted:
         seconds = frame_seconds(config, arguments["encoder"], arguments["frontend"])
-        settings = dict(config.decoder)
-        if settings["name"] is None and hasattr(constructor, "usual_search"):
-            settings["name"] = constructor.usual_search(**arguments)
-        arguments["decoder"] = Decoder(settings, parts["labels"], seconds)
-        arguments["decoder"].check_task(getattr(constructor, "searches", ()))
+        written = parts[getattr(constructor, "text", "labels")]
+        decoder = Decoder(decoder_settings(config.task, config.decoder), written, seconds)
+        decoder.check_task(getattr(constructor, "searches", OF_CTC))
+        arguments["decoder"] = decoder
     if "counts" in accepted:
         arguments["counts"] = {name: part.count for name, part in parts.items() if part.count}
     if "examples" in accepted:
@@ -350,6 +349,17 @@ def make_task(config: ConfigDict, parts: Mapping[str, Part]) -> Task:
     task = registry.call(constructor, arguments, what=f"task ({name})")
     lora = peft.LoRA(**config.lora)
     return peft.Adapted(task, lora) if lora.rank else task
+
+
+def decoder_settings(task: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a decoder: those that are given, and else the usual ones of a task.
+
+    Args:
+      task, given: sections `task` and `decoder` of a configuration.
+    """
+    settings = {key: value for key, value in task.items() if key != "name"}
+    usual = getattr(tasks.constructor(task["name"]), "usual_decoder", lambda **_: {})
+    return usual(**settings) | {key: value for key, value in given.items() if value is not None}
 
 
 def frame_seconds(config: ConfigDict, encoder: Any, frontend: FrontEnd) -> float:

@@ -121,7 +121,8 @@ def _unheeded(config: ConfigDict, workdir: "Workdir", argv: list[str]) -> Iterat
     """A line for each flag that changes nothing, for a model is used as it was trained."""
     import flax.traverse_util
 
-    from speech_jax import bundle, files
+    from speech_jax import bundle, experiment, files
+    from speech_jax.decoding.decoder import Settings
 
     try:
         whole = (workdir.recorded(), config)
@@ -129,6 +130,9 @@ def _unheeded(config: ConfigDict, workdir: "Workdir", argv: list[str]) -> Iterat
         return
     recorded, given = (flax.traverse_util.flatten_dict(files.plain(one), sep=".") for one in whole)
     task = recorded["task.name"]
+    decoders = [{k: v for k, v in one.decoder.items() if v is not None} for one in whole]
+    decoder = experiment.decoder_settings(whole[0].task, decoders[0] | decoders[1])
+    used = Settings.of(decoder).used()
     for flag in argv:
         key = flag.partition("=")[0].lstrip("-").removeprefix("config.")
         is_setting = flag.lstrip("-").startswith("config.")
@@ -137,6 +141,9 @@ def _unheeded(config: ConfigDict, workdir: "Workdir", argv: list[str]) -> Iterat
                 f"{flag} is ignored: the model was trained with {recorded.get(key)!r}, and is used "
                 "as it was trained"
             )
+        name = key.removeprefix("decoder.")
+        if is_setting and name != key and name not in used:
+            yield f"{flag} is ignored: config.decoder.name={used['name']!r} does not use it"
 
 
 def _backend(jax) -> str:

@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "--words",
         action="store_true",
         help="every word with its times; text, json and ctm have its confidence too (ctm always "
-        "lists words)",
+        "lists words). Words of a translation share the time and the confidence of the whole",
     )
     add("--out", metavar="FOLDER", help="write a file for each recording there")
     add(
@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="greedy, beam, or lexicon (the words of --lm alone); of a model with an attention "
         "decoder also attention, joint or rescore, of a transducer transducer or transducer_beam; "
-        "default: that of the model, or beam where "
-        "--beam, --nbest, --lm or --lm-weight is given",
+        "default: that of the model; where that keeps one text alone, --beam, --nbest, --lm and "
+        "--lm-weight make it beam, or transducer_beam",
     )
     low, high = _WIDTHS
     add(
@@ -116,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SECONDS",
         help=f"the most audio that the model is given at once, {low} to {high}; less takes less "
-        "memory; default: the longest utterance of its training, within 10 and 30",
+        "memory; not for a search of whole pieces; default: the longest utterance of its training, "
+        "within 10 and 30",
     )
     return parser  # fmt: skip
 
@@ -154,15 +155,17 @@ def _wrong(chosen: argparse.Namespace) -> str:
 
 def _wrong_for(chosen: argparse.Namespace, own: Mapping[str, Any]) -> str:
     """Why a command line is refused for a model whose decoder has these settings, or empty."""
+    by_model = f"the model's own search, {own.get('name')}"
+    asked = f"--decoder={chosen.decoder}" if chosen.decoder else by_model
     if chosen.lm_weight is not None and not (chosen.lm or own.get("lm")):
         return "--lm-weight does nothing without a language model: name one with --lm"
     if chosen.decoder == "lexicon" and not (chosen.lm or own.get("lm") or own.get("lexicon")):
         return "--decoder=lexicon needs words: name an ARPA file of words with --lm"
     name = chosen.decoder or own.get("name")
     if chosen.lm and name not in (None, "greedy", "beam", "lexicon"):
-        return f"--lm does nothing with --decoder={name}: take --decoder=beam or lexicon with it"
+        return f"--lm does nothing with {asked}: take --decoder=beam or lexicon with it"
     if chosen.chunk is not None and name not in (None, "greedy", "beam", "lexicon"):
-        return f"--chunk does nothing with --decoder={name}, which hears whole pieces: leave it out"
+        return f"--chunk does nothing with {asked}, which hears whole pieces: leave it out"
     if name == "transducer" and chosen.decoder and (chosen.beam or chosen.nbest):
         return "--beam and --nbest do nothing with --decoder=transducer: take transducer_beam"
     width = chosen.beam or own.get("width") or _DEFAULT_WIDTH
@@ -173,7 +176,7 @@ def _wrong_for(chosen: argparse.Namespace, own: Mapping[str, Any]) -> str:
 
 def _of_logits(chosen: argparse.Namespace) -> str:
     """The first flag that says something of logits and their decoder, or nothing."""
-    names = ("decoder", "beam", "nbest", "lm", "lm_weight", "chunk")
+    names = ("decoder", "lm", "lm_weight", "chunk")
     given = [name for name in names if getattr(chosen, name) is not None]
     return given[0].replace("_", "-") if given else ""
 
@@ -215,11 +218,11 @@ def _transcribe(
     if len(inputs) > 1 and not chosen.out and not format.joins:
         refuse(f"--format={chosen.format} of {len(inputs)} recordings needs --out=FOLDER")
     acoustic = open_acoustic(chosen.model)
+    if getattr(acoustic, "target", None) and (given := _of_logits(chosen)):
+        refuse(f"--{given} does nothing with a model that translates: leave it out")
     if wrong := _wrong_for(chosen, acoustic.decoder):
         refuse(wrong)
     model = Model(acoustic, chunk_seconds=chosen.chunk, decoder=_decoder(chosen, acoustic.decoder))
-    if model.translates and (given := _of_logits(chosen)):
-        refuse(f"--{given} does nothing with a model that translates: leave it out")
     folder = None
     if chosen.out:
         folder = files.expand(chosen.out)

@@ -11,7 +11,7 @@ import pytest
 
 import runs
 import test_config
-from configs import mboshi, verification
+from configs import verification
 from speech_jax import bundle, config, train
 from speech_jax.data import sources
 from speech_jax.errors import UserError
@@ -180,14 +180,6 @@ def test_the_pairs_that_are_compared_are_those_that_are_asked_for():
     assert (used.task.trials, used.task.units) == ("pairs.txt", 192)
     assert bundle.of_use("task.trials", "classify")
     assert not bundle.of_use("task.units", "classify")
-
-
-def test_how_a_translator_searches_can_be_changed_when_it_is_used():
-    model = bundle.Bundle(mboshi.get_config(), {}, {}, {})
-    asked = mboshi.get_config()
-    asked.task.update({"beam": 9, "length_penalty": 1.5, "layers": 7})
-    used = bundle.for_use(model, asked).task
-    assert (used.beam, used.length_penalty, used.layers) == (9, 1.5, 2)
 
 
 # ---- Never waiting -----------------------------------------------------------------------------

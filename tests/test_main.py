@@ -83,6 +83,15 @@ def test_a_flag_that_the_record_overrules_is_named(finished):
     assert line.startswith("--config.model.width=64 is ignored: the model was trained with 16")
 
 
+@pytest.mark.parametrize(("name", "lines"), [("greedy", 1), ("beam", 0)])
+def test_a_flag_of_another_decoder_is_named(finished, name, lines):
+    config = finished.config.copy_and_resolve_references()
+    config.decoder.update({"name": name, "width": 8})
+    said = [*main._unheeded(config, finished.workdir, ["--config.decoder.width=8"])]
+    ignored = "--config.decoder.width=8 is ignored: config.decoder.name='greedy' does not use it"
+    assert said == [ignored] * lines
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_a_device_that_is_not_there_is_one_line(tones, tmp_path, platform):
     done = runs.run(runs.command(tmp_path, tones), check=False, JAX_PLATFORMS=platform)

@@ -31,8 +31,9 @@ RATE = 16_000
 COUNTS = {"labels": 5, "target": 6}
 
 
-def configure(root, **task):
+def configure(root, width=2, **task):
     config = defaults.default()
+    config.decoder.width = width
     config.data.source, config.data.root, config.data.cache = "manifest", str(root), str(root)
     config.data.train_splits = "train"
     config.parts = {"target": {"tag": "translation"}}
@@ -58,7 +59,7 @@ def make_task(**task):
 
 @pytest.fixture(scope="module")
 def task():
-    return make_task(beam=2)
+    return make_task()
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +274,7 @@ def folder(model, tmp_path_factory):
         name: Transcript(text.CharacterTokenizer(letters), name, "" if name == "labels" else "t")
         for name, letters in names.items()
     }
-    config = configure(".", beam=2)
+    config = configure(".")
     config.parts.target.tag = "t"
     found = Bundle(config, {"audio": Audio(), **parts}, *jax.device_get(model))
     path = tmp_path_factory.mktemp("translator") / "model"
@@ -302,9 +303,34 @@ def test_recordings_are_translated(folder, task, model, batch, tmp_path, capsys)
         rows.append(f"{recordings / f'{row}.wav'}: {expected}\n")
     assert transcribe.main([str(recordings), f"--model={folder}"]) == 0
     assert capsys.readouterr().out == "".join(rows)
-    with pytest.raises(SystemExit):
-        transcribe.main([str(recordings), f"--model={folder}", "--beam=3"])
-    assert "--beam does nothing with a model that translates" in capsys.readouterr().err
+    for flag in ("--chunk=9", "--decoder=joint"):
+        with pytest.raises(SystemExit):
+            transcribe.main([str(recordings), f"--model={folder}", flag])
+        said = f"{flag.partition('=')[0]} does nothing with a model that translates"
+        assert said in capsys.readouterr().err
+
+
+def test_a_translation_is_searched_as_is_asked_for(folder, batch, tmp_path, capsys):
+    """Of more hypotheses the best scores no less, and the others are alternatives."""
+    samples = batch["audio"][0]
+    found = {
+        width: speech_jax.load(folder, decoder={"width": width, "nbest": width})
+        .translate(samples)
+        .segments[0]
+        for width in (1, 4)
+    }
+    assert len(found[1].alternatives) == 1 < len(found[4].alternatives)
+    scores = [score for _, score in found[4].alternatives]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] >= found[1].alternatives[0][1] - 1e-5
+    soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="PCM_16")
+    flags = [f"--model={folder}", "--beam=4", "--nbest=4", "--format=json"]
+    assert transcribe.main([str(tmp_path / "a.wav"), *flags]) == 0
+    (segment,) = json.loads(capsys.readouterr().out)["segments"]
+    assert len(segment["alternatives"]) == len(scores)
+    for name in ("greedy", "joint"):
+        with pytest.raises(UserError, match="with this one it can be attention"):
+            speech_jax.load(folder, decoder={"name": name})
 
 
 def test_what_learned_from_translations_alone_does_not_transcribe(folder, tmp_path):

@@ -66,7 +66,8 @@ class Settings:
         with n-grams of the labels if there is an `lm`; 'lexicon', beam search over known words with
         n-grams of words, on the host (flashlight-text). Of a model that writes with an attention
         decoder (tasks/attend.py) also 'attention', 'joint' (with CTC, in one pass) and 'rescore'
-        (the `width` best of CTC, put in order by both). Of a transducer (tasks/transduce.py) also
+        (the `width` best of CTC, put in order by both); of one that translates 'attention' alone.
+        Of a transducer (tasks/transduce.py) also
         'transducer', the best label of each step, and 'transducer_beam'.
       width: hypotheses that are kept after each frame, or each label that is written.
       labels: the most probable labels of a frame that extend a hypothesis.
@@ -154,7 +155,10 @@ class Settings:
         used = self.used()
         name = f"{self.name} {self.width}" if "width" in used else self.name
         by = [f"{key} {files.expand(used[key]).name}" for key in ("lexicon", "lm") if key in used]
-        numbers = {"lm_weight": "weight", "bonus": "bonus"}
+        numbers = {
+            "lm_weight": "weight", "bonus": "bonus", "ctc_weight": "CTC",
+            "length_penalty": "length penalty",
+        }  # fmt: skip
         by += [f"{said} {used[key]:g}" for key, said in numbers.items() if key in used]
         return f"{name}, {' '.join(by)}" if by else name
 
@@ -217,7 +221,7 @@ class Decoder:
         self, logits: jax.Array, lengths: jax.Array, tables: fusion.Fusion | None
     ) -> dict[str, jax.Array]:
         settings = self.settings
-        self.check_task(())
+        self.check_task()
         if settings.name == "lexicon":  # the search is on the host: see `read`
             log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
             return {"log_probs": log_probs, "frames": lengths}
@@ -237,13 +241,12 @@ class Decoder:
         row = _row(best) | {"frames": lengths, "score": found.score[:, 0]}
         return row | (others if settings.nbest > 1 else {})
 
-    def check_task(self, searches: Collection[str]) -> None:
-        """DecoderError for a search that needs more than logits and is none of a task's own."""
-        known = [*OF_CTC, *searches]
-        if self.settings.name not in known:
+    def check_task(self, searches: Collection[str] = tuple(OF_CTC)) -> None:
+        """DecoderError for a search that is none of a task's `searches`."""
+        if self.settings.name not in searches:
             raise DecoderError(
                 f"config.decoder.name={self.settings.name!r} is a search of another kind of model: "
-                f"with this one it can be {', '.join(known)}"
+                f"with this one it can be {', '.join(searches)}"
             )
 
     def written(

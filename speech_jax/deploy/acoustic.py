@@ -17,7 +17,8 @@ import numpy as np
 from speech_jax import bundle, experiment, files
 from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.transcript import Transcript
-from speech_jax.decoding.decoder import Settings
+from speech_jax.decoding.beam import NEVER
+from speech_jax.decoding.decoder import OF_CTC, Settings
 from speech_jax.decoding.words import Decoded, Word
 from speech_jax.errors import UserError
 
@@ -119,34 +120,49 @@ class BundleAcoustic:
         self.transcribes = not self.target or (bool(task.ctc_weight) and not labels.tag)
         self.sample_rate = model.config.data.sample_rate
         self.longest_seconds = float(model.config.data.max_seconds)
-        self.decoder = dict(model.config.decoder)
-        if decoder := getattr(task, "decoder", None):  # what its record leaves to the task
-            self.decoder["name"] = decoder.settings.name
+        config = model.config
+        self.decoder = dict(config.decoder)
+        self.decoder |= experiment.decoder_settings(config.task, config.decoder)
         self.frames = lambda samples: task.encoder.output_lengths(task.frontend.lengths(samples))
         self.frame_seconds = experiment.frame_seconds(model.config, task.encoder, task.frontend)
         self._params, self._state = jax.device_put((model.params, model.state))
         self.function = functools.partial(_logits, task)
         self._logits = jax.jit(self.function)
-        self._predict = jax.jit(functools.partial(_predict, task))
 
     def logits(self, samples: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As Acoustic says."""
         return jax.device_get(self._logits(self._params, self._state, samples, lengths))
 
-    def translate(self, samples: np.ndarray, lengths: np.ndarray) -> list[Decoded]:
-        """The translation of each recording of a batch, as `logits` is given it.
+    def translation(
+        self, settings: Mapping[str, Any]
+    ) -> Callable[[np.ndarray, np.ndarray], list[Decoded]]:
+        """What translates the recordings of a batch, which is given as to `logits`.
 
-        Its words have the seconds that they would have if they were spoken evenly.
+        Words have the seconds that they would have if they were spoken evenly, and each is as sure
+        as the whole. `settings` are of the decoder.
+
+        Raises:
+          UserError: this model has no such search.
         """
-        found = jax.device_get(self._predict(self._params, self._state, samples, lengths))
-        decoded = []
-        for row, length in enumerate(lengths):
-            one = {name: values[row] for name, values in found.items()}
-            text, sure = self.target.read(one), float(one["sure"])
-            words = _spread(text.split(), float(length) / self.sample_rate, sure)
-            score = float(np.log(max(sure, 1e-30)))
-            decoded.append(Decoded(text, words, score, ((text, score),)))
-        return decoded
+        search = self.search(settings)
+
+        def translate(samples: np.ndarray, lengths: np.ndarray) -> list[Decoded]:
+            found = search(samples, lengths)
+            rows = ({name: of[row] for name, of in found.items()} for row in range(len(lengths)))
+            return [self._translated(*one) for one in zip(rows, lengths, strict=True)]
+
+        return translate
+
+    def _translated(self, row: Mapping[str, np.ndarray], samples: int) -> Decoded:
+        text, score = self.target.read(row), float(row["score"])
+        others = zip(*(row.get(f"nbest{of}", ()) for of in ("", "_length", "_score")), strict=True)
+        alternatives = {text: score}
+        for labels, count, score_of in others:
+            if score_of > NEVER / 2:
+                other = self.target.read({"target": labels, "target_length": count})
+                alternatives.setdefault(other, float(score_of))
+        words = _spread(text.split(), float(samples) / self.sample_rate, float(row["sure"]))
+        return Decoded(text, words, score, tuple(alternatives.items()))
 
     def search(self, settings: Mapping[str, Any]) -> Callable[..., dict[str, np.ndarray]] | None:
         """What finds the text of whole pieces, where no decoder of logits does: the task itself.
@@ -155,8 +171,8 @@ class BundleAcoustic:
           settings: of the decoder.
 
         Returns:
-          A function of samples and lengths, as `logits` takes them, that gives what
-          `Decoder.read` reads, a row each; None where the decoder takes logits.
+          A function of samples and lengths, as `logits` takes them, that gives what the task
+          predicts, a row each; None where the decoder takes logits.
 
         Raises:
           UserError: this model has no such search.
@@ -164,7 +180,7 @@ class BundleAcoustic:
         config = self.bundle.config.copy_and_resolve_references()
         config.decoder.update(settings)
         task = experiment.make_task(config, self.bundle.parts)
-        if Settings.of(settings).name not in getattr(task, "searches", ()):
+        if Settings.of(settings).name in OF_CTC:
             return None
         predict = jax.jit(functools.partial(_predict, task))
         return lambda *audio: jax.device_get(predict(self._params, self._state, *audio))

@@ -381,15 +381,15 @@ def _run(arguments: argparse.Namespace) -> None:
             "folder, which python -m speech_jax.classify uses"
         )
     heard = acoustic.BundleAcoustic(model)
-    if (search := heard.decoder["name"]) in OF_TASKS:
-        say(
-            f"the search {search!r} stays behind: a file holds one program, which gives the logits "
-            "of CTC, and a decoder of these reads them"
-        )
     if heard.target:
         say(
             "the decoder of translations stays behind: a file gives the logits of CTC, and so a "
             + ("transcript" if heard.transcribes else "translation by CTC alone")
+        )
+    elif (search := heard.decoder["name"]) in OF_TASKS:
+        say(
+            f"the search {search!r} stays behind: a file holds one program, which gives the logits "
+            "of CTC, and a decoder of these reads them"
         )
     scores = _scores(files.expand(arguments.model))
     scratch = out.with_name(f".{out.name}.{os.getpid()}")

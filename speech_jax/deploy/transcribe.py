@@ -124,7 +124,8 @@ class Model:
             training, within 10 and 30 seconds.
           decoder: settings that differ from those that the model came with, such as
             {"name": "beam", "width": 32, "nbest": 5} or {"name": "beam", "lm": "en.arpa",
-            "lm_weight": 0.6}; decoding/decoder.py, Settings, lists them all.
+            "lm_weight": 0.6}; decoding/decoder.py, Settings, lists them all. Of a model that
+            translates they are of its translations.
 
         Raises:
           UserError: a setting that cannot work.
@@ -140,12 +141,14 @@ class Model:
         self._chunk_seconds = chunk_seconds
         self._frame = round(acoustic.frame_seconds * acoustic.sample_rate)
         settings = {**acoustic.decoder, **(decoder or {})}
+        if self.translates:  # what was said is the best path of CTC
+            self._translation, settings = acoustic.translation(settings), {}
         self._decoder = Decoder(settings, acoustic.transcript, acoustic.frame_seconds)
         self._decoder.settings.check_files()
         search = getattr(acoustic, "search", None)
-        self._search = search(settings) if search else None
+        self._search = search(settings) if search and not self.translates else None
         if not self._search:
-            self._decoder.check_task(())
+            self._decoder.check_task()
         platform = jax.default_backend()
         self._batch_seconds = _BATCH_SECONDS.get(platform, _BATCH_SECONDS_ELSEWHERE)
 
@@ -298,10 +301,11 @@ class Model:
         """Translates pieces, and gives the memory of their samples back."""
         if not self.translates:
             raise TranscriptionError(
-                "this model does not translate: use transcribe, or load one that was trained with "
-                "config.task.name='translate'"
+                "this model does not translate: use transcribe, or load the workdir or the folder "
+                "of one that was trained with config.task.name='translate' (an exported file "
+                "leaves the translations behind)"
             )
-        self._by_pieces(pool, self.acoustic.translate)
+        self._by_pieces(pool, self._translation)
         for piece in pool:
             piece.samples = None
 

@@ -76,6 +76,8 @@ def run(config: ConfigDict, workdir: Workdir, say: Callable[[str], None] = print
         plain = Decoder({}, model.parts["labels"], decoder.frame_seconds)
         for name, one in (("greedy", plain), ("tuned", tuned)):
             say(f"  {name}: {_figures(one, halves[1])}")
+        if own := experiment.decoder_settings(config.task, {}).get("name"):
+            say(f"  not compared: the model's own search (--config.decoder.name={own})")
         with files.writing(workdir.decoder):
             settings = tuned.settings.used()
             settings |= bundle.keep_files(settings, workdir.folder)

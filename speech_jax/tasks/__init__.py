@@ -49,9 +49,10 @@ class Task(Protocol):
     A constructor's arguments are the settings of the section `task`, and by name, if it wants them:
     `encoder`, `frontend`, `counts`, how many symbols each part has that has symbols, and
     `examples`, how often each of them was there when a part was made, where it knows. One that
-    wants the `decoder` may have `searches` beside those of CTC (decoding/decoder.py), and then says
-    by usual_search(**settings) which one it is where config.decoder.name says nothing. `of_use`, if
-    it has that, names the settings that may change when a trained model is used.
+    wants the `decoder` gets one of the part that it names as `text` ('labels' if it names none). It
+    may have `searches` other than those of CTC (decoding/decoder.py), and then usual_decoder(
+    **settings) gives the settings of the decoder that hold where config.decoder says nothing.
+    `of_use`, if it has that, names the settings that may change when a trained model is used.
     """
 
     parts: ClassVar[Mapping[str, str]]  # name in a batch -> kind (data/parts/)

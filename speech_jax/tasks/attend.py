@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speech_jax.decoding import joint
-from speech_jax.decoding.decoder import Decoder
+from speech_jax.decoding.decoder import OF_CTC, Decoder
 from speech_jax.decoding.generate import Texts
 from speech_jax.evaluators.errors import Errors
 from speech_jax.tasks import Batch, Pytree, hearing, writing
@@ -32,7 +32,7 @@ class Attend(writing.Writes):
     parts: ClassVar = {"audio": "audio", "labels": "transcript"}
     text: ClassVar = "labels"
     best: ClassVar = ("wer", "min")
-    searches: ClassVar = ("attention", "joint", "rescore")  # beside those of CTC
+    searches: ClassVar = (*OF_CTC, "attention", "joint", "rescore")
 
     def __post_init__(self):
         if self.decoder.settings.name != "attention":
@@ -41,9 +41,9 @@ class Attend(writing.Writes):
             hearing.check_ctc(self.ctc_weight, what, cure)
 
     @classmethod
-    def usual_search(cls, ctc_weight: float, **_: Any) -> str:
-        """What it searches by where config.decoder.name says nothing."""
-        return "joint" if ctc_weight else "attention"
+    def usual_decoder(cls, ctc_weight: float, **_: Any) -> dict[str, Any]:
+        """What it searches by where config.decoder says nothing."""
+        return {"name": "joint" if ctc_weight else "attention"}
 
     def loss(
         self,
@@ -74,7 +74,7 @@ class Attend(writing.Writes):
         A text has a label a frame at most; `ended`, bool [B], says whether it ended by itself.
         """
         hidden, logits, frames = self.heard(params, state, batch)
-        if self.decoder.settings.name not in self.searches:
+        if self.decoder.settings.name in OF_CTC:
             return self.decoder.search(logits, frames)
         texts = self._search(params["decoder"], hidden, logits, frames)
         return self.decoder.written(texts, frames, logits)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speech_jax.decoding import transducer as search
-from speech_jax.decoding.decoder import Decoder
+from speech_jax.decoding.decoder import OF_CTC, Decoder
 from speech_jax.errors import UserError
 from speech_jax.evaluators.errors import Errors, Searched
 from speech_jax.models import transducer as models
@@ -133,7 +133,7 @@ class Transduce:
     along: ClassVar = "samples"
     best: ClassVar = ("wer", "min")
     of_use: ClassVar = ("most",)
-    searches: ClassVar = ("transducer", "transducer_beam")  # beside those of CTC
+    searches: ClassVar = (*OF_CTC, "transducer", "transducer_beam")
 
     def __post_init__(self) -> None:
         distinct = {value for value in self.durations if isinstance(value, int)}
@@ -150,21 +150,22 @@ class Transduce:
             )
         if self.durations and self._search == "transducer_beam":
             raise UserError(
-                "a transducer with durations keeps one text: leave out --beam and --nbest, and set "
-                "config.decoder.name to 'transducer'"
+                "a transducer with durations keeps one text: take the decoder 'transducer' "
+                "(config.decoder.name, --decoder), without --beam and --nbest"
             )
-        if self._search not in self.searches:
-            what, cure = f"config.decoder.name={self._search!r}", self.usual_search()
-            hearing.check_ctc(self.ctc_weight, what, f"set config.decoder.name={cure!r}")
+        if self._search in OF_CTC:
+            what = f"config.decoder.name={self._search!r}"
+            cure = f"set config.decoder.name={self.usual_decoder()['name']!r}"
+            hearing.check_ctc(self.ctc_weight, what, cure)
 
     @classmethod
-    def usual_search(cls, **_: Any) -> str:
-        """What it searches by where config.decoder.name says nothing."""
-        return "transducer"
+    def usual_decoder(cls, **_: Any) -> dict[str, Any]:
+        """What it searches by where config.decoder says nothing."""
+        return {"name": "transducer"}
 
     @property
     def _search(self) -> str:
-        return self.decoder.settings.name if self.decoder else self.usual_search()
+        return self.decoder.settings.name if self.decoder else self.usual_decoder()["name"]
 
     @property
     def rules(self) -> Rules:
@@ -290,7 +291,7 @@ class Transduce:
 
     def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
         """{"labels": int32 [B, M], "labels_length": int32 [B]}, and what else a search finds."""
-        if self._search not in self.searches:
+        if self._search in OF_CTC:
             return self.decoder.search(*self.logits(params, state, batch)[:2])
         (encoded, lengths), _ = self._apply(params, state, batch, None, 0, method="encode")
         model, others = self.searched(params), {}
@@ -331,5 +332,5 @@ class Transduce:
 
     def evaluator(self, parts: Mapping[str, Any]) -> Errors:
         """Word and character errors, and the steps of the search if it takes any."""
-        measure = Searched if self._search in self.searches else Errors
+        measure = Errors if self._search in OF_CTC else Searched
         return measure(parts["labels"], self.decoder)

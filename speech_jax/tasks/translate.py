@@ -15,6 +15,7 @@ import numpy as np
 
 from speech_jax.decoding import ctc as decoding
 from speech_jax.decoding import generate
+from speech_jax.decoding.decoder import Decoder
 from speech_jax.evaluators.bleu import Bleu
 from speech_jax.tasks import Batch, Pytree, hearing, writing
 
@@ -26,23 +27,25 @@ _SPARE = 10
 class Translate(writing.Writes):
     """Audio to a translation. Its loss is in nats and weighs as much as the symbols written.
 
-    The attributes can be changed when a trained model is used.
-
     Attributes:
-      beam: hypotheses of the search; 1: greedy.
-      length_penalty: see decoding/generate.py; more of it makes longer translations.
+      decoder: how translations are searched; what is spoken is the best path of CTC.
       labels_per_frame: of a frame of the encoder, how many labels a translation has at most.
     """
 
-    beam: int = 5
-    length_penalty: float = 0.6
+    decoder: Decoder = dataclasses.field(kw_only=True)
     labels_per_frame: float = 2.0
 
     parts: ClassVar = {"audio": "audio", "labels": "transcript", "target": "transcript"}
     text: ClassVar = "target"
     best: ClassVar = ("bleu", "max")
-    of_use: ClassVar = ("beam", "length_penalty", "labels_per_frame")
+    of_use: ClassVar = ("labels_per_frame",)
+    searches: ClassVar = ("attention",)
     translates: ClassVar = "target"  # the part that a prediction is a translation of
+
+    @classmethod
+    def usual_decoder(cls, **_: Any) -> dict[str, Any]:
+        """What it searches by where config.decoder says nothing."""
+        return {"name": "attention", "width": 5, "length_penalty": 0.6}
 
     def loss(
         self,
@@ -76,42 +79,46 @@ class Translate(writing.Writes):
         return total, symbols, {"state": state, "sums": sums}
 
     def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
-        """The translation: {"target": int32 [B, S], "target_length", "sure", "ended": bool [B]}.
+        """The translation: {"target": int32 [B, S], "target_length", "sure", "score", "ended"}.
 
-        One that has not ended by itself is cut at `longest`. `sure` is the geometric mean of the
-        probabilities of its symbols. {"labels", "labels_length"} are the transcript, where there is
-        CTC.
+        One that has not `ended` by itself, bool [B], is cut at `longest`. `sure` is the geometric
+        mean of the probabilities of its symbols. {"labels", "labels_length"} are the transcript,
+        where there is CTC, and "nbest", "nbest_length" and "nbest_score" the best translations,
+        where more than one is wanted.
         """
+        settings = self.decoder.settings
         hidden, logits, frames = self.heard(params, state, batch)
         texts = self._search(params["decoder"], hidden, frames)
         found = {
             "target": texts.labels[:, 0],
             "target_length": texts.count[:, 0],
-            "sure": generate.confidence(texts, self.length_penalty if self.beam > 1 else 0.0),
+            "sure": generate.confidence(texts, settings.length_penalty),
+            "score": texts.score[:, 0],
             "ended": texts.ended[:, 0],
         }
+        if settings.nbest > 1:
+            others = {"nbest": texts.labels, "nbest_length": texts.count}
+            found |= others | {"nbest_score": texts.score}
         if logits is None:
             return found
         labels, count = decoding.greedy(logits, frames)
         return found | {"labels": labels, "labels_length": count}
 
     def _search(self, params: Pytree, hidden: jax.Array, frames: jax.Array) -> generate.Texts:
-        longest = int(self.longest(hidden.shape[1]))
+        longest, settings = int(self.longest(hidden.shape[1])), self.decoder.settings
         advance, carry = writing.stepwise(
-            self.writer, params, hidden, frames, width=self.beam, longest=longest
+            self.writer, params, hidden, frames, width=settings.width, longest=longest
         )
-        limit = jnp.where(frames > 0, self.longest(frames).astype(jnp.int32), 0)
-        limits = {"limit": limit, "longest": longest}
-        if self.beam == 1:
-            return generate.greedy(advance, carry, begin=self.writer.begin, **limits)
         return generate.beam(
             advance,
             carry,
             pick=self.writer.pick,
             begin=self.writer.begin,
-            width=self.beam,
-            length_penalty=self.length_penalty,
-            **limits,
+            limit=jnp.where(frames > 0, self.longest(frames).astype(jnp.int32), 0),
+            longest=longest,
+            width=settings.width,
+            nbest=settings.nbest,
+            length_penalty=settings.length_penalty,
         )
 
     def longest(self, frames: Any) -> Any:
