@@ -114,7 +114,7 @@ def numba_call(arrays):
         logits = torch.tanh(encoded[:, :, None] + predicted[:, None]) @ kernel + bias
         value = loss(logits.log_softmax(-1), *integers)
         value.sum().backward()
-        return float(value.sum())
+        return float(value.detach().sum())
 
     return call
 
