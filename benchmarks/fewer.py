@@ -5,7 +5,8 @@
 
 Each row is configs/librispeech.py with the changes of ROWS, trained on train-clean-5 and evaluated
 on dev-clean-5: greedy, and (on the half that its weights are not tuned on) greedy and with n-grams
-of the training transcripts. Further flags go to all trainings.
+of the training transcripts (of an attention decoder or a transducer, its CTC both times). Further
+flags go to all trainings.
 
 Equal minutes: an update of a row and one of the baseline take turns on the same utterances, and the
 row gets --minutes over its time for an update. FOLDER/rates.json keeps these times, as if the
@@ -72,6 +73,9 @@ IDEAS: dict[str, Mapping[str, Any]] = {
 # Row -> what it changes.
 ROWS: dict[str, Mapping[str, Any]] = {
     BASELINE: {},
+    # Other decoders, the same encoder (their arguments of the recipe are in RECIPES).
+    "attend": {},
+    "transduce": {},
     # Cheaper frames, the same layers.
     "over_time": OVER_TIME | {"model.subsampling_channels": 128},
     "eight": EIGHT | {"model.subsampling_channels": 16},
@@ -92,6 +96,8 @@ ROWS: dict[str, Mapping[str, Any]] = {
         key: value for changes in (WIDE, *IDEAS.values()) for key, value in changes.items()
     },
 }
+# Row -> the argument of the recipe, where it is not the usual one.
+RECIPES = {name: f"conformer_tiny+{name}" for name in ("attend", "transduce")}
 
 
 def run() -> None:
@@ -147,7 +153,7 @@ def _trained(asked: argparse.Namespace, name: str, seed: int) -> dict[str, float
             "seed": seed, "train.steps": steps, "train.eval_every": every,
             "checkpoint.every": every, **ROWS[name],
         }  # fmt: skip
-        _command(workdir, *_flags(changes), *asked.flags)
+        _command(name, workdir, *_flags(changes), *asked.flags)
     found = files.read_json(results)
     scores, training = found["splits"][DEV], found["training"]
     row = {
@@ -158,10 +164,12 @@ def _trained(asked: argparse.Namespace, name: str, seed: int) -> dict[str, float
         "CER": 100 * scores["cer"],
         "WER": 100 * scores["wer"],
     }
-    return row | _with_transcripts(asked, workdir)
+    return row | _with_transcripts(asked, name, workdir)
 
 
-def _with_transcripts(asked: argparse.Namespace, workdir: pathlib.Path) -> dict[str, float]:
+def _with_transcripts(
+    asked: argparse.Namespace, name: str, workdir: pathlib.Path
+) -> dict[str, float]:
     """WER and CER of half of the split, without and with n-grams of the training transcripts."""
     said = workdir / "tuned.txt"
     if not said.exists():
@@ -173,7 +181,7 @@ def _with_transcripts(asked: argparse.Namespace, workdir: pathlib.Path) -> dict[
         subprocess.run([*build, "--order", order, "--model", workdir], check=True)
         decoder = {"decoder.name": "beam", "decoder.lm": grams, "decoder.width": 16}
         flags = _flags({"data.root": asked.root, "data.eval_splits": DEV, **decoder})
-        output = _command(workdir, "--mode=tune", *flags, quiet=True)
+        output = _command(name, workdir, "--mode=tune", *flags, quiet=True)
         files.write_atomically(said, output)
     found = {}
     for line in said.read_text().splitlines():
@@ -186,10 +194,14 @@ def _with_transcripts(asked: argparse.Namespace, workdir: pathlib.Path) -> dict[
     return found
 
 
-def _command(workdir: pathlib.Path, *flags: str, quiet: bool = False) -> str:
-    """Runs speech_jax.main with the recipe of all rows; what it printed, if it is quiet."""
-    words = [sys.executable, "-m", "speech_jax.main", "--config=configs/librispeech.py"]
-    words += [f"--workdir={workdir}", *flags]
+def _recipe(name: str) -> str:
+    return RECIPES.get(name, "conformer_tiny")
+
+
+def _command(name: str, workdir: pathlib.Path, *flags: str, quiet: bool = False) -> str:
+    """Runs speech_jax.main with the recipe of a row; what it printed, if it is quiet."""
+    words = [sys.executable, "-m", "speech_jax.main"]
+    words += [f"--config=configs/librispeech.py:{_recipe(name)}", f"--workdir={workdir}", *flags]
     output = subprocess.PIPE if quiet else None
     return subprocess.run(words, check=True, text=True, stdout=output).stdout
 
@@ -225,7 +237,7 @@ def _update_times(asked: argparse.Namespace, rows: Mapping[str, Mapping]) -> dic
 
 def _updates(asked: argparse.Namespace, name: str, changes: Mapping) -> Callable[[], None]:
     """A function that makes an update, of the longest of the row's batches."""
-    config = librispeech.get_config()
+    config = librispeech.get_config(_recipe(name))
     data = {"data.root": asked.root, "data.train_splits": TRAIN}
     config.update_from_flattened_dict({**data, **changes})
     source, mesh = experiment.open_training(config), sharding.make_mesh(**config.mesh)
