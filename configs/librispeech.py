@@ -24,7 +24,7 @@ By hours of speech (what was run stands in benchmarks/RESULTS.md, with its curve
            to 44% in 3.5 minutes (benchmarks/hardware/timed.py).
   100 h    conformer_s --config.data.train_splits=train-clean-100 --config.train.steps=40000
            --config.train.ema_decay=0.999 --config.data.batch_seconds=1200, not run by us;
-           published CTC models of its size have WER 9.6 on test-clean (ESPnet).
+           a published CTC model of 26 M parameters has WER 9.6 on test-clean (ESPnet).
   960 h    as it is, not run by us: a day of 8 accelerators of 200 TFLOP/s for S. Published CTC
            models have WER 3.4 (S), 3.0 (M) and 2.7 (L) on test-clean, without a language model.
 
