@@ -319,6 +319,7 @@ def joint_log_probs(
     if size == T:
         return some(encoded, starts)
     count = -(-T // size)
+    size = -(-T // count)  # pieces of equal length, so that the last one is not filler
 
     def split(x):  # [B, T, ...] to [count, B, size, ...]
         x = jnp.pad(x, ((0, 0), (0, count * size - T)) + ((0, 0),) * (x.ndim - 2))
