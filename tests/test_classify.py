@@ -447,7 +447,7 @@ def test_what_cannot_be_compared_or_used_is_named_before_the_training(
 ):
     config = configure(calls, finished.workdir.folder)
     config.train.compare = False
-    monkeypatch.setattr(experiment, "make_setup", None)
+    monkeypatch.setattr(train, "make_setup", None)
     with config.unlocked():
         config.parts = {"target": {"tag": "label", "unseen": True}}
     config.task.verify = True
