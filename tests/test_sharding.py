@@ -34,7 +34,8 @@ def recognizer(name, **changes):
 def translator():
     """The same of a translator: an encoder, a decoder of text and CTC."""
     encoder = models.make_encoder(**models.settings("conformer", "s"))
-    task = tasks.constructor("translate")(encoder, None, {"labels": 128, "target": 8_000})
+    counts = {"labels": 128, "target": 8_000}
+    task = tasks.constructor("translate")(encoder, None, counts, decoder=None)
     text = jnp.zeros((1, 4), jnp.int32), jnp.full(1, 4)
     return parameters(task, *inputs(encoder), *text, True)
 
