@@ -57,9 +57,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "translate": {
         "parts": {"target": {"tag": "translation"}},
-        "task": {"layers": 1, "heads": 2, "beam": 2},
+        "task": {"layers": 1, "heads": 2},
         "model": {"width": 8, "num_layers": 1, "heads": 2, "subsampling_channels": 4},
         "peak": 1e-2,
+        "decoder": {"width": 2},
     },
 }
 STEPS = 6

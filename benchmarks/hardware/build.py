@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from benchmarks.hardware import recipe
 from configs import finetune_wav2vec2, librispeech
 from speech_jax import experiment, models
-from speech_jax.data.batch import Bucket
+from speech_jax.data.batch import Bucket, Fields
 from speech_jax.preflight import assumed
 from speech_jax.setup import batch_shapes, make_setup
 from speech_jax.tasks import Task
@@ -43,7 +43,7 @@ def config_of(name: str, tiny: bool, **changes: object) -> ConfigDict:
     return config
 
 
-def make_task(config: ConfigDict, vocabulary_size: int) -> tuple[Task, experiment.Fields]:
+def make_task(config: ConfigDict, vocabulary_size: int) -> tuple[Task, Fields]:
     """The task, and the arrays of its batches."""
     parts = assumed.make_parts(config, vocabulary_size)
     return experiment.make_task(config, parts), assumed.fields_of(parts)
@@ -55,7 +55,7 @@ def make_bucket(rows: int, seconds: float, labels: int) -> Bucket:
 
 
 def make_batch(
-    fields: experiment.Fields, bucket: Bucket, mesh: Mesh, vocabulary_size: int = 29
+    fields: Fields, bucket: Bucket, mesh: Mesh, vocabulary_size: int = 29
 ) -> dict[str, np.ndarray]:
     """A full batch of noise."""
     return noise(batch_shapes(fields, bucket, mesh), vocabulary_size)
