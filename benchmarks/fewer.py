@@ -4,9 +4,9 @@
       [--seeds=2] [--only=ROW,ROW] [--json=FILE] [--list] [-- --config.KEY=VALUE ...]
 
 Each row is configs/librispeech.py with the changes of ROWS, trained on train-clean-5 and evaluated
-on dev-clean-5: greedy, and (on the half that its weights are not tuned on) greedy and with n-grams
-of the training transcripts (of an attention decoder or a transducer, its CTC both times). Further
-flags go to all trainings.
+on dev-clean-5: as the recipe searches (greedily, but for an attention decoder), and, on the half
+that its weights are not tuned on, greedily and with n-grams of the training transcripts (of an
+attention decoder or a transducer, its CTC both times). Further flags go to all trainings.
 
 Equal minutes: an update of a row and one of the baseline take turns on the same utterances, and the
 row gets --minutes over its time for an update. FOLDER/rates.json keeps these times, as if the

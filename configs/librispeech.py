@@ -19,9 +19,9 @@ are downloaded.
 
 By hours of speech (what was run stands in benchmarks/RESULTS.md, with its curve):
 
-  5 h      conformer_tiny+transduce on two cores: WER 76% on dev-clean-5 after ten minutes, where
-           conformer_tiny has 89%, and 82% after twenty. An H200 brings a model of 19 M parameters
-           to 44% in 3.5 minutes (benchmarks/hardware/timed.py).
+  5 h      on two cores, WER on dev-clean-5: conformer_tiny+transduce 76% after ten minutes,
+           conformer_tiny 89% after ten and 82% after twenty-three. An H200 brings a model of
+           19 M parameters to 44% in 3.5 minutes (benchmarks/hardware/timed.py).
   100 h    conformer_s --config.data.train_splits=train-clean-100 --config.train.steps=40000
            --config.train.ema_decay=0.999 --config.data.batch_seconds=1200, not run by us;
            a published CTC model of 26 M parameters has WER 9.6 on test-clean (ESPnet).

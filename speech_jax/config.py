@@ -230,6 +230,7 @@ def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
     """
     config = default().unlock()
     try:
+        recorded = renamed(recorded)
         if "model" in recorded:
             config.model = models.defaults(recorded["model"]["name"])
         if "task" in recorded:
@@ -249,6 +250,46 @@ def completed(recorded: Mapping[str, Any], where: str) -> ConfigDict:
             f"{where} holds a configuration that cannot be used ({error}): bring it back"
         ) from error
     return config.lock()
+
+
+# What had another name when a record was written: keys, and the values of a key.
+_RENAMED_KEYS = {
+    "model.features": "model.width",
+    "task.beam": "decoder.width",
+    "task.length_penalty": "decoder.length_penalty",
+}
+_RENAMED_VALUES = {
+    "task.name": {"asr": "recognize"},
+    "text.normalizer": {"librispeech": "english"},
+}
+
+# Settings that are gone, with the value that says what is done now in any case.
+_GONE = {"optimizer.no_decay": "(bias|scale)$"}
+
+
+def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with today's names; what had no other name, and what is damaged, is as it was."""
+    record = {key: dict(v) if isinstance(v, Mapping) else v for key, v in record.items()}
+
+    def found(name: str) -> tuple[dict[str, Any], str]:
+        section, _, key = name.partition(".")
+        return (record[section] if isinstance(record.get(section), dict) else {}), key
+
+    for old, new in _RENAMED_KEYS.items():
+        (section, key), (other, name) = found(old), found(new)
+        if key in section:
+            value = section.pop(key)
+            if other.get(name) is None:
+                other[name] = value
+    for name, value in _GONE.items():
+        section, key = found(name)
+        if section.get(key) == value:
+            del section[key]
+    for name, today in _RENAMED_VALUES.items():
+        section, key = found(name)
+        if isinstance(section.get(key), str):
+            section[key] = today.get(section[key], section[key])
+    return record
 
 
 def _merge(config: ConfigDict, recorded: Mapping[str, Any], prefix: str, where: str) -> None:

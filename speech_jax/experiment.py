@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from speech_jax import files, models, registry, tasks
 from speech_jax.config import split_names
 from speech_jax.data import parts as part_kinds
 from speech_jax.data import pipeline, sources
-from speech_jax.data.batch import Bucket
+from speech_jax.data.batch import Bucket, Fields, shapes
 from speech_jax.data.parts import Part
 from speech_jax.data.parts.audio import open_noise
 from speech_jax.data.parts.category import Category
@@ -306,6 +306,15 @@ def evaluation_batches(
     )
 
 
+def batch_shapes(fields: Fields, bucket: Bucket, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of a bucket, as shapes with shardings."""
+    placed = NamedSharding(mesh, sharding.BATCH)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+        for name, (shape, dtype) in shapes(fields, bucket).items()
+    }
+
+
 def rate(config: ConfigDict, corpus: pipeline.Corpus) -> float:
     """How much of what batches are measured in there is in a second of audio."""
     hidden = corpus.parts.get("hidden")
@@ -357,7 +366,8 @@ def decoder_settings(task: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
     Args:
       task, given: sections `task` and `decoder` of a configuration.
     """
-    settings = {key: value for key, value in task.items() if key != "name"}
+    settings = tasks.settings(task["name"]) | dict(task)
+    del settings["name"]
     usual = getattr(tasks.constructor(task["name"]), "usual_decoder", lambda **_: {})
     return usual(**settings) | {key: value for key, value in given.items() if value is not None}
 

@@ -128,22 +128,23 @@ def _unheeded(config: ConfigDict, workdir: "Workdir", argv: list[str]) -> Iterat
         whole = (workdir.recorded(), config)
     except UserError:  # the mode itself says it
         return
-    recorded, given = (flax.traverse_util.flatten_dict(files.plain(one), sep=".") for one in whole)
+    recorded, asked = (flax.traverse_util.flatten_dict(files.plain(one), sep=".") for one in whole)
     task = recorded["task.name"]
-    decoders = [{k: v for k, v in one.decoder.items() if v is not None} for one in whole]
-    decoder = experiment.decoder_settings(whole[0].task, decoders[0] | decoders[1])
-    used = Settings.of(decoder).used()
+    tuned = files.read_json(workdir.decoder) if workdir.decoder.exists() else {}
+    decoders = (whole[0].decoder, tuned, config.decoder)
+    given = {k: v for one in decoders for k, v in one.items() if v is not None}
+    search = Settings.of(experiment.decoder_settings(whole[0].task, given))
     for flag in argv:
         key = flag.partition("=")[0].lstrip("-").removeprefix("config.")
         is_setting = flag.lstrip("-").startswith("config.")
-        if is_setting and not bundle.of_use(key, task) and given.get(key) != recorded.get(key):
+        if is_setting and not bundle.of_use(key, task) and asked.get(key) != recorded.get(key):
             yield (
                 f"{flag} is ignored: the model was trained with {recorded.get(key)!r}, and is used "
                 "as it was trained"
             )
         name = key.removeprefix("decoder.")
-        if is_setting and name != key and name not in used:
-            yield f"{flag} is ignored: config.decoder.name={used['name']!r} does not use it"
+        if is_setting and name != key and name not in search.heeded():
+            yield f"{flag} is ignored: config.decoder.name={search.name!r} does not use it"
 
 
 def _backend(jax) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from speech_jax.config import default
-from speech_jax.data.batch import Bucket, Fields, shapes, signature
-from speech_jax.experiment import above, frozen
+from speech_jax.data.batch import Bucket, Fields, signature
+from speech_jax.experiment import above, batch_shapes, frozen
 from speech_jax.tasks import Task
 from speech_jax.training import adversarial, costs, groups, optim, sharding
 from speech_jax.training import step as steps
@@ -161,15 +161,6 @@ def make_setup(config: ConfigDict, task: Task, fields: Fields, mesh: Mesh, bucke
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
     return Setup(config, task, mesh, fields, schedule, tx, abstract, init)
-
-
-def batch_shapes(fields: Fields, bucket: Bucket, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch of a bucket, as shapes with shardings."""
-    placed = NamedSharding(mesh, sharding.BATCH)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-        for name, (shape, dtype) in shapes(fields, bucket).items()
-    }
 
 
 def make_adversary(config: ConfigDict) -> adversarial.Adversary:

@@ -71,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         "--words",
         action="store_true",
         help="every word with its times; text, json and ctm have its confidence too (ctm always "
-        "lists words). Words of a translation share the time and the confidence of the whole",
+        "lists words). The times of a translation's words are spread evenly, and each has the "
+        "confidence of the whole",
     )
     add("--out", metavar="FOLDER", help="write a file for each recording there")
     add(
@@ -79,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="greedy, beam, or lexicon (the words of --lm alone); of a model with an attention "
         "decoder also attention, joint or rescore, of a transducer transducer or transducer_beam; "
-        "default: that of the model; where that keeps one text alone, --beam, --nbest, --lm and "
-        "--lm-weight make it beam, or transducer_beam",
+        "default: that of the model; --beam and --nbest make greedy beam, and transducer "
+        "transducer_beam; --lm makes greedy beam",
     )
     low, high = _WIDTHS
     add(

@@ -36,16 +36,6 @@ FREE = (
     "train.compare", "checkpoint", "mesh",
 )  # fmt: skip
 
-# What had another name when a record was written: keys, and the values of a key.
-_RENAMED_KEYS = {"model.features": "model.width"}
-_RENAMED_VALUES = {
-    "task.name": {"asr": "recognize"},
-    "text.normalizer": {"librispeech": "english"},
-}
-
-# Settings that are gone, with the value that says what is done now in any case.
-_GONE = {"optimizer.no_decay": "(bias|scale)$"}
-
 # Values that switch something off: a setting that has one, and that is gone since, is not missed.
 _OFF = (None, False, 0, "", "none", [], {})
 
@@ -281,7 +271,7 @@ class Workdir:
 
     def _record(self) -> dict[str, Any]:
         """The record as it is, under the names of today; FileNotFoundError where there is none."""
-        return _renamed(files.read_json(self.config))
+        return settings.renamed(files.read_json(self.config))
 
     def _saved(self) -> bool:
         """Whether there is a checkpoint."""
@@ -410,24 +400,6 @@ def _compare(
                 f"{folder} was trained with config.{key}={was!r}, not {now!r}: use the same value, "
                 f"or another --workdir (where config.init.folder={folder} starts from its encoder)"
             )
-
-
-def _renamed(record: dict[str, Any]) -> dict[str, Any]:
-    for old, new in _RENAMED_KEYS.items():
-        section, _, key = old.rpartition(".")
-        found = record.get(section)
-        if isinstance(found, dict) and key in found:
-            found.setdefault(new.rpartition(".")[2], found.pop(key))
-    for name, value in _GONE.items():
-        section, _, key = name.rpartition(".")
-        if isinstance(record.get(section), dict) and record[section].get(key) == value:
-            del record[section][key]
-    for name, values in _RENAMED_VALUES.items():
-        section, _, key = name.rpartition(".")
-        found = record.get(section)
-        if isinstance(found, dict) and isinstance(found.get(key), str):
-            found[key] = values.get(found[key], found[key])
-    return record
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

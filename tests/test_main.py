@@ -87,9 +87,10 @@ def test_a_flag_that_the_record_overrules_is_named(finished):
 def test_a_flag_of_another_decoder_is_named(finished, name, lines):
     config = finished.config.copy_and_resolve_references()
     config.decoder.update({"name": name, "width": 8})
-    said = [*main._unheeded(config, finished.workdir, ["--config.decoder.width=8"])]
-    ignored = "--config.decoder.width=8 is ignored: config.decoder.name='greedy' does not use it"
-    assert said == [ignored] * lines
+    flags = ["--config.decoder.width=8", "--config.decoder.lm="]
+    said = [*main._unheeded(config, finished.workdir, flags)]
+    ignored = "is ignored: config.decoder.name='greedy' does not use it"
+    assert said == [f"{flag} {ignored}" for flag in flags][: 2 * lines]
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

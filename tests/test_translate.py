@@ -20,6 +20,7 @@ from speech_jax.data.parts import PartError
 from speech_jax.data.parts.audio import Audio
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.pipeline import CorpusError
+from speech_jax.decoding.decoder import DecoderError
 from speech_jax.errors import UserError
 from speech_jax.evaluators.bleu import Bleu
 from speech_jax.ops import ctc
@@ -328,6 +329,8 @@ def test_a_translation_is_searched_as_is_asked_for(folder, batch, tmp_path, caps
     assert transcribe.main([str(tmp_path / "a.wav"), *flags]) == 0
     (segment,) = json.loads(capsys.readouterr().out)["segments"]
     assert len(segment["alternatives"]) == len(scores)
+    with pytest.raises(DecoderError, match="has no 'beam'"):
+        speech_jax.load(folder, decoder={"beam": 4})
     for name in ("greedy", "joint"):
         with pytest.raises(UserError, match="with this one it can be attention"):
             speech_jax.load(folder, decoder={"name": name})

@@ -157,6 +157,15 @@ def test_a_record_of_before_is_read_under_todays_names(recorded):
         recorded.check(changed("model.width", 16))
 
 
+def test_what_a_setting_was_goes_to_another_section():
+    searched = {"name": "translate", "beam": 3, "length_penalty": 0.9}
+    for decoder, wanted in (({"width": None}, (3, 0.9)), ({"width": 7}, (7, 0.9))):
+        found = settings.completed({"task": searched, "decoder": decoder}, "a record")
+        assert (found.decoder.width, found.decoder.length_penalty) == wanted
+    assert searched["beam"] == 3
+    assert settings.renamed({"task": 1, "decoder": []}) == {"task": 1, "decoder": []}
+
+
 # ---- Damage ------------------------------------------------------------------------------------
 
 DAMAGE = [b"", b"{", b"\xff\xfe", b"null", b"[1]", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]

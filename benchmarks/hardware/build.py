@@ -12,7 +12,7 @@ from configs import finetune_wav2vec2, librispeech
 from speech_jax import experiment, models
 from speech_jax.data.batch import Bucket, Fields
 from speech_jax.preflight import assumed
-from speech_jax.setup import batch_shapes, make_setup
+from speech_jax.setup import make_setup
 from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
 
@@ -58,7 +58,7 @@ def make_batch(
     fields: Fields, bucket: Bucket, mesh: Mesh, vocabulary_size: int = 29
 ) -> dict[str, np.ndarray]:
     """A full batch of noise."""
-    return noise(batch_shapes(fields, bucket, mesh), vocabulary_size)
+    return noise(experiment.batch_shapes(fields, bucket, mesh), vocabulary_size)
 
 
 class Model:

@@ -183,7 +183,8 @@ def with_decoder(
         raise BundleError(f"{where} holds no settings of a decoder: {error}") from error
 
 
-# Sections that say how, on what and where a model is used; all others are as it was trained.
+# Sections that say how, on what and where a model is used; all others are as it was trained, but
+# for what a task names as `of_use`.
 _OF_USE = ("data", "decoder", "mesh", "robustness")
 # Settings of the data that belong to a model, not to what it is used on.
 _OWN = ("sample_rate", "max_seconds")
@@ -225,7 +226,8 @@ def for_use(model: Bundle, config: ConfigDict) -> ConfigDict:
         kept = {key: merged.data[key] for key in _OWN}
         merged.data = config.data.copy_and_resolve_references()
         merged.data.update(kept)
-        merged.task.update({key: config.task[key] for key in tasks.of_use(merged.task.name)})
+        asked = (key for key in tasks.of_use(merged.task.name) if key in config.task)
+        merged.task.update({key: config.task[key] for key in asked})
     Settings.of(merged.decoder).check_files()
     return merged.lock()
 

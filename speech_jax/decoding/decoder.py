@@ -64,11 +64,11 @@ class Settings:
     Attributes:
       name: 'greedy', the best label of each frame; 'beam', CTC prefix beam search on the device,
         with n-grams of the labels if there is an `lm`; 'lexicon', beam search over known words with
-        n-grams of words, on the host (flashlight-text). Of a model that writes with an attention
-        decoder (tasks/attend.py) also 'attention', 'joint' (with CTC, in one pass) and 'rescore'
-        (the `width` best of CTC, put in order by both); of one that translates 'attention' alone.
-        Of a transducer (tasks/transduce.py) also
-        'transducer', the best label of each step, and 'transducer_beam'.
+        n-grams of words, on the host (flashlight-text). A model that writes with an attention
+        decoder (tasks/attend.py) also has 'attention', 'joint' (with CTC, in one pass) and
+        'rescore' (the `width` best of CTC, put in order by both); one that translates has
+        'attention' alone. A transducer (tasks/transduce.py) also has 'transducer', the best label
+        of each step, and 'transducer_beam'.
       width: hypotheses that are kept after each frame, or each label that is written.
       labels: the most probable labels of a frame that extend a hypothesis.
       skip: a frame whose blank is more probable than this extends no hypothesis ('beam'); 1: none.
@@ -140,11 +140,16 @@ class Settings:
                     "or set config.decoder.name='greedy'"
                 )
 
+    def heeded(self) -> list[str]:
+        """The names of the settings that can change what this decoder finds."""
+        of_lm = _OF_LM if self.name in ("beam", "lexicon") else ()
+        return [*dict.fromkeys(("name", *DECODERS[self.name], *of_lm, "calibration"))]
+
     def used(self) -> dict[str, Any]:
         """The settings that the decoder uses, by name, as JSON holds them."""
         names = [*DECODERS[self.name]]
-        if self.lm and self.name in ("beam", "lexicon"):
-            names += [name for name in _OF_LM if name not in names]
+        if self.lm:
+            names = [name for name in self.heeded() if name not in ("name", "calibration")]
         if not self.lexicon and "lexicon" in names:
             names.remove("lexicon")
         found = {"name": self.name} | {name: getattr(self, name) for name in names}
@@ -155,12 +160,11 @@ class Settings:
         used = self.used()
         name = f"{self.name} {self.width}" if "width" in used else self.name
         by = [f"{key} {files.expand(used[key]).name}" for key in ("lexicon", "lm") if key in used]
-        numbers = {
-            "lm_weight": "weight", "bonus": "bonus", "ctc_weight": "CTC",
-            "length_penalty": "length penalty",
-        }  # fmt: skip
+        numbers = {"lm_weight": "weight", "bonus": "bonus"}
         by += [f"{said} {used[key]:g}" for key, said in numbers.items() if key in used]
-        return f"{name}, {' '.join(by)}" if by else name
+        others = {"ctc_weight": "CTC", "length_penalty": "length penalty"}
+        parts = [f"{said} {used[key]:g}" for key, said in others.items() if used.get(key)]
+        return ", ".join([name, *([" ".join(by)] if by else []), *parts])
 
 
 class Decoder:

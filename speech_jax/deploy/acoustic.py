@@ -177,10 +177,11 @@ class BundleAcoustic:
         Raises:
           UserError: this model has no such search.
         """
+        name = Settings.of(settings).name
         config = self.bundle.config.copy_and_resolve_references()
         config.decoder.update(settings)
         task = experiment.make_task(config, self.bundle.parts)
-        if Settings.of(settings).name in OF_CTC:
+        if name in OF_CTC:
             return None
         predict = jax.jit(functools.partial(_predict, task))
         return lambda *audio: jax.device_get(predict(self._params, self._state, *audio))

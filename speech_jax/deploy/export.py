@@ -383,8 +383,8 @@ def _run(arguments: argparse.Namespace) -> None:
     heard = acoustic.BundleAcoustic(model)
     if heard.target:
         say(
-            "the decoder of translations stays behind: a file gives the logits of CTC, and so a "
-            + ("transcript" if heard.transcribes else "translation by CTC alone")
+            "the translations stay behind: a file holds no decoder of text, and gives the logits "
+            "of CTC alone"
         )
     elif (search := heard.decoder["name"]) in OF_TASKS:
         say(

@@ -125,7 +125,7 @@ class Model:
           decoder: settings that differ from those that the model came with, such as
             {"name": "beam", "width": 32, "nbest": 5} or {"name": "beam", "lm": "en.arpa",
             "lm_weight": 0.6}; decoding/decoder.py, Settings, lists them all. Of a model that
-            translates they are of its translations.
+            translates they are of its translations; what was said is then the best path of CTC.
 
         Raises:
           UserError: a setting that cannot work.

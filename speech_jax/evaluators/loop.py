@@ -24,7 +24,6 @@ from speech_jax.data.pipeline import Corpus
 from speech_jax.data.sources import Utterance
 from speech_jax.errors import UserError
 from speech_jax.evaluators import Row
-from speech_jax.setup import batch_shapes
 from speech_jax.tasks import Task
 from speech_jax.training import costs, sharding
 from speech_jax.training.stopping import Interrupted, Interruption
@@ -116,7 +115,7 @@ class Evaluation:
         plan = experiment.evaluation_plan(self._config, corpus, self.task, self._mesh)
         if plan.buckets[-1].size(self.task.along) <= fits:
             return
-        batch = batch_shapes(corpus.fields, plan.buckets[-1], self._mesh)
+        batch = experiment.batch_shapes(corpus.fields, plan.buckets[-1], self._mesh)
         with jax.set_mesh(self._mesh):
             program = self._predict.lower(params, state, batch)
         longest = corpus.source.utterances[corpus.index[corpus.lengths[self.task.along].argmax()]]

@@ -49,9 +49,10 @@ class Task(Protocol):
     A constructor's arguments are the settings of the section `task`, and by name, if it wants them:
     `encoder`, `frontend`, `counts`, how many symbols each part has that has symbols, and
     `examples`, how often each of them was there when a part was made, where it knows. One that
-    wants the `decoder` gets one of the part that it names as `text` ('labels' if it names none). It
-    may have `searches` other than those of CTC (decoding/decoder.py), and then usual_decoder(
-    **settings) gives the settings of the decoder that hold where config.decoder says nothing.
+    wants the `decoder` gets one of the part that it names as `text` ('labels' if it names none).
+    Its `searches` are all that config.decoder.name may be, where they are not those of CTC alone
+    (decoding/decoder.py, OF_CTC), and usual_decoder(**settings) gives the settings of the decoder
+    that hold where config.decoder says nothing.
     `of_use`, if it has that, names the settings that may change when a trained model is used.
     """
 

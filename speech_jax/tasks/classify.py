@@ -178,7 +178,7 @@ class Classify:
 
     parts: ClassVar = {"audio": "audio", "target": "category"}
     along: ClassVar = "samples"
-    of_use: ClassVar = ("trials", "cohort")
+    of_use: ClassVar = ("trials",)
 
     def __post_init__(self):
         if self.balance and not self.examples.get("target"):

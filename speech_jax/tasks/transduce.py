@@ -132,7 +132,6 @@ class Transduce:
     parts: ClassVar = {"audio": "audio", "labels": "transcript"}
     along: ClassVar = "samples"
     best: ClassVar = ("wer", "min")
-    of_use: ClassVar = ("most",)
     searches: ClassVar = (*OF_CTC, "transducer", "transducer_beam")
 
     def __post_init__(self) -> None:

@@ -38,7 +38,6 @@ class Translate(writing.Writes):
     parts: ClassVar = {"audio": "audio", "labels": "transcript", "target": "transcript"}
     text: ClassVar = "target"
     best: ClassVar = ("bleu", "max")
-    of_use: ClassVar = ("labels_per_frame",)
     searches: ClassVar = ("attention",)
     translates: ClassVar = "target"  # the part that a prediction is a translation of
 
@@ -87,12 +86,13 @@ class Translate(writing.Writes):
         where more than one is wanted.
         """
         settings = self.decoder.settings
+        penalty = settings.length_penalty if settings.width > 1 else 0.0
         hidden, logits, frames = self.heard(params, state, batch)
         texts = self._search(params["decoder"], hidden, frames)
         found = {
             "target": texts.labels[:, 0],
             "target_length": texts.count[:, 0],
-            "sure": generate.confidence(texts, settings.length_penalty),
+            "sure": generate.confidence(texts, penalty),
             "score": texts.score[:, 0],
             "ended": texts.ended[:, 0],
         }
@@ -109,13 +109,15 @@ class Translate(writing.Writes):
         advance, carry = writing.stepwise(
             self.writer, params, hidden, frames, width=settings.width, longest=longest
         )
+        limit = jnp.where(frames > 0, self.longest(frames).astype(jnp.int32), 0)
+        common = {"begin": self.writer.begin, "limit": limit, "longest": longest}
+        if settings.width == 1:
+            return generate.greedy(advance, carry, **common)
         return generate.beam(
             advance,
             carry,
+            **common,
             pick=self.writer.pick,
-            begin=self.writer.begin,
-            limit=jnp.where(frames > 0, self.longest(frames).astype(jnp.int32), 0),
-            longest=longest,
             width=settings.width,
             nbest=settings.nbest,
             length_penalty=settings.length_penalty,
