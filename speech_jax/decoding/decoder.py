@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -147,12 +147,9 @@ class Settings:
 
     def used(self) -> dict[str, Any]:
         """The settings that the decoder uses, by name, as JSON holds them."""
-        names = [*DECODERS[self.name]]
-        if self.lm:
-            names = [name for name in self.heeded() if name not in ("name", "calibration")]
-        if not self.lexicon and "lexicon" in names:
-            names.remove("lexicon")
-        found = {"name": self.name} | {name: getattr(self, name) for name in names}
+        idle = set() if self.lm else {*_OF_LM} - {*DECODERS[self.name]}
+        idle |= set() if self.lexicon else {"lexicon"}
+        found = {name: getattr(self, name) for name in self.heeded() if name not in idle}
         return found | {"calibration": list(self.calibration)}
 
     def __str__(self) -> str:
@@ -313,16 +310,10 @@ class Decoder:
         count = int(row["labels_length"])
         labels = row["labels"][:count]
         text, score = self._text(labels), float(row["score"])
-        alternatives = {text: score}
-        if "nbest" in row:
-            for labels_of, length, score_of in zip(
-                row["nbest"], row["nbest_length"], row["nbest_score"], strict=True
-            ):
-                if score_of > beam.NEVER / 2:  # two that differ in spaces alone are one
-                    alternatives.setdefault(self._text(labels_of[:length]), float(score_of))
+        others = alternatives(row, text, score, self._text)
         aligned = (row[name][:count] for name in ("starts", "ends", "sure"))
         words = self._words(labels, *aligned, int(row["frames"]))
-        return Decoded(text, words, score, tuple(alternatives.items()))
+        return Decoded(text, words, score, others)
 
     def _read_lexicon(self, log_probs: np.ndarray) -> Decoded:
         found = self._lexicon(log_probs)
@@ -389,6 +380,21 @@ class Decoder:
             bonus=settings.bonus,
             words=settings.lexicon,
         )
+
+
+def alternatives(
+    row: Mapping[str, np.ndarray], text: str, score: float, read: Callable[[np.ndarray], str]
+) -> tuple[tuple[str, float], ...]:
+    """(text, score) of the best readings in a row of what a search gave; `text` is the best one.
+
+    `read` makes a text of labels. Two that differ in spaces alone are one.
+    """
+    found = {text: score}
+    others = (row.get(f"nbest{of}", ()) for of in ("", "_length", "_score"))
+    for labels, count, score_of in zip(*others, strict=True):
+        if score_of > beam.NEVER / 2:
+            found.setdefault(read(labels[:count]), float(score_of))
+    return tuple(found.items())
 
 
 def _row(path: ctc.Path) -> dict[str, jax.Array]:

@@ -17,8 +17,7 @@ import numpy as np
 from speech_jax import bundle, experiment, files
 from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.transcript import Transcript
-from speech_jax.decoding.beam import NEVER
-from speech_jax.decoding.decoder import OF_CTC, Settings
+from speech_jax.decoding.decoder import OF_CTC, Settings, alternatives
 from speech_jax.decoding.words import Decoded, Word
 from speech_jax.errors import UserError
 
@@ -155,14 +154,9 @@ class BundleAcoustic:
 
     def _translated(self, row: Mapping[str, np.ndarray], samples: int) -> Decoded:
         text, score = self.target.read(row), float(row["score"])
-        others = zip(*(row.get(f"nbest{of}", ()) for of in ("", "_length", "_score")), strict=True)
-        alternatives = {text: score}
-        for labels, count, score_of in others:
-            if score_of > NEVER / 2:
-                other = self.target.read({"target": labels, "target_length": count})
-                alternatives.setdefault(other, float(score_of))
+        read = lambda labels: self.target.read({"target": labels, "target_length": len(labels)})
         words = _spread(text.split(), float(samples) / self.sample_rate, float(row["sure"]))
-        return Decoded(text, words, score, tuple(alternatives.items()))
+        return Decoded(text, words, score, alternatives(row, text, score, read))
 
     def search(self, settings: Mapping[str, Any]) -> Callable[..., dict[str, np.ndarray]] | None:
         """What finds the text of whole pieces, where no decoder of logits does: the task itself.
