@@ -73,7 +73,7 @@ IDEAS: dict[str, Mapping[str, Any]] = {
 # Row -> what it changes.
 ROWS: dict[str, Mapping[str, Any]] = {
     BASELINE: {},
-    # Other decoders, the same encoder (their arguments of the recipe are in RECIPES).
+    # Other decoders, the same encoder (see TASKS).
     "attend": {},
     "transduce": {},
     # Cheaper frames, the same layers.
@@ -90,14 +90,20 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "wide_over_time": OVER_TIME
     | {"model.width": 192, "model.num_layers": 6, "model.subsampling_channels": 192},
     "wide_128": WIDE | {"text.vocabulary_size": 128},
+    # The same with a transducer.
+    "transduce_over_time": OVER_TIME | {"model.subsampling_channels": 128},
+    "transduce_time": TIME | {"model.subsampling_channels": 128},
+    "transduce_wide": WIDE,
+    "transduce_deep": TIME
+    | {"model.width": 144, "model.num_layers": 10, "model.subsampling_channels": 144},
     # One idea each, on the wide one.
     **{f"wide+{name}": WIDE | changes for name, changes in IDEAS.items()},
     "wide+all": {
         key: value for changes in (WIDE, *IDEAS.values()) for key, value in changes.items()
     },
 }
-# Row -> the argument of the recipe, where it is not the usual one.
-RECIPES = {name: f"conformer_tiny+{name}" for name in ("attend", "transduce")}
+# The task of a row, where it is not CTC: the first word of its name.
+TASKS = ("attend", "transduce")
 
 
 def run() -> None:
@@ -195,7 +201,8 @@ def _with_transcripts(
 
 
 def _recipe(name: str) -> str:
-    return RECIPES.get(name, "conformer_tiny")
+    task = name.partition("_")[0]
+    return f"conformer_tiny+{task}" if task in TASKS else "conformer_tiny"
 
 
 def _command(name: str, workdir: pathlib.Path, *flags: str, quiet: bool = False) -> str:
