@@ -46,28 +46,36 @@ OVER_TIME = {"model.subsampling_kind": "time"}
 PIECES = {"text.tokenizer": "sentencepiece", "text.vocabulary_size": 256}
 EIGHT = PIECES | {"model.subsampling": 8}
 TIME = EIGHT | OVER_TIME
+CHEAP = TIME | {"model.subsampling_channels": 128}
 WIDE = TIME | {"model.width": 192, "model.num_layers": 6, "model.subsampling_channels": 192}
 
+# On the transducer with cheap frames.
 IDEAS: dict[str, Mapping[str, Any]] = {
-    "inter_ctc": {"task.inter_ctc": 0.3},
+    "peak": {"schedule.peak": 2e-3},
+    "no_dropout": {"model.dropout": 0.0},
+    "few_masks": {"spec_augment.frequency_width": 10, "spec_augment.time_fraction": 0.02},
+    "batch": {"data.batch_seconds": 60.0, "schedule.peak": 2e-3},
+    "speeds": {"data.speeds": (0.9, 1.0, 1.1)},
+    "ema": {"train.ema_decay": 0.999},
+    "short_first": {"data.short_first": 4},
+    "vocal_tract": {"spec_augment.vocal_tract": 0.1},
     "layer_drop": {"model.layer_drop": 0.1},
+    "decay": {"optimizer.weight_decay": 0.1},
+    "ramp": {
+        "spec_augment.time_masks": 4,
+        "spec_augment.frequency_masks": 2,
+        "spec_augment.ramp": 4_000,
+    },
+}
+# Of CTC alone.
+IDEAS_OF_CTC: dict[str, Mapping[str, Any]] = {
+    "inter_ctc": {"task.inter_ctc": 0.3},
     "consistency": {
         "task.consistency": 0.2,
         "data.batch_seconds": 20.0,
         "spec_augment.time_masks": 4,
         "spec_augment.frequency_masks": 2,
     },
-    "vocal_tract": {"spec_augment.vocal_tract": 0.1},
-    "speeds": {"data.speeds": (0.9, 1.0, 1.1)},
-    "decay": {"optimizer.weight_decay": 0.1},
-    "ema": {"train.ema_decay": 0.999},
-    "short_first": {"data.short_first": 4},
-    "ramp": {
-        "spec_augment.time_masks": 4,
-        "spec_augment.frequency_masks": 2,
-        "spec_augment.ramp": 4_000,
-    },
-    "peak": {"schedule.peak": 2e-3},
 }
 
 # Row -> what it changes.
@@ -80,8 +88,8 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "over_time": OVER_TIME | {"model.subsampling_channels": 128},
     "eight": EIGHT | {"model.subsampling_channels": 16},
     "separable": EIGHT | {"model.subsampling_kind": "separable"},
-    "time": TIME | {"model.subsampling_channels": 128},
-    "time_128": TIME | {"model.subsampling_channels": 128, "text.vocabulary_size": 128},
+    "time": CHEAP,
+    "time_128": CHEAP | {"text.vocabulary_size": 128},
     # What they pay for.
     "wide": WIDE,
     "wide_plane": EIGHT
@@ -92,15 +100,13 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "wide_128": WIDE | {"text.vocabulary_size": 128},
     # The same with a transducer.
     "transduce_over_time": OVER_TIME | {"model.subsampling_channels": 128},
-    "transduce_time": TIME | {"model.subsampling_channels": 128},
+    "transduce_time": CHEAP,
     "transduce_wide": WIDE,
     "transduce_deep": TIME
     | {"model.width": 144, "model.num_layers": 10, "model.subsampling_channels": 144},
-    # One idea each, on the wide one.
-    **{f"wide+{name}": WIDE | changes for name, changes in IDEAS.items()},
-    "wide+all": {
-        key: value for changes in (WIDE, *IDEAS.values()) for key, value in changes.items()
-    },
+    # One idea each.
+    **{f"time+{name}": CHEAP | changes for name, changes in IDEAS_OF_CTC.items()},
+    **{f"transduce_time+{name}": CHEAP | changes for name, changes in IDEAS.items()},
 }
 # The task of a row, where it is not CTC: the first word of its name.
 TASKS = ("attend", "transduce")
