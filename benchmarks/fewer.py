@@ -101,6 +101,7 @@ ROWS: dict[str, Mapping[str, Any]] = {
     # The same with a transducer.
     "transduce_over_time": OVER_TIME | {"model.subsampling_channels": 128},
     "transduce_time": CHEAP,
+    "transduce_time_128": CHEAP | {"text.vocabulary_size": 128},
     "transduce_wide": WIDE,
     "transduce_deep": TIME
     | {"model.width": 144, "model.num_layers": 10, "model.subsampling_channels": 144},
