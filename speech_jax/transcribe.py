@@ -24,9 +24,9 @@ _STATUS = """exit status: 0, all is transcribed; 1, something failed: it is name
 with the reason, and the rest is done; 2, the command line is wrong."""
 # What follows is known elsewhere too; --help and a wrong flag answer at once, without libraries.
 _FORMATS = ("text", "json", "srt", "vtt", "ctm", "textgrid", "tsv")
-_DECODERS = (
-    "greedy", "beam", "lexicon", "attention", "joint", "rescore", "transducer", "transducer_beam",
-)  # fmt: skip
+_OF_LOGITS = (None, "greedy", "beam", "lexicon")  # None: a model that says nothing
+_OF_TRANSDUCERS = ("transducer", "transducer_beam")
+_DECODERS = (*_OF_LOGITS[1:], "attention", "joint", "rescore", *_OF_TRANSDUCERS)
 _CHUNK_SECONDS, _WIDTHS, _DEFAULT_WIDTH, _DEFAULT_LM_WEIGHT = (5, 300), (1, 1024), 16, 0.5
 
 
@@ -80,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="greedy, beam, or lexicon (the words of --lm alone); of a model with an attention "
         "decoder also attention, joint or rescore, of a transducer transducer or transducer_beam; "
-        "default: that of the model; --beam and --nbest make greedy beam, and transducer "
-        "transducer_beam; --lm makes greedy beam",
+        "default: that of the model; --beam, --nbest and --lm make greedy beam, and transducer "
+        "transducer_beam",
     )
     low, high = _WIDTHS
     add(
@@ -163,12 +163,12 @@ def _wrong_for(chosen: argparse.Namespace, own: Mapping[str, Any]) -> str:
     if chosen.decoder == "lexicon" and not (chosen.lm or own.get("lm") or own.get("lexicon")):
         return "--decoder=lexicon needs words: name an ARPA file of words with --lm"
     name = chosen.decoder or own.get("name")
-    if chosen.lm and name not in (None, "greedy", "beam", "lexicon"):
+    if chosen.lm and name not in (*_OF_LOGITS, *_OF_TRANSDUCERS):
         return f"--lm does nothing with {asked}: take --decoder=beam or lexicon with it"
-    if chosen.chunk is not None and name not in (None, "greedy", "beam", "lexicon"):
+    if chosen.chunk is not None and name not in _OF_LOGITS:
         return f"--chunk does nothing with {asked}, which hears whole pieces: leave it out"
-    if name == "transducer" and chosen.decoder and (chosen.beam or chosen.nbest):
-        return "--beam and --nbest do nothing with --decoder=transducer: take transducer_beam"
+    if chosen.decoder == "transducer" and (chosen.beam or chosen.nbest or chosen.lm):
+        return "--beam, --nbest and --lm do nothing with --decoder=transducer: take transducer_beam"
     width = chosen.beam or own.get("width") or _DEFAULT_WIDTH
     if (chosen.nbest or 1) > width:
         return f"--nbest={chosen.nbest} is more than the {width} hypotheses of --beam: raise --beam"

@@ -13,6 +13,7 @@ from speech_jax import config as defaults
 from speech_jax.data.parts.audio import Audio
 from speech_jax.data.parts.transcript import Transcript
 from speech_jax.data.text import CharacterTokenizer
+from speech_jax.decoding import fusion, lm
 from speech_jax.decoding import transducer as searches
 from speech_jax.deploy import acoustic, export
 from speech_jax.errors import UserError
@@ -114,13 +115,15 @@ def test_greedy_is_what_a_plain_loop_says_in_pieces_too(durations, predictor):
         assert [b for _, b in found[row]] == whole.frames[row, :count].tolist()
 
 
-def test_a_wide_beam_finds_the_best_labels_of_all():
+@pytest.mark.parametrize("order", [0, 1, 3], ids=lambda order: f"{order}-grams")
+def test_a_wide_beam_finds_the_best_labels_of_all(order):
     made, encoded, lengths = model()
     encoded, lengths = encoded[:, :3], jnp.asarray([3, 2, 1], jnp.int32)
     width = 1 + 3 + 9  # whatever can be said before the last of 3 frames
-    found, said = jax.jit(lambda *given: searches.beam(made, *given, width=width, nbest=3))(
-        encoded, lengths
-    )
+    known = lm.build(["abb", "cab", "ab", "b"], order) if order else None
+    tables = fusion.make(known, ("", *"abc"), weight=0.7, bonus=0.3) if known else None
+    settings = {"width": width, "nbest": 3, "fusion": tables}
+    found, said = jax.jit(lambda *given: searches.beam(made, *given, **settings))(encoded, lengths)
     advance = jax.jit(lambda labels: made.advance(made.start(len(labels)), labels)[0])
     for row, length in enumerate(lengths):
         paths = np.asarray(list(itertools.product(range(K), repeat=int(length))))  # [P, T]
@@ -134,6 +137,10 @@ def test_a_wide_beam_finds_the_best_labels_of_all():
         totals = {}
         for text, score in zip(texts, scores, strict=True):
             totals[text] = np.logaddexp(totals.get(text, -np.inf), score)
+        if known:
+            for text in totals:
+                spelled = ["_abc"[label] for label in text]
+                totals[text] += 0.7 * known.score(spelled) + 0.3 * len(text)
         best = sorted(totals, key=totals.get, reverse=True)[:3]
         ours = [tuple(found.labels[row, n, : int(found.count[row, n])].tolist()) for n in range(3)]
         assert ours == best

@@ -83,8 +83,8 @@ def test_a_calibration_needs_words_that_are_wrong(monkeypatch):
     said = []
     for wrong, kept in ((0, True), (9, True), (10, False)):
         monkeypatch.setattr(tune, "_judged", lambda *_, wrong=wrong: judged(wrong))
-        found = tune._calibrated(decoder, [], said.append)
-        assert (found is decoder) == kept
+        found = tune._calibrated(tune._Search(decoder, None), [], said.append)
+        assert (found.decoder is decoder) == kept
     assert len(said) == 2
     assert "191 words are right and 9 wrong" in said[1]
     assert "stays as it was, (0.7, -0.2)" in said[1]

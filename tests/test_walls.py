@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,10 @@ from speech_jax import bundle, experiment, models, tasks, train
 from speech_jax import config as defaults
 from speech_jax.data import parts, sources
 from speech_jax.data.batch import signature
+from speech_jax.decoding import lm
 from speech_jax.errors import UserError
+from speech_jax.evaluators import tune
+from speech_jax.evaluators.errors import ErrorCounts, count_errors
 from speech_jax.evaluators.loop import Evaluation
 from speech_jax.setup import Setup, make_setup
 from speech_jax.training import checkpoint, sharding
@@ -411,6 +415,35 @@ def test_what_a_task_finds_itself_is_transcribed(name, trained, tones):
     of_another = {"attend": "transducer", "transduce": "joint"}[name]
     with pytest.raises(UserError, match="a search of another kind of model"):
         speech_jax.load(run.workdir.folder, decoder={"name": of_another})
+
+
+def test_a_transducer_is_tuned_with_a_language_model(trained, talks, tmp_path):
+    run, said, arpa = trained("transduce"), [], tmp_path / "lm.arpa"
+    workdir = Workdir(shutil.copytree(run.workdir.folder, tmp_path / "work"))
+    (tmp_path / "text.txt").write_text("A B C\nC B\nB\nA C A\n")
+    build = ["build", str(tmp_path / "text.txt"), str(arpa), "--order=3"]
+    assert lm.main([*build, f"--model={workdir.folder}"]) == 0
+    config = configure("transduce", talks)
+    config.decoder.update({"name": "transducer_beam", "width": 3, "lm": str(arpa)})
+    found = tune.run(config, workdir, said.append)
+    assert found["name"] == "transducer_beam"
+    assert {"width", "lm_weight", "bonus"} < found.keys()
+    assert any(line.startswith("  transducer: WER") for line in said)
+    # What was tuned is what evaluates: the errors of the half are those of its utterances.
+    config.decoder.update({"name": None, "width": None, "lm": None})
+    results = train.evaluate(config, workdir, lambda line: None)
+    how = f"transducer_beam 3, lm {found['lm']} weight {found['lm_weight']:g}"
+    assert results["splits"]["dev"]["decoder"].startswith(how)
+    half = sorted(lines(workdir.predictions("dev")), key=lambda line: line["id"])[1::2]
+    counts = sum(
+        (count_errors(line["reference"], line["hypothesis"]) for line in half), ErrorCounts()
+    )
+    assert f"  tuned: WER {100 * counts.wer:.2f}%  CER {100 * counts.cer:.2f}%" in "\n".join(said)
+
+
+def test_what_has_no_weights_to_be_tuned_is_refused(trained, talks):
+    with pytest.raises(UserError, match=r"decoder\.name='joint' is neither: set it to one of gre"):
+        tune.run(configure("attend", talks), trained("attend").workdir)
 
 
 # ---- A process that is killed ------------------------------------------------------------------

@@ -20,7 +20,7 @@ from speech_jax.decoding.words import Decoded, Word, timed
 from speech_jax.errors import UserError
 from speech_jax.ops import masking
 
-# Decoder of logits of CTC -> the settings that it uses; with a language model there are _OF_LM too.
+# Decoder of logits of CTC -> the settings that it uses; some use those of _OF_LM as well.
 OF_CTC: dict[str, tuple[str, ...]] = {
     "greedy": (),
     "beam": ("width", "labels", "skip", "nbest"),
@@ -36,6 +36,8 @@ OF_TASKS: dict[str, tuple[str, ...]] = {
     "transducer_beam": ("width", "nbest"),
 }
 DECODERS = OF_CTC | OF_TASKS
+# Those that a language model of labels is part of, on the device.
+_FUSED = ("beam", "transducer_beam")
 
 
 class DecoderError(UserError):
@@ -68,14 +70,15 @@ class Settings:
         decoder (tasks/attend.py) also has 'attention', 'joint' (with CTC, in one pass) and
         'rescore' (the `width` best of CTC, put in order by both); one that translates has
         'attention' alone. A transducer (tasks/transduce.py) also has 'transducer', the best label
-        of each step, and 'transducer_beam'.
+        of each step, and 'transducer_beam', with n-grams of the labels if there is an `lm`.
       width: hypotheses that are kept after each frame, or each label that is written.
       labels: the most probable labels of a frame that extend a hypothesis.
       skip: a frame whose blank is more probable than this extends no hypothesis ('beam'); 1: none.
       nbest: readings that are given, `width` at most.
-      lm: an ARPA file, plain or .gz, of labels for 'beam' and of words for 'lexicon'; empty: none.
+      lm: an ARPA file, plain or .gz, of labels for 'beam' and 'transducer_beam', of words for
+        'lexicon'; empty: none.
       lm_weight: what the language model's log probabilities are multiplied by.
-      bonus: nats for each label ('beam', with an `lm`) or word ('lexicon').
+      bonus: nats for each label ('beam', 'transducer_beam', with an `lm`) or word ('lexicon').
       lexicon: a file of the words that 'lexicon' knows; empty: those of `lm`.
       ctc_weight: of CTC in 'joint' and 'rescore'; the attention decoder has the rest.
       length_penalty: of 'attention' and 'joint'; more of it makes longer texts (generate.beam).
@@ -142,7 +145,7 @@ class Settings:
 
     def heeded(self) -> list[str]:
         """The names of the settings that can change what this decoder finds."""
-        of_lm = _OF_LM if self.name in ("beam", "lexicon") else ()
+        of_lm = _OF_LM if self.name in (*_FUSED, "lexicon") else ()
         return [*dict.fromkeys(("name", *DECODERS[self.name], *of_lm, "calibration"))]
 
     def used(self) -> dict[str, Any]:
@@ -192,16 +195,26 @@ class Decoder:
     def __call__(self, logits: Any, lengths: Any) -> list[Decoded]:
         """Decodes logits float [B, T, K] of lengths int [B] frames.
 
-        They are padded to one of few shapes, so that few programs are compiled.
-
         Raises:
           LanguageModelError: the language model or the lexicon cannot be used.
         """
-        logits, lengths = np.asarray(logits), np.asarray(lengths, np.int32)
-        batch = len(logits)
-        rows, frames = (_rounded(size) - size for size in logits.shape[:2])
-        padded = np.pad(logits, ((0, rows), (0, frames), (0, 0))), np.pad(lengths, (0, rows))
-        found = jax.device_get(self._compiled(*padded, self.fusion))
+        return self.read_all(self._compiled, logits, lengths)
+
+    def read_all(
+        self, find: Callable[..., dict[str, jax.Array]], frames: Any, lengths: Any
+    ) -> list[Decoded]:
+        """The words of frames [B, T, D] of which so many are valid, int [B].
+
+        They are padded to one of few shapes, so that few programs are compiled.
+
+        Args:
+          find: (frames, lengths, fusion) to what `search` gives, compiled.
+        """
+        frames, lengths = np.asarray(frames), np.asarray(lengths, np.int32)
+        batch = len(frames)
+        rows, longer = (_rounded(size) - size for size in frames.shape[:2])
+        padded = np.pad(frames, ((0, rows), (0, longer), (0, 0))), np.pad(lengths, (0, rows))
+        found = jax.device_get(find(*padded, self.fusion))
         return [
             self.read({name: array[row] for name, array in found.items()}) for row in range(batch)
         ]
@@ -358,7 +371,7 @@ class Decoder:
     def fusion(self) -> fusion.Fusion | None:
         """The language model on the device; None without one."""
         settings = self.settings
-        if settings.name != "beam" or not settings.lm:
+        if settings.name not in _FUSED or not settings.lm:
             return None
         try:
             known = ngram.read(settings.lm)

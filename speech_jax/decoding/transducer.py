@@ -4,7 +4,8 @@ A predictor is stepwise (models/stepwise.py), and the greedy search is so, too: 
 pieces. Xu et al. 2023 (TDT): a label or blank that says how many frames it takes spares the search
 the frames between. The beam search says at most one label a frame and adds up the paths of equal
 labels (Boyer et al., "A study of transducer based end-to-end ASR with ESPnet", 2021: modified
-adaptive expansion search; here without an expansion).
+adaptive expansion search; here without an expansion). A language model adds to each label that is
+said, and nothing to blanks.
 
 In the shapes below B are rows, T frames, D the width of the joint, K labels with the blank (0), N
 durations, M = T * most labels that may be said, and W hypotheses of a row.
@@ -22,6 +23,7 @@ from jax import lax
 from speech_jax.decoding import beam as prefixes
 from speech_jax.decoding.beam import NEVER, NOBODY, STAY
 from speech_jax.decoding.ctc import first_largest
+from speech_jax.decoding.fusion import Fusion
 
 Pytree = Any
 
@@ -160,16 +162,25 @@ class _Hypotheses(NamedTuple):
     hash: prefixes.Hash
     parent: prefixes.Hash  # without the last label
     last: jax.Array
+    gain: jax.Array  # what the language model gave for it
+    state: jax.Array  # int32, of the language model
 
 
 def beam(
-    model: Transducer, encoded: jax.Array, lengths: jax.Array, *, width: int, nbest: int = 1
+    model: Transducer,
+    encoded: jax.Array,
+    lengths: jax.Array,
+    *,
+    width: int,
+    nbest: int = 1,
+    fusion: Fusion | None = None,
 ) -> tuple[prefixes.Beam, Said]:
     """The n best hypotheses, and the best one as `greedy` gives it, M being T.
 
     Args:
       encoded: [B, T, D], projections of the frames; lengths: int32 [B].
       width: hypotheses that are kept after each frame (W); nbest: those that are returned.
+      fusion: a language model of the labels; what it adds is in the scores.
     """
     B, T, _ = encoded.shape
     begun = start(model, B * width)
@@ -183,12 +194,14 @@ def beam(
         hash=(numbers, full(0, jnp.uint32)),
         parent=(full(NOBODY[0], jnp.uint32), full(NOBODY[1], jnp.uint32)),
         last=full(0, jnp.int32),
+        gain=full(0.0, jnp.float32),
+        state=full(fusion.start if fusion else 0, jnp.int32),
     )
 
     def body(loop):
         t, hypotheses, back = loop
         frame = lax.dynamic_index_in_dim(encoded, t, axis=1)  # [B, 1, D]
-        hypotheses, chosen = _advance(model, hypotheses, frame, t < lengths)
+        hypotheses, chosen = _advance(model, fusion, hypotheses, frame, t < lengths)
         return t + 1, hypotheses, lax.dynamic_update_index_in_dim(back, chosen, t, 0)
 
     _, hypotheses, back = lax.while_loop(
@@ -196,7 +209,8 @@ def beam(
         body,
         (jnp.int32(0), hypotheses, jnp.zeros((T, 2, B, width), jnp.int32)),
     )
-    score, slot = lax.top_k(hypotheses.score, nbest)
+    score = hypotheses.score + fusion.end(hypotheses.state) if fusion else hypotheses.score
+    score, slot = lax.top_k(score, nbest)
     labels, count, frames = prefixes.trace(back, slot, lengths, 0)
     best = labels[:, 0], count[:, 0], frames[:, 0]
     said = Said(
@@ -210,7 +224,11 @@ def beam(
 
 
 def _advance(
-    model: Transducer, old: _Hypotheses, frame: jax.Array, live: jax.Array
+    model: Transducer,
+    fusion: Fusion | None,
+    old: _Hypotheses,
+    frame: jax.Array,
+    live: jax.Array,
 ) -> tuple[_Hypotheses, jax.Array]:
     """The hypotheses after a frame [B, 1, D], and what prefixes.trace needs, int32 [2, B, W]."""
     B, W, _ = old.predicted.shape
@@ -225,15 +243,20 @@ def _advance(
         log_probs, jnp.broadcast_to(old.last[:, None], (B, W, W)), axis=2
     )  # [B, W parent, W child]
     arriving = jnp.where(child, (old.score[:, :, None] + spoken).swapaxes(1, 2), NEVER).max(axis=2)
-    stay = prefixes.log_add(old.score + log_probs[..., 0], arriving)
+    stay = prefixes.log_add(old.score + log_probs[..., 0], arriving + old.gain)
     longer = old.score[..., None] + jnp.take_along_axis(log_probs, labels, axis=2)
+    if fusion:
+        states = jnp.broadcast_to(old.state[..., None], labels.shape)
+        gain, state = (x.reshape(B, W * C) for x in fusion(states, labels))
+        longer = longer + gain.reshape(B, W, C)
     again = old.last[:, :, None, None] == labels[:, None]  # [B, W child, W parent, C]
     longer = jnp.where((child[..., None] & again).any(axis=1), NEVER, longer)
     score, chosen = lax.top_k(jnp.concatenate([stay, longer.reshape(B, W * C)], axis=1), W)
     new = chosen >= W
     number = jnp.maximum(chosen - W, 0)
     source = jnp.where(new, number // C, chosen)
-    added = jnp.take_along_axis(labels.reshape(B, W * C), number, axis=1)
+    picked = lambda x: jnp.take_along_axis(x, number, axis=1)
+    added = picked(labels.reshape(B, W * C))
     # A row whose frames are over stays as it is.
     itself = jnp.broadcast_to(jnp.arange(W, dtype=jnp.int32)[None], (B, W))
     new, source = new & live[:, None], jnp.where(live[:, None], source, itself)
@@ -260,6 +283,8 @@ def _advance(
             for nobody, a, b in zip(NOBODY, hashed, old.parent, strict=True)
         ),
         last=jnp.where(new, added, pick(old.last)),
+        gain=jnp.where(new, picked(gain), pick(old.gain)) if fusion else old.gain,
+        state=jnp.where(new, picked(state), pick(old.state)) if fusion else old.state,
     )
     return made, jnp.stack([source, added])
 

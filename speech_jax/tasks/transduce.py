@@ -16,6 +16,7 @@ import numpy as np
 
 from speech_jax.decoding import transducer as search
 from speech_jax.decoding.decoder import OF_CTC, Decoder
+from speech_jax.decoding.fusion import Fusion
 from speech_jax.errors import UserError
 from speech_jax.evaluators.errors import Errors, Searched
 from speech_jax.models import transducer as models
@@ -292,11 +293,23 @@ class Transduce:
         """{"labels": int32 [B, M], "labels_length": int32 [B]}, and what else a search finds."""
         if self._search in OF_CTC:
             return self.decoder.search(*self.logits(params, state, batch)[:2])
-        (encoded, lengths), _ = self._apply(params, state, batch, None, 0, method="encode")
+        fusion = self.decoder.fusion if self.decoder else None
+        return self.search(params, *self.encode(params, state, batch), fusion)
+
+    def encode(self, params: Pytree, state: Pytree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Projections [B, T', D] of the frames for the joiner, and how many a row has."""
+        return self._apply(params, state, batch, None, 0, method="encode")[0]
+
+    def search(
+        self, params: Pytree, encoded: jax.Array, lengths: jax.Array, fusion: Fusion | None = None
+    ) -> dict[str, jax.Array]:
+        """What `predict` gives, of what `encode` gave; fusion: of 'transducer_beam'."""
         model, others = self.searched(params), {}
         if self._search == "transducer_beam":
             width, nbest = self.decoder.settings.width, self.decoder.settings.nbest
-            found, said = search.beam(model, encoded, lengths, width=width, nbest=nbest)
+            found, said = search.beam(
+                model, encoded, lengths, width=width, nbest=nbest, fusion=fusion
+            )
             if nbest > 1:
                 names = ("nbest", "nbest_length", "nbest_score")
                 others = dict(zip(names, found, strict=True))
