@@ -46,10 +46,11 @@ OVER_TIME = {"model.subsampling_kind": "time"}
 PIECES = {"text.tokenizer": "sentencepiece", "text.vocabulary_size": 256}
 EIGHT = PIECES | {"model.subsampling": 8}
 TIME = EIGHT | OVER_TIME
+HALF = {"model.half_rate": (0, 4)}
 CHEAP = TIME | {"model.subsampling_channels": 128}
 WIDE = TIME | {"model.width": 192, "model.num_layers": 6, "model.subsampling_channels": 192}
 
-# On the transducer with cheap frames.
+# On the transducer whose layers run at half the frame rate.
 IDEAS: dict[str, Mapping[str, Any]] = {
     "peak": {"schedule.peak": 2e-3},
     "no_dropout": {"model.dropout": 0.0},
@@ -100,6 +101,8 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "wide_128": WIDE | {"text.vocabulary_size": 128},
     # The same with a transducer.
     "transduce_over_time": OVER_TIME | {"model.subsampling_channels": 128},
+    "transduce_half": HALF,
+    "transduce_half_over_time": OVER_TIME | HALF | {"model.subsampling_channels": 128},
     "transduce_time": CHEAP,
     "transduce_time_128": CHEAP | {"text.vocabulary_size": 128},
     "transduce_wide": WIDE,
@@ -107,7 +110,7 @@ ROWS: dict[str, Mapping[str, Any]] = {
     | {"model.width": 144, "model.num_layers": 10, "model.subsampling_channels": 144},
     # One idea each.
     **{f"time+{name}": CHEAP | changes for name, changes in IDEAS_OF_CTC.items()},
-    **{f"transduce_time+{name}": CHEAP | changes for name, changes in IDEAS.items()},
+    **{f"transduce_half+{name}": HALF | changes for name, changes in IDEAS.items()},
 }
 # The task of a row, where it is not CTC: the first word of its name.
 TASKS = ("attend", "transduce")
