@@ -50,8 +50,11 @@ HALF = {"model.half_rate": (0, 4)}
 CHEAP = TIME | {"model.subsampling_channels": 128}
 WIDE = TIME | {"model.width": 192, "model.num_layers": 6, "model.subsampling_channels": 192}
 
-# On the transducer whose layers run at half the frame rate.
+# On the transducer.
 IDEAS: dict[str, Mapping[str, Any]] = {
+    "context": {"task.context": 6},
+    "recurrent": {"task.predictor": "recurrent"},
+    "b2": {"optimizer.b2": 0.999},
     "peak": {"schedule.peak": 2e-3},
     "no_dropout": {"model.dropout": 0.0},
     "few_masks": {"spec_augment.frequency_width": 10, "spec_augment.time_fraction": 0.02},
@@ -110,7 +113,7 @@ ROWS: dict[str, Mapping[str, Any]] = {
     | {"model.width": 144, "model.num_layers": 10, "model.subsampling_channels": 144},
     # One idea each.
     **{f"time+{name}": CHEAP | changes for name, changes in IDEAS_OF_CTC.items()},
-    **{f"transduce_half+{name}": HALF | changes for name, changes in IDEAS.items()},
+    **{f"transduce+{name}": changes for name, changes in IDEAS.items()},
 }
 # The task of a row, where it is not CTC: the first word of its name.
 TASKS = ("attend", "transduce")
@@ -211,7 +214,7 @@ def _with_transcripts(
 
 
 def _recipe(name: str) -> str:
-    task = name.partition("_")[0]
+    task = name.partition("+")[0].partition("_")[0]
     return f"conformer_tiny+{task}" if task in TASKS else "conformer_tiny"
 
 
