@@ -55,7 +55,7 @@ def banded(encoded, predicted, kernel, bias, labels, frames, lengths):
     joint = transducer.joint_log_probs(
         encoded, predicted, kernel, bias, labels, starts=starts, span=SPAN
     )
-    return (each + transducer.transducer_loss(joint, frames, lengths)).sum()
+    return (each + transducer.banded_loss(joint, starts, frames, lengths)).sum()
 
 
 def _picked(logits, labels):

@@ -257,6 +257,11 @@ def test_a_band_gives_the_loss_of_the_paths_in_it(parts):
 
     def banded(*inputs):
         joint = transducer.joint_log_probs(*inputs, labels, durations=2, starts=starts, span=span)
+        return transducer.banded_loss(joint, starts, frames, labels_length).sum()
+
+    def spread(*inputs):
+        joint = transducer.joint_log_probs(*inputs, labels, durations=2, starts=starts, span=span)
+        joint = transducer.spread(joint, starts, 7)
         return transducer.transducer_loss(joint, frames, labels_length).sum()
 
     def masked(*inputs):
@@ -269,7 +274,40 @@ def test_a_band_gives_the_loss_of_the_paths_in_it(parts):
 
     value = gradients(banded, inputs)
     assert np.isfinite(value[0])
-    same(value, gradients(masked, inputs))
+    expected = gradients(masked, inputs)
+    same(value, expected)
+    same(gradients(spread, inputs), expected)
+
+
+@pytest.mark.parametrize("span", [2, 5])
+def test_in_a_band_hard_paths_are_exact(span):
+    """Long rows, short ones, one without frames and one whose labels do not fit, peaked arcs."""
+    rng = np.random.default_rng(5)
+    B, T, U = 6, 40, 30
+    frames = np.array([40, 31, 40, 1, 0, 8], np.int32)
+    labels_length = np.array([30, 30, 0, 1, 2, 30], np.int32)
+    occupancy = rng.random((2, B, T, U + 1)).astype(np.float32)
+    starts = transducer.band(occupancy, frames, labels_length, span)
+    arcs = jnp.asarray(-rng.exponential(60, (2, B, T, span)), jnp.float32)
+    weights = jnp.asarray(rng.random(B), jnp.float32)
+    total = lambda each: (jnp.where(jnp.isfinite(each), each, 0) * weights).sum()
+
+    def banded(blank, label):
+        each = transducer.banded_loss(Joint(blank, label), starts, frames, labels_length)
+        return total(each), each
+
+    def whole(blank, label):
+        joint = transducer.spread(Joint(blank, label), starts, U + 1)
+        each = transducer.transducer_loss(joint, frames, labels_length)
+        return total(each), each
+
+    ours, theirs = (
+        jax.jit(jax.value_and_grad(one, (0, 1), has_aux=True))(*arcs) for one in (banded, whole)
+    )
+    assert np.isfinite(ours[0][1]).tolist() == [True] * 4 + [False, span == 5]
+    np.testing.assert_allclose(ours[0][1], theirs[0][1], rtol=1e-5)
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_a_band_lies_where_the_paths_are():

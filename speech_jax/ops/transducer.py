@@ -14,7 +14,7 @@ frames, U labels of a row, U1 = U + 1, D the width of the joint, K labels with t
 them, N durations, S the positions of a frame that are in the band.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -32,7 +32,6 @@ from speech_jax.ops.wide import (
     wide_exp,
     wide_sum,
     wide_times,
-    wide_where,
 )
 
 # Logits that are computed at once: few enough that the rest of a step needs more memory, and many
@@ -116,17 +115,31 @@ def _lattice(
     """
     T, U1 = arcs.shape[2:]
     live = _live(moves, frames, labels, T, U1)
-    weights = _skewed(jnp.where(live, arcs.astype(jnp.float32), -jnp.inf))  # [D, A, B, U1]
+    weights = wide_exp(_skewed(jnp.where(live, arcs.astype(jnp.float32), -jnp.inf)))
     alpha = _forward(moves, weights)
     ends = frames + labels  # the diagonal of a row's last node
-    last = jax.tree.map(lambda x: _at(x, ends, labels), alpha)
-    loss = jnp.where(
-        last.mantissa == 0,
-        jnp.inf,
-        -jnp.log(last.mantissa) - last.exponent.astype(jnp.float32) / LOG2_E,
-    )
-    occupancy = _backward(moves, weights, alpha, last, ends, labels)
-    return loss, _straight(occupancy, T)
+    total = jax.tree.map(lambda x: _at(x, ends, labels), alpha)
+    beta = _backward(moves, weights, ends, labels)
+    taken = [_behind(jax.tree.map(lambda x: x[1:], beta), *move) for move in moves]
+    taken = jax.tree.map(lambda *some: jnp.stack(some, axis=1), *taken)  # [D, A, B, U1]
+    alpha = jax.tree.map(lambda x: x[:-1, None], alpha)
+    arc = wide_times(wide_times(alpha, weights), taken)
+    return _negative_log(total), _straight(_share(arc, total), T)
+
+
+def _negative_log(x: Wide) -> jax.Array:
+    """In nats, +inf of 0."""
+    nats = -jnp.log(x.mantissa) - x.exponent.astype(jnp.float32) / LOG2_E
+    return jnp.where(x.mantissa == 0, jnp.inf, nats)
+
+
+def _share(x: Wide, total: Wide) -> jax.Array:
+    """Numbers [..., B, n] over total [B]; 0 where that is 0."""
+    there = total.mantissa > 0
+    scale = jnp.where(there, 1 / jnp.where(there, total.mantissa, 1), 0)
+    shape = *(1,) * (x.mantissa.ndim - 2), -1, 1
+    scale, exponent = scale.reshape(shape), total.exponent.reshape(shape)
+    return x.mantissa * scale * power_of_two(jnp.minimum(x.exponent - exponent, 127))
 
 
 def _lattice_forward(moves, arcs, frames, labels):
@@ -135,10 +148,13 @@ def _lattice_forward(moves, arcs, frames, labels):
 
 
 def _lattice_backward(moves, residuals, cotangent):
-    occupancy, like = residuals
-    weight = -cotangent[0][None, :, None, None]
-    gradient = jnp.where(occupancy > 0, occupancy * weight, 0)  # beside an infinite loss too
-    return gradient.astype(like.dtype), None, None
+    return _of_arcs(*residuals, cotangent[0]), None, None
+
+
+def _of_arcs(occupancy: jax.Array, like: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """The gradient by the logarithms of arcs [A, B, ...], 0 beside an infinite loss too."""
+    weight = -cotangent[None, :, None, None]
+    return jnp.where(occupancy > 0, occupancy * weight, 0).astype(like.dtype)
 
 
 _lattice.defvjp(_lattice_forward, _lattice_backward)
@@ -184,16 +200,24 @@ def _zeros(shape: tuple[int, ...]) -> Wide:
     return Wide(jnp.zeros(shape), jnp.full(shape, ZERO_EXPONENT, jnp.int32))
 
 
-def _moved(x: Wide, by: int) -> Wide:
-    """[B, U1] moved by 0, by 1 to the right or by -1 to the left."""
-    if not by:
-        return x
-    widths = ((0, 0), (max(by, 0), max(-by, 0)))
-    size = x.mantissa.shape[1]
-    cut = lambda v, fill: lax.slice_in_dim(
-        jnp.pad(v, widths, constant_values=fill), max(-by, 0), max(-by, 0) + size, axis=1
+def _one(here: jax.Array) -> Wide:
+    """1 where it holds, and 0 elsewhere."""
+    return Wide(here.astype(jnp.float32), jnp.where(here, 0, ZERO_EXPONENT))
+
+
+def _padded(x: Wide, *widths: tuple[int, int]) -> Wide:
+    """With zeros around it."""
+    return Wide(
+        jnp.pad(x.mantissa, widths), jnp.pad(x.exponent, widths, constant_values=ZERO_EXPONENT)
     )
-    return Wide(cut(x.mantissa, 0), cut(x.exponent, ZERO_EXPONENT))
+
+
+def _behind(x: Wide, taken: int, label: int) -> Wide:
+    """What an arc from each of [D, B, U1] leads to, where x begins a diagonal behind its nodes."""
+    D, _, U1 = x.mantissa.shape
+    ahead = taken + label - 1
+    x = _padded(x, (0, ahead), (0, 0), (0, label))
+    return jax.tree.map(lambda v: v[ahead : ahead + D, :, label : label + U1], x)
 
 
 def _scan(step, carry, xs, reverse=False):
@@ -201,61 +225,68 @@ def _scan(step, carry, xs, reverse=False):
     return lax.scan(step, carry, xs, reverse=reverse, unroll=unroll)
 
 
-def _forward(moves: _Moves, weights: jax.Array) -> Wide:
+def _forward(moves: _Moves, weights: Wide) -> Wide:
     """Alpha [D + 1, B, U1]: the probability of all that leads to a node."""
-    _, _, B, U1 = weights.shape
-    ahead = max(map(sum, moves))  # diagonals that the longest arc spans
-    none = _zeros((B, U1))
-
-    def step(pending, weight):
-        # What has been found of the next diagonals' nodes; of the first one it is everything.
-        alpha, *pending = map(normalized, pending)
-        arriving = [[one] for one in (*pending, none)]
-        for number, move in enumerate(moves):
-            arc = wide_times(alpha, wide_exp(weight[number]))
-            arriving[sum(move) - 1].append(_moved(arc, move[1]))
-        return tuple(wide_sum(*some) for some in arriving), alpha
-
-    begun = Wide(none.mantissa.at[:, 0].set(1.0), none.exponent.at[:, 0].set(0))
-    pending, alpha = _scan(step, (begun, *[none] * (ahead - 1)), weights)
-    last = normalized(pending[0])
-    return jax.tree.map(lambda all, one: jnp.concatenate([all, one[None]]), alpha, last)
+    D, _, B, U1 = weights.mantissa.shape
+    begun = _one(jnp.broadcast_to(jnp.arange(U1)[None] == 0, (B, U1)))
+    arriving = []  # the weight of each arc, at the node that it leads to
+    for number, (taken, label) in enumerate(moves):
+        one = jax.tree.map(lambda x, number=number: x[:, number], weights)
+        one = _padded(one, (taken + label - 1, 0), (0, 0), (label, 0))
+        arriving.append(jax.tree.map(lambda x: x[:D, :, :U1], one))
+    alpha = _diagonals(moves, arriving, begun, lambda diagonal: (), jnp.arange(D), -1)
+    return jax.tree.map(lambda one, all: jnp.concatenate([one[None], all]), begun, alpha)
 
 
-def _backward(
-    moves: _Moves, weights: jax.Array, alpha: Wide, last: Wide, ends: jax.Array, labels: jax.Array
-) -> jax.Array:
-    """Occupancies [D, A, B, U1]: alpha, arc and beta over the likelihood `last` [B]."""
-    D, _, B, U1 = weights.shape
-    ahead = max(map(sum, moves))
+def _backward(moves: _Moves, weights: Wide, ends: jax.Array, labels: jax.Array) -> Wide:
+    """Beta [D + 1, B, U1]: the probability of all that follows a node, to its row's end."""
+    D, U1 = weights.mantissa.shape[0], weights.mantissa.shape[-1]
     corner = jnp.arange(U1)[None] == labels[:, None]
-    positive = last.mantissa > 0
-    scale = jnp.where(positive, 1 / jnp.where(positive, last.mantissa, 1), 0)[:, None]
+    end = lambda diagonal: _one(corner & (ends == diagonal)[:, None])
+    leaving = [
+        jax.tree.map(lambda x, number=number: x[::-1, number], weights)
+        for number in range(len(moves))
+    ]
+    last = end(D)
+    beta = _diagonals(moves, leaving, last, lambda at: (end(at),), jnp.arange(D)[::-1], 1)
+    return jax.tree.map(lambda all, one: jnp.concatenate([all[::-1], one[None]]), beta, last)
 
-    def end(diagonal):
-        here = corner & (ends == diagonal)[:, None]
-        return wide_where(here, Wide(jnp.ones((B, U1)), jnp.zeros((B, U1), jnp.int32)))
 
-    def step(later, xs):
-        diagonal, weight, alpha = xs
-        leaving = [
-            wide_times(_moved(later[sum(move) - 1], -move[1]), wide_exp(weight[number]))
-            for number, move in enumerate(moves)
-        ]
-        exponents = (alpha.exponent + arc.exponent - last.exponent[:, None] for arc in leaving)
-        occupancy = jnp.stack(
-            [
-                alpha.mantissa * arc.mantissa * scale * power_of_two(jnp.minimum(exponent, 127))
-                for arc, exponent in zip(leaving, exponents, strict=True)
-            ]
-        )
-        beta = normalized(wide_sum(end(diagonal), *leaving))
-        return (beta, *later[:-1]), occupancy
+def _diagonals(
+    moves: _Moves,
+    weights: list[Wide],
+    begun: Wide,
+    added: Callable[[jax.Array], tuple[Wide, ...]],
+    diagonals: jax.Array,
+    side: int,
+) -> Wide:
+    """[D, B, U1], each diagonal from those before it: a sum over moves, and what is `added` to it.
 
-    alpha = jax.tree.map(lambda x: x[:-1], alpha)
-    later = (end(jnp.int32(D)), *[_zeros((B, U1))] * (ahead - 1))
-    diagonals = jnp.arange(D, dtype=jnp.int32)
-    return _scan(step, later, (diagonals, weights, alpha), reverse=True)[1]
+    A move takes what lies so many diagonals back, at the same position or at the one beside it, and
+    multiplies it by its weight [D, B, U1].
+
+    Args:
+      begun: [B, U1], what is before the first one.
+      side: -1 for the position to the left, 1 for that to the right.
+    """
+    # Kept with a zero beside it, so that no shift stands between the products of a step.
+    widths = (0, 0), (1, 0) if side < 0 else (0, 1)
+    same, beside = slice(1, None), slice(None, -1)
+    same, beside = (same, beside) if side < 0 else (beside, same)
+
+    def step(before, xs):
+        diagonal, *weight = xs
+        terms = [*added(diagonal)]
+        for (taken, label), factor in zip(moves, weight, strict=True):
+            part = beside if label else same
+            one = jax.tree.map(lambda x, part=part: x[:, part], before[taken + label - 1])
+            terms.append(wide_times(one, factor))
+        found = normalized(wide_sum(*terms))
+        return (_padded(found, *widths), *before[:-1]), found
+
+    begun = _padded(begun, *widths)
+    before = begun, *[_zeros(begun.mantissa.shape)] * (max(map(sum, moves)) - 1)
+    return _scan(step, before, (diagonals, *weights))[1]
 
 
 # ---- The joint ---------------------------------------------------------------------------------
@@ -283,15 +314,17 @@ def joint_log_probs(
       kernel: [D, K + N]; bias: [K + N]; the last N are of durations, with a softmax of their own.
       labels: int32 [B, U].
       durations: N.
-      starts: int32 [B, T], the first position in the band of a frame; elsewhere the logarithms are
-        -inf. None: everything is in it.
+      starts: int32 [B, T], the first position in the band of a frame. None: everything is in it.
       span: S, the positions of a frame in the band.
       chunk: logits that are computed at once, about.
+
+    Returns:
+      The joint [B, T, U1]; in a band [B, T, S], of its positions alone (`banded_loss`, `spread`).
     """
     B, T, _ = encoded.shape
     U1 = predicted.shape[1]
     following = jnp.pad(labels, ((0, 0), (0, 1)))
-    banded = starts is not None and span < U1
+    banded = starts is not None
 
     @partial(jax.checkpoint, prevent_cse=False)
     def some(encoded: jax.Array, starts: jax.Array | None) -> Joint:
@@ -309,10 +342,7 @@ def joint_log_probs(
         if durations:
             by_duration = jax.nn.log_softmax(logits[..., -durations:])
             logits = logits[..., :-durations]
-        found = Joint(*_picked(logits, ids), by_duration)
-        if banded:
-            found = jax.tree.map(lambda x: _spread(x, starts, U1), found)
-        return found
+        return Joint(*_picked(logits, ids), by_duration)
 
     positions = span if banded else U1
     size = max(1, min(T, chunk // (B * positions * kernel.shape[1])))
@@ -414,6 +444,105 @@ def band(occupancy: jax.Array, frames: jax.Array, labels_length: jax.Array, span
     start = jnp.clip(start, low, jnp.minimum(t * most, final))
     # No start may be too far from the next: those before are moved up.
     return lax.cummax(start - t * most, axis=1, reverse=True) + t * most
+
+
+def banded_loss(
+    joint: Joint, starts: jax.Array, frames: jax.Array, labels_length: jax.Array
+) -> jax.Array:
+    """`transducer_loss` of the paths in a band, float32 [B]; +inf where there is none.
+
+    Args:
+      joint: of a band, [B, T, S]; its durations are not looked at.
+      starts: int32 [B, T], the first position of each frame in the band, as `band` makes them.
+      frames, labels_length: int32 [B].
+    """
+    return _banded(jnp.stack(joint[:2]), starts, frames, labels_length)
+
+
+@jax.custom_vjp
+def _banded(arcs: jax.Array, starts: jax.Array, frames: jax.Array, labels: jax.Array) -> jax.Array:
+    """The loss [B] of arcs whose log probabilities are [2, B, T, S]."""
+    return _loss_in_band(arcs, starts, frames, labels)[0]
+
+
+def _banded_forward(arcs, starts, frames, labels):
+    loss, occupancy = _loss_in_band(arcs, starts, frames, labels)
+    return loss, (occupancy, jnp.zeros((), arcs.dtype))
+
+
+def _banded_backward(residuals, cotangent):
+    return _of_arcs(*residuals, cotangent), None, None, None
+
+
+_banded.defvjp(_banded_forward, _banded_backward)
+
+
+def _loss_in_band(
+    arcs: jax.Array, starts: jax.Array, frames: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss [B], and the occupancy of each arc [2, B, T, S].
+
+    A step goes from frame to frame: it multiplies by a matrix of how the positions of a frame are
+    reached from those of the frame before, by a blank there and labels here.
+    """
+    _, B, T, S = arcs.shape
+    t, place = jnp.arange(T)[None, :, None], jnp.arange(S)[None, None]
+    frames, labels = frames[:, None, None], labels[:, None, None]
+    position = starts[..., None] + place  # [B, T, S]
+    inside = (t < frames) & (position <= labels)
+    blank, label = jnp.where(inside[None], arcs.astype(jnp.float32), -jnp.inf)
+    label = jnp.where(position < labels, label, -jnp.inf)
+    final = jnp.where((t + 1 == frames) & (position == labels), blank, -jnp.inf)
+    # The frame before the first has one position, and its blank is certain.
+    before = jnp.pad(blank[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
+    before = before.at[:, 0, 0].set(0.0)
+    arrives = place - jnp.diff(starts, axis=1, prepend=0)[..., None]  # [B, T, S]
+    columns = [jnp.where(arrives == 0, before, -jnp.inf)]
+    for s in range(1, S):
+        further = columns[-1] + label[..., s - 1, None]
+        columns.append(jnp.where(arrives == s, before, further))
+    steps = wide_exp(jnp.stack(columns, axis=-1).swapaxes(0, 1))  # [T, B, S from, S to]
+    ends, labels_of = (wide_exp(x.swapaxes(0, 1)) for x in (final, label))  # [T, B, S]
+
+    # Alpha, what leads to a position, and what follows it from its blank on, in one loop.
+    both = lambda axis, *two: jax.tree.map(lambda *x: jnp.stack(x, axis), *two)
+    back = jax.tree.map(lambda x: jnp.concatenate([x[:1], x[:0:-1]]).swapaxes(2, 3), steps)
+    matrices = both(1, steps, back)  # [T, 2, B, S, S]
+    added = both(1, _zeros((T, B, S)), jax.tree.map(lambda x: x[::-1], ends))
+    begun = both(0, _one(jnp.broadcast_to(place[0] == 0, (B, S))), _zeros((B, S)))
+
+    def step(states, xs):  # states: [2, B, S]
+        matrix, more = xs
+        ways = wide_times(jax.tree.map(lambda x: x[..., None], states), matrix)
+        states = normalized(wide_sum(_summed(ways, 2), more))
+        return states, states
+
+    _, found = _scan(step, begun, (matrices, added))
+    alpha = jax.tree.map(lambda x: x[:, 0], found)  # [T, B, S]
+    after = jax.tree.map(lambda x: x[::-1, 1], found)
+    first = jax.tree.map(lambda x: x[0, :, 0], steps), jax.tree.map(lambda x: x[0], after)
+    total = normalized(_summed(wide_times(*first), 1))  # [B]
+    # What follows each position, from the last one back.
+    at = lambda x, s: jax.tree.map(lambda v: v[..., s], x)
+    onward, rest = [_zeros((T, B))], at(after, S - 1)
+    for s in range(S - 2, -1, -1):
+        onward.append(wide_times(at(labels_of, s), rest))
+        rest = normalized(wide_sum(onward[-1], at(after, s)))
+    onward = jax.tree.map(lambda *x: jnp.stack(x[::-1], axis=-1), *onward)
+    taken = [_share(wide_times(alpha, one), total) for one in (after, onward)]
+    return _negative_log(total), jnp.stack(taken).swapaxes(1, 2)
+
+
+def _summed(x: Wide, axis: int) -> Wide:
+    """The sum along an axis."""
+    exponent = x.exponent.max(axis=axis, keepdims=True)
+    mantissa = (x.mantissa * power_of_two(x.exponent - exponent)).sum(axis=axis)
+    return Wide(mantissa, exponent.squeeze(axis))
+
+
+def spread(joint: Joint, starts: jax.Array, U1: int) -> Joint:
+    """A joint [B, T, S] in a band as one of all positions [B, T, U1], -inf outside of the band."""
+    return jax.tree.map(lambda x: _spread(x, starts, U1), joint)
 
 
 def _spread(x: jax.Array, starts: jax.Array, U1: int) -> jax.Array:

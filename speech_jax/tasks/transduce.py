@@ -268,10 +268,14 @@ class Transduce:
             span=self.span,
         )
         if self.durations:
+            if starts is not None:
+                joint = transducer.spread(joint, starts, labels.shape[1] + 1)
             nats = transducer.duration_loss(joint, *sizes, self.durations, self.sigma)
             if self.omega:
                 plain = transducer.transducer_loss(joint, *sizes)
                 nats = (1 - self.omega) * nats + self.omega * plain
+        elif starts is not None:
+            nats = transducer.banded_loss(joint, starts, *sizes)
         else:
             nats = transducer.transducer_loss(joint, *sizes)
         if simple is None:
