@@ -45,7 +45,8 @@ _ROUND_SECONDS = 0.1
 def open_splits(config: ConfigDict, names: str) -> sources.Source:
     """One source of the splits in `names`, or portions of them, which are joined by commas.
 
-    What ends in .jsonl is a manifest, whatever the source of the others is.
+    What ends in .jsonl is a manifest, whatever the source of the others is: below the root, or a
+    path from the current folder.
     """
     data = config.data
     arguments = {name: value for name, value in data.arguments.items() if value is not None}
@@ -53,9 +54,14 @@ def open_splits(config: ConfigDict, names: str) -> sources.Source:
     for name in split_names(names):
         split, low, high = portions.parse(name)
         is_manifest = split.endswith(".jsonl")  # as of pseudo_label.py, beside any other source
+        root = data.root
+        if is_manifest and not (root and (files.expand(root) / split).is_file()):
+            file = files.expand(split).absolute()
+            if file.is_file():
+                root, split = str(file.parent), file.name
         source = sources.open_source(
             "manifest" if is_manifest else data.source,
-            root=data.root,
+            root=root,
             split=split,
             on_error=data.on_error,
             cache=data.cache or None,

@@ -13,17 +13,19 @@ Before: confidences are probabilities, and a language model helps, where the mod
 (--mode=tune of speech_jax.main, with config.decoder.lm). After: a first round is worth it where much
 more speech is unlabelled than labelled; the model that learns from it can label again.
 
-All that was heard is kept in OUT.heard. The same command goes on where it was, hears only what is
-new, and with another --confidence nothing is heard again.
+All that was heard is kept in OUT.heard. The same command goes on where it was and hears only files
+that are new or have changed; with another --confidence nothing is heard again. A manifest is found
+from the current folder, as OUT is, or below config.data.root.
 """  # noqa: E501
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from speech_jax import files, recordings
@@ -48,9 +50,13 @@ class Label(NamedTuple):
 
 
 class Heard(NamedTuple):
-    """A recording of so many seconds, and its parts with words."""
+    """A recording of so many seconds, and its parts with words.
+
+    `stamp` is the file's size in bytes and when it was last written: another one there is heard.
+    """
 
     file: str
+    stamp: tuple[int, int]
     seconds: float
     labels: tuple[Label, ...]
 
@@ -108,13 +114,16 @@ def _label(chosen: argparse.Namespace, inputs: list[recordings.Input], failures:
     with files.writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     acoustic = open_acoustic(chosen.model)
-    by = {"model": os.path.realpath(os.path.expanduser(chosen.model)), "longest": chosen.longest}
-    by["decoder"] = dict(acoustic.decoder)
+    model = Model(acoustic)
+    by = {"model": _digest(acoustic, chosen.model), "longest": chosen.longest}
+    by["decoder"] = _decoder(acoustic)
     journal = Journal(out.with_name(f"{out.name}.heard"), by)
     names = [os.path.realpath(one.file) for one in inputs]
-    new = [name for name in names if name not in journal.heard]
+    stamps = {name: _stamp(name) for name in names}
+    known = lambda name: name in journal.heard and journal.heard[name].stamp == stamps[name]
+    new = [name for name in names if not known(name)]
     with recordings.progress(len(new), "Listening") as (progress, _), journal:
-        found = Model(acoustic).transcribe_all(new, progress)
+        found = model.transcribe_all(new, progress)
         for name, transcription in zip(new, found, strict=True):
             if isinstance(transcription, UserError):
                 recordings.fail(failures, str(transcription))
@@ -122,34 +131,84 @@ def _label(chosen: argparse.Namespace, inputs: list[recordings.Input], failures:
                 recordings.fail(failures, f"{name}: {transcription.trouble}")
             else:
                 labels = tuple(_labels(transcription, chosen.longest))
-                journal.add(Heard(name, transcription.seconds, labels))
-    heard = [journal.heard[name] for name in names if name in journal.heard]
+                journal.add(Heard(name, stamps[name], transcription.seconds, labels))
+    heard = [journal.heard[name] for name in names if known(name)]
     kept = [*_rows(heard, chosen.confidence)]
     with files.writing(out):
         lines = [json.dumps(row, ensure_ascii=False) for row in kept]
         files.write_atomically(out, "".join(f"{line}\n" for line in lines))
     hours = sum(row["duration"] for row in kept) / 3600
     whole = sum(one.seconds for one in heard) / 3600
+    parts = sum(len(one.labels) for one in heard)
     recordings.say(
-        f"{out}: {len(kept)} of {sum(len(one.labels) for one in heard)} parts with words, "
-        f"{hours:.2f} of {whole:.2f} hours\n"
+        f"{out.absolute()}: {len(kept)} of {parts} parts with words, {hours:.2f} of {whole:.2f} "
+        "hours\n"
     )
 
 
+def _stamp(name: str) -> tuple[int, int]:
+    """The size of a file and when it was written; zeros where there is none."""
+    try:
+        found = os.stat(name)
+    except OSError:  # whoever hears it says why
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _digest(acoustic: Any, path: str) -> str:
+    """What a model has learned, in a few letters: its weights, or the exported file."""
+    import jax
+
+    found = hashlib.sha256()
+    if opened := getattr(acoustic, "bundle", None):
+        for leaf in jax.tree.leaves((opened.params, opened.state)):
+            found.update(leaf.tobytes())
+    else:
+        found.update(files.expand(path).read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _decoder(acoustic: Any) -> dict[str, Any]:
+    """The settings that a model decodes with, and the content of the files among them."""
+    from speech_jax.decoding.decoder import Settings
+
+    used = Settings.of(acoustic.decoder).used()
+    named = {key: used[key] for key in ("lm", "lexicon") if used.get(key)}
+    content = {key: hashlib.sha256(files.expand(path).read_bytes()) for key, path in named.items()}
+    return used | {key: one.hexdigest()[:16] for key, one in content.items()}
+
+
 def _labels(transcription: Any, longest: float) -> Iterator[Label]:
-    """A recording as one label, or where it is longer than that, one for each segment."""
+    """A recording as one label, or where it is longer than that, one for each segment.
+
+    A segment that is longer, too, is cut between its words.
+    """
     words = transcription.words
     if words and transcription.seconds <= longest:
         yield Label(0.0, None, transcription.text, _mean(words))
         return
-    segments = transcription.segments
-    ends = [0.0, *(segment.end for segment in segments)]
-    starts = [*(segment.start for segment in segments[1:]), transcription.seconds]
-    for segment, before, after in zip(segments, ends, starts, strict=False):
+    parts = [part for segment in transcription.segments for part in _parts(segment.words, longest)]
+    ends = [0.0, *(part[-1].end for part in parts)]
+    starts = [*(part[0].start for part in parts[1:]), transcription.seconds]
+    for part, before, after in zip(parts, ends, starts, strict=False):
+        start, end = part[0].start, part[-1].end
         # Half of a pause at most, for the other half is the neighbour's.
-        first = max(segment.start - _MARGIN, (before + segment.start) / 2 if before else 0.0)
-        last = min(segment.end + _MARGIN, (segment.end + after) / 2)
-        yield Label(round(first, 3), round(last, 3), segment.text, _mean(segment.words))
+        first = max(start - _MARGIN, (before + start) / 2 if before else 0.0)
+        last = min(end + _MARGIN, (end + after) / 2)
+        text = " ".join(word.text for word in part)
+        yield Label(round(first, 3), round(last, 3), text, _mean(part))
+
+
+def _parts(words: Sequence[Any], longest: float) -> Iterator[list[Any]]:
+    """Words in a row of `longest` seconds at most with their margins, as many as fit."""
+    part: list[Any] = []
+    for word in words:
+        if part and word.end - part[0].start + 2 * _MARGIN > longest:
+            yield part
+            part = []
+        part.append(word)
+    if part:
+        yield part
 
 
 def _mean(words: Any) -> float:
@@ -186,17 +245,17 @@ class Journal:
         self._path, self._lines = path, None
         if path.exists():
             lines = path.read_text().splitlines()
-            if not lines or json.loads(lines[0]) != json.loads(json.dumps(by)):
+            if not lines or _parsed(lines[0]) != json.loads(json.dumps(by)):
                 raise UserError(
-                    f"{path} is what another model heard, or the same one with other settings: "
-                    "name another --out, or delete it"
+                    f"{path} is what another model heard, or the same one when it had learned "
+                    "other things or decoded otherwise: name another --out, or delete it"
                 )
-            for line in lines[1:]:
-                try:
-                    file, seconds, labels = json.loads(line)
-                except ValueError:  # the end of a command that was killed
+            for line in map(_parsed, lines[1:]):
+                if line is None:  # the end of a command that was killed
                     break
-                self.heard[file] = Heard(file, seconds, tuple(Label(*label) for label in labels))
+                file, stamp, seconds, labels = line
+                labels = tuple(Label(*label) for label in labels)
+                self.heard[file] = Heard(file, tuple(stamp), seconds, labels)
         whole = [by, *self.heard.values()]
         with files.writing(path):
             files.write_atomically(path, "".join(f"{json.dumps(one)}\n" for one in whole))
@@ -215,6 +274,14 @@ class Journal:
             self._lines.write(f"{json.dumps(heard)}\n")
             self._lines.flush()
         self.heard[heard.file] = heard
+
+
+def _parsed(line: str) -> Any:
+    """What a line of JSON says; None where it is none."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 if __name__ == "__main__":

@@ -169,3 +169,13 @@ def test_what_cannot_be_used_is_named_in_a_line(folder, name):
     source = open_manifest(folder, b"\n".join([good[0], content, good[1]]), on_error="skip")
     assert {"0", "1"} <= {utterance.id for utterance in source.utterances}
     assert source.skipped
+
+
+def test_files_that_differ_in_their_suffix_alone_are_two(tmp_path):
+    rows = []
+    for name in ("a.wav", "a.flac", "b.wav"):
+        soundfile.write(tmp_path / name, np.zeros(1600), 16_000)
+        rows.append({"audio_filepath": name, "text": name})
+    (tmp_path / "m.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    source = sources.open_source("manifest", root=str(tmp_path), split="m", on_error="raise")
+    assert sorted(one.id for one in source.utterances) == ["a.flac", "a.wav", "b"]

@@ -10,6 +10,7 @@ from speech_jax import experiment, pseudo_label
 from speech_jax.data import sources
 from speech_jax.decoding.words import Word
 from speech_jax.deploy import transcribe
+from speech_jax.errors import UserError
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def command(finished, calls, capsys, monkeypatch):
     return run
 
 
-def test_what_is_heard_is_a_split_beside_others(command, calls, finished, tones):
+def test_what_is_heard_is_a_split_beside_others(command, calls, finished, tones, monkeypatch):
     out = calls.parent / "heard.jsonl"
     status, heard, error = command(f"--out={out}", "--confidence=0")
     assert (status, heard) == (1, 4)
@@ -63,12 +64,19 @@ def test_what_is_heard_is_a_split_beside_others(command, calls, finished, tones)
     config = defaults.default()
     config.data.update({"root": str(tones), "source": "librispeech"})
     config.data.arguments.download = False
-    both = experiment.open_splits(config, f"train,{out}")
     train = sources.open_source("librispeech", root=str(tones), split="train")
-    assert len(both.utterances) == len(train.utterances) + 3
-    added = both.utterances[len(train.utterances)]
-    assert added.text == rows[0]["text"]
-    assert added.duration == pytest.approx(rows[0]["duration"], abs=1e-3)
+    monkeypatch.chdir(out.parent.parent)
+    for name in (out, f"{out.parent.name}/{out.name}"):  # from the current folder, as --out is
+        both = experiment.open_splits(config, f"train,{name}")
+        assert len(both.utterances) == len(train.utterances) + 3
+        added = both.utterances[len(train.utterances)]
+        assert added.text == rows[0]["text"]
+        assert added.duration == pytest.approx(rows[0]["duration"], abs=1e-3)
+    config.data.update({"root": "", "source": "synthetic"})  # a root that a manifest does not need
+    assert len(experiment.open_splits(config, str(out)).utterances) == 3
+    config.data.root = str(tones)
+    with pytest.raises(UserError, match=r"there is no manifest .*/gone\.jsonl;"):
+        experiment.open_splits(config, "gone.jsonl")
 
 
 def test_it_goes_on_where_it_was(command, calls, finished):
@@ -88,6 +96,10 @@ def test_it_goes_on_where_it_was(command, calls, finished):
     kept = [json.loads(line)["confidence"] for line in out.read_text().splitlines()]
     assert kept
     assert set(kept) == {least}
+    # A file that is another one by now is heard again, and it alone.
+    first = next(iter(calls.iterdir()))
+    first.write_bytes(first.read_bytes())
+    assert command(f"--out={out}", f"--confidence={least}")[:2] == (0, 1)
     status, _, error = command(f"--out={out}", "--longest=5")
     assert status == 1
     assert "name another --out" in error
@@ -104,11 +116,17 @@ def test_long_recordings_become_segments_that_share_their_pauses():
     labels = list(pseudo_label._labels(long, 20.0))
     assert [label[:2] for label in labels] == [(0.0, 9.1), (9.1, 20.2), (24.8, 29.95)]
     assert [label.confidence for label in labels] == [0.75, 0.95, 0.85]
-    heard = [pseudo_label.Heard("f", 30.0, tuple(labels))]
+    heard = [pseudo_label.Heard("f", (1, 1), 30.0, tuple(labels))]
     rows = list(pseudo_label._rows(heard, 0.8))
     assert [(row["offset"], row["duration"]) for row in rows] == [(9.1, 11.1), (24.8, 5.15)]
     (whole,) = pseudo_label._labels(long, 30.0)
     assert whole == (0.0, None, "A B A B A B", pytest.approx(0.85))
+    # A segment that is longer still is cut between its words.
+    spoken = tuple(Word("A", 2.0 * i, 2.0 * i + 1.5, 0.9) for i in range(30))
+    whole = transcribe.Segment(0.0, 59.5, "A " * 30, spoken, ())
+    labels = list(pseudo_label._labels(transcribe.Transcription(whole.text, 60.0, (whole,)), 10.0))
+    assert sum(len(label.text.split()) for label in labels) == 30
+    assert all(4 < label.end - label.start <= 10 for label in labels)
     silent = transcribe.Transcription("", 3.0)
     assert not list(pseudo_label._labels(silent, 20.0))
 

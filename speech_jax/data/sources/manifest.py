@@ -1,10 +1,11 @@
 """Manifests: a JSON object a line, as NeMo writes them."""
 
+import collections
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from absl import logging
 
@@ -28,7 +29,8 @@ def open_split(
 
     A line is a JSON object with audio_filepath (relative to the manifest) and, optionally, id,
     duration and offset (seconds) and text. A line with an offset (0 too) is that segment of its
-    file, from there for `duration` seconds or to the end. What has no id is named by its path.
+    file, from there for `duration` seconds or to the end. What has no id is named by its path,
+    without the suffix where that is enough.
     Other keys with a string or a number become tags (speaker, label, language, ...), and
     video_filepath is the stream 'video'. Durations without an offset are those of the headers, the
     same as in a folder.
@@ -40,13 +42,19 @@ def open_split(
     """
     manifest = find(root, split, "jsonl", "json")
     problems: dict[str, str] = {}
-    rows, keys, nested = [], set(), set()
+    parsed, rows, keys, nested = {}, [], set(), set()
     for where, line in _lines(manifest):
         try:
-            row = _parse(line)
-            keys |= {key for key in row if isinstance(row[key], str)}
-            nested |= {key for key in row if isinstance(row[key], list | dict)}
-            rows.append(_row(row, where, manifest, text_key))
+            row = parsed[where] = _parse(line)
+        except ValueError as error:
+            problems[where] = str(error)
+            continue
+        keys |= {key for key in row if isinstance(row[key], str)}
+        nested |= {key for key in row if isinstance(row[key], list | dict)}
+    alike = _alike(parsed.values())
+    for where, row in parsed.items():
+        try:
+            rows.append(_row(row, where, manifest, text_key, alike))
         except ValueError as error:
             problems[where] = str(error)
     if not rows and not problems:
@@ -86,7 +94,9 @@ def find(root: pathlib.Path, split: str, *extensions: str) -> pathlib.Path:
             f"the data root {root} does not exist; set it to the manifests' folder"
         )
     known = sorted(path.stem for path in root.glob(f"*.{extensions[0]}"))
-    raise base.SourceError(f"there is no manifest {candidates[0]}; {root} has {base.listed(known)}")
+    named = split.endswith(tuple(f".{extension}" for extension in extensions))
+    wanted = candidates[-1] if named else candidates[0]
+    raise base.SourceError(f"there is no manifest {wanted}; {root} has {base.listed(known)}")
 
 
 def _lines(manifest: pathlib.Path) -> Iterator[tuple[str, bytes]]:
@@ -123,7 +133,20 @@ def _parse(line: bytes) -> dict:
     return row
 
 
-def _row(row: dict, where: str, manifest: pathlib.Path, text_key: str) -> base.Row:
+def _alike(rows: Iterable[dict]) -> set[str]:
+    """The paths without suffix that several files have: a.mp3 and a.ogg."""
+    names = {row.get("audio_filepath") for row in rows}
+    stems = collections.Counter(_stem(name) for name in names if isinstance(name, str))
+    return {stem for stem, count in stems.items() if count > 1}
+
+
+def _stem(name: str) -> str:
+    return pathlib.PurePath(name).with_suffix("").as_posix() if name else ""
+
+
+def _row(
+    row: dict, where: str, manifest: pathlib.Path, text_key: str, alike: Collection[str]
+) -> base.Row:
     """Checks what a line says. Raises ValueError saying what is wrong with it."""
     name = row.get("audio_filepath")
     if not isinstance(name, str) or not name:
@@ -138,7 +161,9 @@ def _row(row: dict, where: str, manifest: pathlib.Path, text_key: str) -> base.R
             raise ValueError(f"{key} is {_short(row[key])}; it must be a string")
     offset = _seconds(row, "offset", 0)
     duration = _seconds(row, "duration", None)
-    stem = pathlib.PurePath(name).with_suffix("").as_posix()
+    stem = _stem(name)
+    if stem in alike:
+        stem = pathlib.PurePath(name).as_posix()
     if offset is not None:
         stem += f"@{offset:.3f}" + ("" if duration is None else f"-{offset + duration:.3f}")
     streams = {
