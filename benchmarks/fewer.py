@@ -46,7 +46,6 @@ OVER_TIME = {"model.subsampling_kind": "time"}
 PIECES = {"text.tokenizer": "sentencepiece", "text.vocabulary_size": 256}
 EIGHT = PIECES | {"model.subsampling": 8}
 TIME = EIGHT | OVER_TIME
-HALF = {"model.half_rate": (0, 4)}
 CHEAP = TIME | {"model.subsampling_channels": 128}
 WIDE = TIME | {"model.width": 192, "model.num_layers": 6, "model.subsampling_channels": 192}
 
@@ -104,8 +103,6 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "wide_128": WIDE | {"text.vocabulary_size": 128},
     # The same with a transducer.
     "transduce_over_time": OVER_TIME | {"model.subsampling_channels": 128},
-    "transduce_half": HALF,
-    "transduce_half_over_time": OVER_TIME | HALF | {"model.subsampling_channels": 128},
     "transduce_time": CHEAP,
     "transduce_time_128": CHEAP | {"text.vocabulary_size": 128},
     "transduce_wide": WIDE,

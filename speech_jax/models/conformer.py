@@ -28,8 +28,6 @@ class Conformer(nn.Module):
         over both, FastConformer, Rekesh et al. 2023) or 'time' (over time alone, the bands are
         channels: the cheapest on CPUs).
       subsampling_channels: channels of the strided convolutions; None is D.
-      half_rate: (first, end) of the layers that run at half the frame rate, on pairs of frames,
-        with a skip over them (Squeezeformer, Kim et al. 2022); empty: none.
       position: 'rotary' or 'relative' attention.
       conv_norm: 'layer' or 'batch' in the convolution module.
       dropout: on every residual branch and on attention weights; attention_dropout: on these alone,
@@ -50,7 +48,6 @@ class Conformer(nn.Module):
     subsampling: int = 4
     subsampling_kind: str = "plane"
     subsampling_channels: int | None = None
-    half_rate: tuple[int, ...] = ()
     position: str = "rotary"
     conv_norm: str = "layer"
     dropout: float = 0.1
@@ -67,8 +64,6 @@ class Conformer(nn.Module):
         (r"subsampling/convolution_\d/kernel", (None, None, None, "fsdp")),
         (r"subsampling/over_time_\d/kernel", (None, None, "fsdp")),
         (r"subsampling/depthwise_\d/kernel", ()),
-        (r"(merge|split)/kernel", ("fsdp", None)),
-        (r"(merge|split)/bias", ()),
         (r"subsampling/(pointwise_\d|project)/kernel", ("fsdp", None)),
         (r"subsampling/(convolution_\d|over_time_\d|pointwise_\d|project)/bias", ()),
     )
@@ -91,7 +86,6 @@ class Conformer(nn.Module):
     def __call__(
         self, inputs: jax.Array, lengths: jax.Array, deterministic: bool, layers_too: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        first, end = self._half_rate()
         x, lengths, _ = Subsampling(
             self.width,
             self.subsampling_channels or self.width,
@@ -118,43 +112,12 @@ class Conformer(nn.Module):
         else:
             each = [x]
             for layer in range(self.num_layers):
-                if layer == first:
-                    x, mask, before = *self._merged(x, mask), (x, mask)
                 one = block(**self.block_settings(), name=f"layer_{layer}")
                 x, _ = one(x, mask, seeds[layer], share=shares[layer])
-                if layer + 1 == end:
-                    x, mask = self._split(x, before[0]), before[1]
-                halved_now = x.shape[1] < each[0].shape[1]
-                each.append(jnp.repeat(x, 2, axis=1)[:, : each[0].shape[1]] if halved_now else x)
+                each.append(x)
         if layers_too:
             x, mask = jnp.stack(each, axis=2), mask[:, :, None]  # [B, T', L + 1, D]
         return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), lengths
-
-    def _half_rate(self) -> tuple[int, int]:
-        """The first layer at half the frame rate and the one behind the last, or two that no is."""
-        if not self.half_rate:
-            return -1, -1
-        if self.scan:
-            raise UserError("config.model.half_rate needs layers that differ: set scan=False")
-        match self.half_rate:
-            case int(first), int(end) if 0 <= first < end <= self.num_layers:
-                return first, end
-        raise UserError(
-            f"config.model.half_rate={tuple(self.half_rate)} must be (first, end), with "
-            f"0 <= first < end <= {self.num_layers}, the number of layers"
-        )
-
-    def _merged(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Pairs of frames [B, T / 2, D], the last of which may be half empty, and their mask."""
-        odd = x.shape[1] % 2
-        x = jnp.pad(jnp.where(mask[..., None], x, 0), ((0, 0), (0, odd), (0, 0)))
-        x = x.reshape(x.shape[0], x.shape[1] // 2, -1)
-        return nn.Dense(self.width, dtype=self.dtype, name="merge")(x), mask[:, ::2]
-
-    def _split(self, x: jax.Array, skip: jax.Array) -> jax.Array:
-        """Each of [B, T / 2, D] as two frames, added to those [B, T, D] before the merge."""
-        pairs = nn.Dense(2 * self.width, dtype=self.dtype, name="split")(x)
-        return skip + pairs.reshape(x.shape[0], -1, self.width)[:, : skip.shape[1]]
 
     def _shares(self, x: jax.Array) -> jax.Array:
         """How much of each layer's change counts for each row, [num_layers, B, 1, 1].
