@@ -74,7 +74,7 @@ def default() -> ConfigDict:
     data.eval_buckets = 3
     data.eval_max_seconds = 120.0  # longer utterances of evaluation splits are refused by name
     data.speeds = (1.0,)  # speed perturbation: (0.9, 1.0, 1.1)
-    data.short_first = 0  # epochs at first whose batches come by their length
+    data.short_first = 0  # epochs at first, in which batches come in order of their bucket
     data.noise_root = ""  # a folder of noise to add; empty: none
     data.noise_probability = 0.5
     data.noise_snr_db = (0.0, 30.0)

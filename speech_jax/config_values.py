@@ -90,8 +90,7 @@ RANGES = {
         (
             "data.noise_probability", "spec_augment.time_fraction", "features.preemphasis",
             "model.mask_time", "model.mask_channel", "task.mask_fraction", "task.mixup",
-            "task.omega", "task.inter_ctc", "optimizer.eps",
-            "optimizer.eps_root",
+            "task.omega", "optimizer.eps", "optimizer.eps_root",
         ),
         _SHARE,
     ),
@@ -100,7 +99,7 @@ RANGES = {
             "train.ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum",
             "model.dropout", "model.attention_dropout", "model.input_dropout",
             "model.layer_drop", "task.feature_dropout", "task.dropout",
-            "task.smoothing", "task.ctc_weight", "spec_augment.vocal_tract",
+            "task.smoothing", "task.ctc_weight", "task.inter_ctc", "spec_augment.vocal_tract",
         ),
         _SHARE_BELOW_ONE,
     ),

@@ -289,33 +289,27 @@ def test_scan_and_remat_change_nothing():
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_a_layer_that_is_dropped_at_times_changes_on_average_what_it_does_in_evaluation(scan):
+def test_a_layer_is_skipped_for_some_utterances_and_the_same_for_the_others(scan):
     settings = {**SMALL, "num_layers": 1, "dropout": 0.0, "layer_drop": 0.4, "scan": scan}
     encoder = models.make_encoder(**models.settings("conformer", "tiny", **settings))
     inputs = jnp.asarray(np.random.default_rng(0).standard_normal((400, 8, 40)), jnp.float32)
     inputs, lengths = jnp.broadcast_to(inputs[:1], inputs.shape), jnp.full(400, 8)
     params = jax.jit(encoder.init, static_argnums=3)(jax.random.key(0), inputs, lengths, True)
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
     run = lambda train: encoder.apply(
         params, inputs, lengths, not train, True, rngs={"dropout": jax.random.key(1)}
     )[0]
     whole, dropped = jax.jit(run, static_argnums=0)(False), jax.jit(run, static_argnums=0)(True)
-    change = dropped[:, :, 1] - dropped[:, :, 0]
-    skipped = jnp.abs(change).max((1, 2)) == 0
+    skipped = jnp.abs(dropped[:, :, 1] - dropped[:, :, 0]).max((1, 2)) == 0
     assert 0.3 < skipped.mean() < 0.5
-    expected = whole[0, :, 1] - whole[0, :, 0]
-    np.testing.assert_allclose(change[~skipped][0], expected / 0.6, atol=1e-5)
+    np.testing.assert_allclose(dropped[~skipped], whole[~skipped], atol=1e-5)
 
 
 def test_layers_are_dropped_more_often_towards_the_end():
     encoder = models.make_encoder(**models.settings("conformer", "tiny", layer_drop=0.4))
-
-    def shares(module):
-        return module._shares(jnp.zeros((4_000, 1, 1)))
-
-    found = nn.apply(shares, encoder)({}, rngs={"dropout": jax.random.key(0)})
-    np.testing.assert_allclose((found == 0).mean((1, 2, 3)), [0.1, 0.2, 0.3, 0.4], atol=0.03)
-    np.testing.assert_allclose(found.mean((1, 2, 3)), 1.0, atol=0.05)
+    found = nn.apply(lambda module: module._skips(4_000), encoder)(
+        {}, rngs={"dropout": jax.random.key(0)}
+    )
+    np.testing.assert_allclose(found.mean((1, 2, 3)), [0.1, 0.2, 0.3, 0.4], atol=0.03)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What an encoder listens to, and settings that it would not hear of (numbers: test_features)."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,3 +39,16 @@ def test_impossible_settings_are_named():
         mean = np.zeros(bands, np.float32)
         with pytest.raises(UserError, match=f"of {bands} bands"):
             FrontEnd("log_mel", LOG_MEL, normalize="global", mean=mean, std=mean + 1)
+
+
+def test_the_vocal_tract_is_stretched_in_training_alone():
+    rng = np.random.default_rng(0)
+    batch = {"audio": rng.integers(-9_000, 9_000, (2, 8_000)).astype(np.int16)}
+    batch["audio_length"] = np.array([8_000, 6_000], np.int32)
+    log_mel = {"sample_rate": 8_000, "mels": 20, "window_ms": 25.0, "hop_ms": 10.0}
+    plain, stretched = (FrontEnd("log_mel", log_mel, vocal_tract=limit) for limit in (0.0, 0.2))
+    expected = plain(batch)[0]
+    np.testing.assert_array_equal(stretched(batch)[0], expected)
+    one, other = (stretched(batch, jax.random.key(seed))[0] for seed in range(2))
+    assert np.abs(one - expected).max() > 0.1
+    assert np.abs(one - other).max() > 0.1

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from speech_jax import models
+from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.ops import augment, ctc
 from speech_jax.tasks import recognize
@@ -17,13 +18,29 @@ ROWS = 4
 MASKS = augment.POLICIES["switchboard_mild"] | {"time_width": 30, "time_fraction": 0.5}
 
 
-def make_task(masks=None, scan=False, **settings):
+class Alike(FrontEnd):
+    """Says that its views differ, and they do not."""
+
+    varies = True
+
+
+class Halved(FrontEnd):
+    """Its second view is half as loud, which is no chance."""
+
+    varies = True
+
+    def __call__(self, batch, rng=None, step=0, views=1):
+        inputs, lengths = super().__call__(batch, rng, step, views)
+        return (inputs.at[1::2].multiply(0.5) if views == 2 else inputs), lengths
+
+
+def make_task(masks=None, scan=False, front=FrontEnd, **settings):
     small = {"width": 16, "num_layers": 2, "heads": 2, "kernel": 5, "dropout": 0.0, "scan": scan}
     encoder = models.make_encoder(
         **models.settings("conformer", "tiny", **small, subsampling_kind="time")
     )
     log_mel = {"sample_rate": 8_000, "mels": 20, "window_ms": 25.0, "hop_ms": 10.0}
-    front = FrontEnd("log_mel", log_mel, "utterance", spec_augment=masks)
+    front = front("log_mel", log_mel, "utterance", spec_augment=masks)
     return recognize.Recognize(encoder, front, {"labels": 6}, **settings)
 
 
@@ -74,7 +91,10 @@ def test_the_middle_layer_has_its_part_of_the_loss(scan, batch, params):
 
 
 def test_views_that_are_alike_are_one(batch, params):
-    both, one = make_task(consistency=0.2), make_task()
+    both, one = (
+        make_task(MASKS | {"time_width": 0, "frequency_width": 0}, consistency=0.2),
+        make_task(),
+    )
     found, expected = (loss(task, params, batch, step=5_000)[:2] for task in (both, one))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -112,7 +132,8 @@ def test_inconsistency_is_both_divergences_and_pulls_one_to_the_other():
 
 def test_views_are_accumulated_and_attacked(batch, params):
     """Micro-batches add up, and with an adversary that can do nothing, nothing changes."""
-    task = make_task(consistency=0.2, inter_ctc=0.3)
+    task = make_task(front=Halved, consistency=0.2, inter_ctc=0.3)
+    assert not np.isclose(*(loss(one, params, batch, 900)[0] for one in (task, make_task())))
     adversary = adversarial.Adversary(method="fgsm", space="features", epsilon=1e-9)
     plain = step.gradients(task)
     both = step.accumulate(adversarial.gradients(task, adversary), 2)
@@ -121,3 +142,25 @@ def test_views_are_accumulated_and_attacked(batch, params):
     assert total.sum == pytest.approx(float(wanted.sum), rel=1e-4)
     assert total.weight == wanted.weight
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), ours, expected)
+
+
+def test_rows_that_do_not_fit_are_not_compared(batch, params):
+    task = make_task(front=Halved, consistency=0.2)
+    short = batch | {"audio_length": jnp.full(ROWS, 400)}  # a frame or two for five labels
+    value, tokens, _ = loss(task, params, short, step=5_000)
+    assert (value, tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"consistency": 0.2}, "without masks and dropout they are the same"),
+        ({"inter_ctc": 0.3, "layers": 1}, "num_layers to 2 or more"),
+        ({"inter_ctc": 0.3, "encoder": "deepspeech"}, "more behind its last layer"),
+    ],
+)
+def test_what_can_do_nothing_is_refused(changes, said):
+    name, layers = changes.pop("encoder", "conformer"), changes.pop("layers", 2)
+    encoder = models.make_encoder(**models.settings(name, "tiny", num_layers=layers, dropout=0.0))
+    with pytest.raises(UserError, match=said):
+        recognize.Recognize(encoder, make_task().frontend, {"labels": 6}, **changes)

@@ -144,8 +144,9 @@ class Plan:
       shuffle: random order within and across buckets; otherwise by length.
       speeds: the speed factors that an utterance draws from, another one in each epoch.
       stretched: the dimensions that get shorter with the speed.
-      short_first: so many epochs at first have their batches by length, not in random order
-        (Amodei et al. 2016): alignments of short utterances are learned sooner.
+      short_first: in so many epochs at first, batches come in order of their buckets, the shortest
+        ones first, and not in random order (Amodei et al. 2016): alignments of short utterances are
+        learned sooner.
     """
 
     lengths: Lengths

@@ -33,7 +33,8 @@ class Conformer(nn.Module):
       dropout: on every residual branch and on attention weights; attention_dropout: on these alone,
         in its place. With 0.0, attention is one kernel on GPUs (ops/attention.py).
       layer_drop: probability that the last layer is skipped for an utterance in training; that of
-        the others falls to 0 at the input (stochastic depth, Huang et al. 2016).
+        the others falls to 0 at the input (stochastic depth, Huang et al. 2016). What is not
+        skipped is as in evaluation, for each layer ends in a norm.
       adapter: hidden units of the adapter behind each layer (layers.Adapter); 0: none.
       scan: compile one layer and loop over it (fast to compile), or unroll (faster to run on CPU).
       remat: recompute each layer's activations in the backward pass.
@@ -96,16 +97,16 @@ class Conformer(nn.Module):
         )(inputs, lengths)
         mask = masking.length_mask(lengths, x.shape[1])
         # One draw for all layers: drawing in every dropout would take most of the compile time.
-        seeds, shares = [None] * (self.num_layers + 1), [None] * self.num_layers
+        seeds, skips = [None] * (self.num_layers + 1), [None] * self.num_layers
         if not deterministic:
             seeds = jax.random.bits(self.make_rng("dropout"), (len(seeds), 2), jnp.uint32)
             if self.layer_drop:
-                shares = self._shares(x)
+                skips = self._skips(len(x))
         x = layers.dropout(x, self.dropout, seeds[-1])
         block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
         if self.scan:
             one = block(**self.block_settings(), name="layers")
-            own = [None if of[0] is None else of for of in (seeds[:-1], (None,), shares)]
+            own = [None if of[0] is None else of for of in (seeds[:-1], skips)]
             first = x
             x, each = layers.scan_layers(one, self.num_layers, layers_too, x, mask, *own)
             each = [first, *each] if layers_too else []
@@ -113,23 +114,18 @@ class Conformer(nn.Module):
             each = [x]
             for layer in range(self.num_layers):
                 one = block(**self.block_settings(), name=f"layer_{layer}")
-                x, _ = one(x, mask, seeds[layer], share=shares[layer])
+                x, _ = one(x, mask, seeds[layer], skips[layer])
                 each.append(x)
         if layers_too:
             x, mask = jnp.stack(each, axis=2), mask[:, :, None]  # [B, T', L + 1, D]
         return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype)), lengths
 
-    def _shares(self, x: jax.Array) -> jax.Array:
-        """How much of each layer's change counts for each row, [num_layers, B, 1, 1].
-
-        It is nothing for a row that skips the layer, and more than all for the others, so that on
-        average a layer changes in training what it changes in evaluation.
-        """
-        keep = 1 - self.layer_drop * np.arange(1, self.num_layers + 1) / self.num_layers
-        keep = jnp.asarray(keep, jnp.float32).reshape(-1, 1, 1, 1)
-        shape = (self.num_layers, x.shape[0], 1, 1)
-        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
-        return (kept.astype(jnp.float32) / keep).astype(x.dtype)
+    def _skips(self, rows: int) -> jax.Array:
+        """Which rows skip which layers, bool [num_layers, B, 1, 1]."""
+        odds = self.layer_drop * np.arange(1, self.num_layers + 1) / self.num_layers
+        odds = jnp.asarray(odds, jnp.float32).reshape(-1, 1, 1, 1)
+        shape = (self.num_layers, rows, 1, 1)
+        return jax.random.bernoulli(self.make_rng("dropout"), odds, shape)
 
     def block_settings(self) -> dict[str, Any]:
         """The attributes of a layer."""
@@ -145,8 +141,8 @@ class Block(nn.Module):
     """Half feed-forward, attention, convolution, half feed-forward, norm.
 
     `feed_forward` counts hidden units; `conv_bias` and `conv_momentum` are the convolution module's
-    use_bias and momentum. `skip`, a bool or None, leaves the layer out; `share` [B, 1, 1] is what
-    its change is multiplied by.
+    use_bias and momentum. Where `skip` is True, the layer is left out: a bool of all rows or
+    [B, 1, 1], or None.
     """
 
     heads: int
@@ -168,7 +164,6 @@ class Block(nn.Module):
         mask: jax.Array,
         seed: jax.Array | None,
         skip: jax.Array | None = None,
-        share: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         common = {"dropout": self.dropout, "dtype": self.dtype}
         half = jnp.asarray(0.5, self.dtype)
@@ -197,8 +192,6 @@ class Block(nn.Module):
             x = layers.Adapter(self.adapter, self.dtype, name="adapter")(x)
         if skip is not None:
             x = jnp.where(skip, residual, x)
-        if share is not None:
-            x = residual + share * (x - residual)
         return partition.split_rows(x), None
 
 

@@ -24,8 +24,8 @@ class FrontEnd:
       spec_augment: keyword arguments of ops.augment.spec_augment; None turns it off.
       spec_augment_start: the first step that is augmented.
       spec_augment_ramp: steps from there on over which the masks grow to their widths.
-      vocal_tract: the largest factor less one by which the frequencies of an utterance are
-        stretched in training (augment.vocal_tract); 0.0 turns it off.
+      vocal_tract: v, for frequencies that are stretched in training by a factor between 1 - v and
+        1 + v, drawn for each utterance (augment.vocal_tract); 0.0 turns it off.
     """
 
     listens: str
@@ -54,6 +54,13 @@ class FrontEnd:
                 f"features.json has the mean of {len(self.mean)} bands, and "
                 f"config.features.mels={self.log_mel['mels']}: they must be of the same features"
             )
+
+    @property
+    def varies(self) -> bool:
+        """Whether two views of an utterance may differ in training."""
+        hides = self.spec_augment or {}
+        names = "time_masks", "frequency_masks"
+        return self.listens == "log_mel" and any(hides.get(name) for name in names)
 
     def lengths(self, samples: int | np.ndarray | jax.Array) -> int | np.ndarray | jax.Array:
         """Frames (or samples, for an encoder of waveforms) that come out for `samples`."""

@@ -1,8 +1,8 @@
 """Augmentation in the step.
 
 SpecAugment (Park et al. 2019, 2020): masks and a warp on normalized features. Mixup (Zhang et al.
-2018): two utterances at once, as which MixSpeech (Meng et al. 2021) has it for recognition. Vocal
-tract length perturbation (Jaitly and Hinton 2013): the same words by another speaker.
+2018): two utterances at once, for recognition as in MixSpeech (Meng et al. 2021). Vocal tract
+length perturbation (Jaitly and Hinton 2013): the same words by another speaker.
 """
 
 from collections.abc import Mapping
@@ -138,8 +138,8 @@ def vocal_tract(
     """Stretches the frequencies of each utterance by a factor of its own, as another speaker would.
 
     Vocal tract length perturbation (Jaitly and Hinton 2013): a factor drawn from [1 - limit,
-    1 + limit] up to 4,800 Hz, and from there on a line to the highest frequency. What a band gets
-    lies between two bands, so it is interpolated.
+    1 + limit] up to 4,800 Hz, or 0.6 of the highest frequency where that is less, and from there on
+    a line to the highest one. What a band gets lies between two bands, so it is interpolated.
 
     Args:
       log_mel: float32 [B, F, mels], before normalization; the rest is that of features.log_mel.

@@ -11,9 +11,10 @@ import numpy as np
 
 from speech_jax.decoding.ctc import greedy
 from speech_jax.decoding.decoder import Decoder
+from speech_jax.errors import UserError
 from speech_jax.evaluators.errors import Errors
 from speech_jax.models.frontend import FrontEnd
-from speech_jax.ops import augment, masking
+from speech_jax.ops import augment, ctc, masking
 from speech_jax.rules import Rules, within
 from speech_jax.tasks import Batch, Pytree, hearing
 
@@ -52,7 +53,7 @@ class CTCModel(nn.Module):
 
 
 def _viewed(batch: Batch, views: int) -> Batch:
-    """What is said in `views` views of each row, one behind the other, and a part of its weight."""
+    """The transcript of each row, repeated for each of its views; they share its weight."""
     said = {name: batch[name] for name in ("labels", "labels_length", "weight")}
     said["weight"] = said["weight"] / views
     return jax.tree.map(lambda x: jnp.repeat(x, views, axis=0), said)
@@ -61,8 +62,8 @@ def _viewed(batch: Batch, views: int) -> Batch:
 def inconsistency(logits: jax.Array, lengths: jax.Array, weight: jax.Array) -> jax.Array:
     """How far the distributions over labels of two views of each row are apart, in nats.
 
-    It is the mean of both Kullback-Leibler divergences, summed over frames, of which each pulls one
-    view towards the other as it is (Yao et al. 2024, equation 6).
+    It is the mean of the two Kullback-Leibler divergences, summed over frames. Each of them moves
+    one view towards the other, which it does not move (Yao et al. 2024, equation 6).
 
     Args:
       logits: float32 [2 B, T', K], the views of a row one behind the other.
@@ -84,8 +85,8 @@ class Recognize:
       mixup: the share of the training utterances that are mixed with another one (augment.mixup).
       inter_ctc: the weight of the loss of the middle layer's logits, by the same head; the last
         layer's loss has the rest (intermediate CTC, Lee and Watanabe 2021).
-      consistency: the weight of the consistency between two readings of an utterance under masks
-        of their own (CR-CTC, Yao et al. 2024); the loss is the mean of theirs. 0: one reading.
+      consistency: the weight of the consistency between two views of an utterance under masks of
+        their own (CR-CTC, Yao et al. 2024); the loss is the mean of theirs. 0: one view.
       consistency_warmup: updates over which that weight rises from 0.
     """
 
@@ -101,6 +102,25 @@ class Recognize:
     parts: ClassVar = {"audio": "audio", "labels": "transcript"}
     along: ClassVar = "samples"
     best: ClassVar = ("wer", "min")
+
+    def __post_init__(self) -> None:
+        if self.inter_ctc and getattr(self.encoder, "above", ""):
+            raise UserError(
+                f"config.task.inter_ctc={self.inter_ctc:g} reads a layer in the middle as it reads "
+                "the last one, and this encoder has more behind its last layer: set it to 0, or "
+                "take a conformer"
+            )
+        if self.inter_ctc and self.encoder.num_layers < 2:
+            raise UserError(
+                f"config.task.inter_ctc={self.inter_ctc:g} needs a layer in the middle: set "
+                "config.model.num_layers to 2 or more"
+            )
+        if self.consistency and not (self.frontend.varies or getattr(self.encoder, "dropout", 0)):
+            raise UserError(
+                f"config.task.consistency={self.consistency:g} compares two views of an utterance, "
+                "and without masks and dropout they are the same: set config.spec_augment, or "
+                "config.model.dropout"
+            )
 
     @property
     def rules(self) -> Rules:
@@ -173,7 +193,8 @@ class Recognize:
             total += share * nats
         if views > 1:
             rise = jnp.minimum(1.0, step / max(1, self.consistency_warmup))
-            nats = inconsistency(logits, lengths, batch["weight"])
+            fits = ctc.ctc_feasible(lengths[::views], batch["labels"], batch["labels_length"])
+            nats = inconsistency(logits, lengths, jnp.where(fits, batch["weight"], 0.0))
             total += self.consistency * rise * nats
         return total, tokens, {"state": state, "sums": {"infeasible": infeasible}}
 
