@@ -91,10 +91,7 @@ def test_the_middle_layer_has_its_part_of_the_loss(scan, batch, params):
 
 
 def test_views_that_are_alike_are_one(batch, params):
-    both, one = (
-        make_task(MASKS | {"time_width": 0, "frequency_width": 0}, consistency=0.2),
-        make_task(),
-    )
+    both, one = make_task(front=Alike, consistency=0.2), make_task()
     found, expected = (loss(task, params, batch, step=5_000)[:2] for task in (both, one))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
