@@ -1,15 +1,15 @@
 """What makes fewer errors from few hours, at equal minutes: a table, a training a row and seed.
 
   python -m benchmarks.fewer --root=DATA/LibriSpeech --out=FOLDER --minutes=25 \\
-      [--seeds=2] [--only=ROW,ROW] [--json=FILE] [--list] [-- --config.KEY=VALUE ...]
+      [--seeds=2] [--only=ROW,ROW] [--json=FILE] [--list]
 
 Each row is configs/librispeech.py with the changes of ROWS, trained on train-clean-5 and evaluated
-on dev-clean-5: as the recipe searches (greedily, but for an attention decoder), and, on the half
-that its weights are not tuned on, greedily and with n-grams of the training transcripts (of an
-attention decoder or a transducer, its CTC both times). Further flags go to all trainings.
+on dev-clean-5, by the best of its six checkpoints there: as the recipe searches (greedily, but for
+an attention decoder), and, on the half that its weights are not tuned on, greedily and with n-grams
+of the training transcripts (of an attention decoder, its CTC both times).
 
-Equal minutes: an update of a row and one of the baseline take turns on the same utterances, and the
-row gets --minutes over its time for an update. FOLDER/rates.json keeps these times, as if the
+Equal minutes: updates of a row and of the baseline take turns, one of each batch shape, and the row
+gets --minutes over its mean time for an update. FOLDER/rates.json keeps these times, as if the
 baseline made --rate updates a second (0: as fast as it was when its row was measured): work beside
 the trainings changes neither what they compute nor how long they are. Compilation, evaluations and
 waits for data come on top.
@@ -18,7 +18,9 @@ What FOLDER holds already is read, so that the same command goes on where it was
 """
 
 import argparse
+import collections
 import contextlib
+import functools
 import json
 import pathlib
 import subprocess
@@ -112,7 +114,6 @@ ROWS: dict[str, Mapping[str, Any]] = {
     **{f"time+{name}": CHEAP | changes for name, changes in IDEAS_OF_CTC.items()},
     **{f"transduce+{name}": changes for name, changes in IDEAS.items()},
 }
-# The task of a row, where it is not CTC: the first word of its name.
 TASKS = ("attend", "transduce")
 
 
@@ -129,10 +130,7 @@ def run() -> None:
     parser.add_argument("--only", default=",".join(ROWS), help="names of rows, joined by commas")
     parser.add_argument("--json", help="a file for the table")
     parser.add_argument("--list", action="store_true", help="say the rows and their flags, no more")
-    own = sys.argv[1:]
-    place = own.index("--") if "--" in own else len(own)
-    asked = parser.parse_args(own[:place])
-    asked.flags = own[place + 1 :]
+    asked = parser.parse_args()
     names = asked.only.split(",")
     if unknown := [name for name in names if name not in ROWS]:
         sys.exit(f"error: unknown row {unknown[0]!r}; known: {', '.join(ROWS)}")
@@ -169,9 +167,14 @@ def _trained(asked: argparse.Namespace, name: str, seed: int) -> dict[str, float
             "seed": seed, "train.steps": steps, "train.eval_every": every,
             "checkpoint.every": every, **ROWS[name],
         }  # fmt: skip
-        _command(name, workdir, *_flags(changes), *asked.flags)
+        _command(name, workdir, *_flags(changes))
     found = files.read_json(results)
     scores, training = found["splits"][DEV], found["training"]
+    if training["steps"] != steps:
+        sys.exit(
+            f"error: {workdir} has {training['steps']} updates, and {steps} are asked for: take "
+            "the --minutes and --rate of before, or another --out"
+        )
     row = {
         "M parameters": training["parameters"] / 1e6,
         "updates": training["steps"],
@@ -195,24 +198,31 @@ def _with_transcripts(
         order = "4" if pieces else "6"
         build = [sys.executable, "-m", "speech_jax.decoding.lm", "build", text, grams]
         subprocess.run([*build, "--order", order, "--model", workdir], check=True)
-        decoder = {"decoder.name": "beam", "decoder.lm": grams, "decoder.width": 16}
+        search = "transducer_beam" if _task(name) == "transduce" else "beam"
+        decoder = {"decoder.name": search, "decoder.lm": grams, "decoder.width": 8}
         flags = _flags({"data.root": asked.root, "data.eval_splits": DEV, **decoder})
         output = _command(name, workdir, "--mode=tune", *flags, quiet=True)
         files.write_atomically(said, output)
     found = {}
     for line in said.read_text().splitlines():
         kind, _, figures = line.strip().partition(": ")
-        if kind in ("greedy", "tuned"):
+        if kind in ("greedy", "transducer", "tuned"):
             words = figures.replace(",", " ").split()
             for measure in ("WER", "CER"):
-                label = f"{measure}, half" if kind == "greedy" else f"{measure}, half, LM"
+                label = f"{measure}, half, LM" if kind == "tuned" else f"{measure}, half"
                 found[label] = float(words[words.index(measure) + 1].rstrip("%"))
     return found
 
 
+def _task(name: str) -> str:
+    """The task of a row, where it is not CTC: the first word of its name."""
+    first = name.partition("+")[0].partition("_")[0]
+    return first if first in TASKS else ""
+
+
 def _recipe(name: str) -> str:
-    task = name.partition("+")[0].partition("_")[0]
-    return f"conformer_tiny+{task}" if task in TASKS else "conformer_tiny"
+    task = _task(name)
+    return f"conformer_tiny+{task}" if task else "conformer_tiny"
 
 
 def _command(name: str, workdir: pathlib.Path, *flags: str, quiet: bool = False) -> str:
@@ -246,14 +256,22 @@ def _seconds(asked: argparse.Namespace, name: str) -> float:
 
 
 def _update_times(asked: argparse.Namespace, rows: Mapping[str, Mapping]) -> dict[str, float]:
-    """Median seconds of an update of each, taken in turns."""
+    """Mean seconds of an update of each, over the batches of an epoch; taken in turns."""
     main.keep_memory()  # as trainings do
-    updates = {name: _updates(asked, name, changes) for name, changes in rows.items()}
-    return table.interleaved_medians(updates, repeats=UPDATES, warmup=2)
+    updates, counts = {}, {}
+    for name, changes in rows.items():
+        for shape, (count, update) in enumerate(_updates(asked, name, changes)):
+            updates[name, shape], counts[name, shape] = update, count
+    medians = table.interleaved_medians(updates, repeats=UPDATES, warmup=2)
+    of = lambda name: [key for key in counts if key[0] == name]
+    total = lambda name: sum(counts[key] * medians[key] for key in of(name))
+    return {name: total(name) / sum(counts[key] for key in of(name)) for name in rows}
 
 
-def _updates(asked: argparse.Namespace, name: str, changes: Mapping) -> Callable[[], None]:
-    """A function that makes an update, of the longest of the row's batches."""
+def _updates(
+    asked: argparse.Namespace, name: str, changes: Mapping
+) -> Iterator[tuple[int, Callable[[], None]]]:
+    """For each batch shape of a row, how many an epoch has, and a function that makes an update."""
     config = librispeech.get_config(_recipe(name))
     data = {"data.root": asked.root, "data.train_splits": TRAIN}
     config.update_from_flattened_dict({**data, **changes})
@@ -262,19 +280,22 @@ def _updates(asked: argparse.Namespace, name: str, changes: Mapping) -> Callable
     task = experiment.make_task(config, parts)
     corpus = experiment.training_corpus(config, source, parts, task)
     plan = experiment.training_plan(config, corpus, task, mesh)
+    counts = collections.Counter(planned.bucket for planned in plan.epoch(0))
     setup = make_setup(config, task, corpus.fields, mesh, plan.buckets[-1])
-    programs = setup.compile(plan.buckets[-1:])
+    programs, state = setup.compile(list(counts)), setup.fresh_state()
+    found = {}
     with contextlib.closing(experiment.training_batches(config, corpus, plan, 0)) as batches:
-        longest = signature(setup.batch(plan.buckets[-1]))
-        batch = next(batch for batch in batches if signature(batch) == longest)
-    batch, state = sharding.put_batch(batch, mesh), setup.fresh_state()
+        while len(found) < len(counts):
+            batch = next(batches)
+            found.setdefault(signature(batch), sharding.put_batch(batch, mesh))
 
-    def update() -> None:
+    def update(batch: Any) -> None:
         nonlocal state
         state, sums, _ = programs.at(1, signature(batch)).run(state, batch)
         jax.block_until_ready(sums)
 
-    return update
+    for bucket, count in counts.items():
+        yield count, functools.partial(update, found[signature(setup.batch(bucket))])
 
 
 def _table(rows: list[dict]) -> Iterator[dict]:
@@ -286,7 +307,9 @@ def _table(rows: list[dict]) -> Iterator[dict]:
             values = [row[key] for row in same]
             spread = (max(values) - min(values)) / 2
             rate = key.startswith(("WER", "CER"))
-            line[key] = f"{mean(values):.1f} +- {spread:.1f}" if rate else mean(values)
+            line[key] = mean(values)
+            if rate and len(values) > 1:
+                line[key] = f"{mean(values):.1f} +- {spread:.1f}"
         yield {key: line[key] for key in ("row", "seeds", *same[0]) if key in line}
 
 
