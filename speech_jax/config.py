@@ -397,14 +397,10 @@ def check(config: ConfigDict) -> None:
     changed = _changed(config)
     listens = models.listens(config.model.name)
     of_log_mel = config.task.name == "best_rq" or config.task.get("mel", False)
+    augments = getattr(tasks.constructor(config.task.name), "augments", True)
     # A recipe for several encoders may say more than one of them heeds.
-    for name, cure in frontend.unused(listens, changed, log_mel_targets=of_log_mel).items():
-        logging.warning(
-            "config.%s=%r does nothing, for the encoder listens to the waveform: %s",
-            name,
-            changed[name],
-            cure,
-        )
+    for name, why in frontend.unused(listens, changed, of_log_mel, augments).items():
+        logging.warning("config.%s=%r does nothing, %s", name, changed[name], why)
     Settings.of(config.decoder).check_files()
 
 

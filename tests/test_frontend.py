@@ -26,6 +26,8 @@ def test_settings_that_do_nothing_are_found(name, cure):
     assert list(unused("waveform", changed)) == [name]
     assert cure in unused("waveform", changed)[name]
     assert not unused("log_mel", changed)
+    hidden = unused("log_mel", changed, augments=False)
+    assert list(hidden) == [name for name in changed if name.startswith("spec_augment.")]
     # BEST-RQ makes its targets of log-mel.
     assert "features.mels" not in unused("waveform", changed, log_mel_targets=True)
 

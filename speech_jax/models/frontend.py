@@ -127,7 +127,10 @@ def _viewed(inputs: jax.Array, lengths: jax.Array, views: int) -> tuple[jax.Arra
 
 
 def unused(
-    listens: str, changed: Mapping[str, Any], log_mel_targets: bool = False
+    listens: str,
+    changed: Mapping[str, Any],
+    log_mel_targets: bool = False,
+    augments: bool = True,
 ) -> dict[str, str]:
     """Settings of `features` and `spec_augment` that do nothing, each with what does it instead.
 
@@ -135,12 +138,18 @@ def unused(
       listens: as of FrontEnd.
       changed: the settings that somebody chose, by name: {"spec_augment.time_masks": 2}.
       log_mel_targets: whether the task computes log-mel whatever the encoder listens to (BEST-RQ).
+      augments: whether the task changes its inputs in training.
     """
-    found = {}
-    for name in changed if listens == "waveform" else ():
+    found, of_waveform = {}, "for the encoder listens to the waveform: "
+    for name in changed:
         section, _, key = name.partition(".")
-        if section == "spec_augment":
-            found[name] = "mask with config.model.mask_time and mask_channel"
-        elif section == "features" and key != "normalize" and not log_mel_targets:
-            found[name] = "leave it out"
+        if section == "spec_augment" and not augments:
+            found[name] = "for this task hides what it predicts by itself: leave it out"
+        elif listens == "waveform" and section == "spec_augment":
+            masks = "mask with config.model.mask_time and mask_channel"
+            found[name] = of_waveform + ("leave it out" if key == "vocal_tract" else masks)
+        elif (listens, section) != ("waveform", "features") or key == "normalize":
+            continue
+        elif not log_mel_targets:
+            found[name] = of_waveform + "leave it out"
     return found

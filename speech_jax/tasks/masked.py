@@ -29,6 +29,7 @@ class MaskedTask:
 
     parts: ClassVar = {"audio": "crop"}
     along: ClassVar = "samples"
+    augments: ClassVar = False
     best: ClassVar = ("error_rate", "min")
 
     encoder: nn.Module

@@ -41,6 +41,7 @@ class NextSample:
 
     parts: ClassVar = {"audio": "crop"}
     along: ClassVar = "samples"
+    augments: ClassVar = False
     best: ClassVar = ("bits_per_sample", "min")
 
     def __post_init__(self) -> None:
