@@ -39,13 +39,13 @@ from speech_jax import models, registry, tasks
 
 # Encoder, variant, what is changed of it, and the highest learning rate.
 MODELS = {
-    "conformer_tiny": ("conformer", "tiny", {}, 2e-3),
+    "conformer_tiny": ("conformer", "tiny", {}, 1e-3),
     "conformer_s": ("conformer", "s", {}, 2e-3),
     "conformer_m": ("conformer", "m", {}, 1.5e-3),
     "conformer_l": ("conformer", "l", {}, 1e-3),
-    "deepspeech_tiny": ("deepspeech", "tiny", {}, 2e-3),
+    "deepspeech_tiny": ("deepspeech", "tiny", {}, 1e-3),
     "deepspeech": ("deepspeech", "ds2", {"subsampling": 4}, 5e-4),  # as few frames as pieces need
-    "wavenet_tiny": ("wavenet", "tiny", {}, 2e-3),
+    "wavenet_tiny": ("wavenet", "tiny", {}, 1e-3),
     "wavenet": ("wavenet", "large", {}, 1e-3),
 }
 # Settings of the task, and of what it decodes with.
@@ -57,7 +57,7 @@ TASKS = {
 }
 
 
-def get_config(model: str = "conformer_tiny"):
+def get_config(model: str = "conformer_tiny+transduce"):
     config = defaults.default()
     name = defaults.choose_task(config, model, TASKS)
     encoder, variant, changes, peak = registry.lookup("model of this recipe", MODELS, name)
@@ -84,9 +84,11 @@ def _for_two_cores(config):
     config.data.eval_buckets = 2
     config.text.tokenizer = "characters"
     config.model.dtype = "float32"
-    config.schedule = {"name": "cosine", "peak": 1e-3, "warmup": 800}
+    config.schedule = {"name": "cosine", "peak": config.schedule.peak, "warmup": 800}
     config.spec_augment.update({"frequency_masks": 1, "time_masks": 1})
-    if config.task.name == "attend":  # after a few hours a decoder by itself ends texts too soon
+    config.train.update({"steps": 12_000, "eval_every": 1_000, "ema_decay": 0.0})
+    config.checkpoint.every = 1_000
+    if config.task.name == "attend":
+        config.train.steps = 9_000  # whose updates take longer
+        # After a few hours a decoder by itself ends texts too soon.
         config.decoder.ctc_weight = 0.7
-    config.train.update({"steps": 9_000, "eval_every": 750, "ema_decay": 0.0})
-    config.checkpoint.every = 750

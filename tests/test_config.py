@@ -20,6 +20,7 @@ RECIPES = {
     "spoken_digits_tdt": ("spoken_digits", ["conformer+tdt"]),
     "librispeech": ("librispeech", ["conformer_s"]),
     "librispeech_conformer_tiny": ("librispeech", ["conformer_tiny"]),
+    "librispeech_without_argument": ("librispeech", []),
     "librispeech_conformer_l": ("librispeech", ["conformer_l"]),
     "librispeech_deepspeech": ("librispeech", ["deepspeech"]),
     "librispeech_wavenet_tiny": ("librispeech", ["wavenet_tiny"]),
