@@ -16,6 +16,7 @@ from speech_jax.bundle import start
 from speech_jax.config import split_names
 from speech_jax.evaluators import compare
 from speech_jax.evaluators.loop import Evaluation, measure
+from speech_jax.ops.augment import CHANGES
 from speech_jax.training import groups, peft, sharding
 from speech_jax.workdir import Workdir
 
@@ -131,7 +132,7 @@ def head_alone(config: ConfigDict) -> ConfigDict | None:
             alone.model.adapter = adapter
             alone.optimizer.frozen = ((peft.ADDED, groups.FOREVER),) * bool(adapter) + (_ENCODER,)
         alone.data.update({"cache_hidden": True, "speeds": (1.0,), "noise_root": ""})
-        for name in ("time_masks", "frequency_masks", "time_warp", "vocal_tract"):
+        for name in CHANGES:
             alone.spec_augment[name] *= 0
         alone.adversarial.method = "none"
         alone.lora.rank = 0

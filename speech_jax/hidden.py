@@ -32,6 +32,7 @@ from speech_jax.data.sources import Source, Utterance, default_cache
 from speech_jax.errors import UserError
 from speech_jax.evaluators import Row
 from speech_jax.evaluators.loop import Evaluation
+from speech_jax.ops.augment import CHANGES
 from speech_jax.tasks import Pytree, Task
 from speech_jax.training import groups, sharding
 
@@ -133,8 +134,7 @@ def replace_audio(
 
 def check(config: ConfigDict) -> None:
     """Raises UserError where the input of the encoder is to be changed at random."""
-    names = ("time_masks", "frequency_masks", "time_warp", "vocal_tract")
-    masks = any(config.spec_augment[name] for name in names)
+    masks = any(config.spec_augment[name] for name in CHANGES)
     random = {
         "config.data.noise_root": config.data.noise_root,
         "config.data.speeds": tuple(config.data.speeds) != (1.0,),

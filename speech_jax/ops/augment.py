@@ -14,6 +14,9 @@ import numpy as np
 from speech_jax.ops import features as feature_ops
 from speech_jax.ops import masking
 
+# The settings of config.spec_augment that change inputs; where all of them are 0, nothing does.
+CHANGES = ("time_masks", "frequency_masks", "time_warp", "vocal_tract")
+
 # LB, LD, SM, SS of Park et al. 2019, table 1; the Conformer's of Gulati et al. 2020.
 POLICIES = {
     "librispeech_basic": {
