@@ -53,7 +53,8 @@ WIDE = TIME | {"model.width": 192, "model.num_layers": 6, "model.subsampling_cha
 
 # On the transducer.
 IDEAS: dict[str, Mapping[str, Any]] = {
-    "context": {"task.context": 6},
+    "context_3": {"task.context": 3},
+    "context_6": {"task.context": 6},
     "recurrent": {"task.predictor": "recurrent"},
     "b2": {"optimizer.b2": 0.999},
     "peak": {"schedule.peak": 2e-3},
