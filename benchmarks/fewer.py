@@ -59,6 +59,7 @@ IDEAS: dict[str, Mapping[str, Any]] = {
     "b2": {"optimizer.b2": 0.999},
     "peak": {"schedule.peak": 2e-3},
     "no_dropout": {"model.dropout": 0.0},
+    "no_dropout+context_3": {"model.dropout": 0.0, "task.context": 3},
     "few_masks": {"spec_augment.frequency_width": 10, "spec_augment.time_fraction": 0.02},
     "batch": {"data.batch_seconds": 60.0, "schedule.peak": 2e-3},
     "speeds": {"data.speeds": (0.9, 1.0, 1.1)},
