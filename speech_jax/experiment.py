@@ -57,8 +57,10 @@ def open_splits(config: ConfigDict, names: str) -> sources.Source:
         root = data.root
         if is_manifest and not (root and (files.expand(root) / split).is_file()):
             file = files.expand(split).absolute()
-            if file.is_file():
-                root, split = str(file.parent), file.name
+            if not file.is_file():
+                below = f" below {root}, nor" if root else ""
+                raise sources.SourceError(f"there is no manifest {split}{below} at {file}")
+            root, split = str(file.parent), file.name
         source = sources.open_source(
             "manifest" if is_manifest else data.source,
             root=root,

@@ -13,12 +13,16 @@ Before: confidences are probabilities, and a language model helps, where the mod
 (--mode=tune of speech_jax.main, with config.decoder.lm). After: a first round is worth it where much
 more speech is unlabelled than labelled; the model that learns from it can label again.
 
-All that was heard is kept in OUT.heard. The same command goes on where it was and hears only files
-that are new or have changed; with another --confidence nothing is heard again. A manifest is found
-from the current folder, as OUT is, or below config.data.root.
+All that was heard is kept in OUT.heard, and OUT has of all of it what is sure enough: a command with
+other recordings adds theirs. Only files that are new or have changed are heard; with another
+--confidence nothing is heard again. In config.data.train_splits a manifest is a path below
+config.data.root, or else one from the current folder, as OUT is. To label again with a better model,
+name another OUT.
 """  # noqa: E501
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -85,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="a file, a folder or a pattern")
-    add("--model", required=True, help="a recognizer: a workdir or a saved model")
+    add(
+        "--model",
+        required=True,
+        help="a recognizer: a workdir, a saved model, an exported file or a folder of Hugging Face",
+    )
     add("--out", required=True, metavar="FILE", help="the manifest to write, such as heard.jsonl")
     add(
         "--confidence",
@@ -99,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=20.0,
         metavar="SECONDS",
-        help="longer recordings are kept as segments between pauses; default: 20, as "
+        help="longer recordings are kept as segments, cut at pauses and, where these are far "
+        "apart, between words; default: 20; a training leaves out what is longer than its "
         "config.data.max_seconds",
     )
     return parser
@@ -110,40 +119,70 @@ def _label(chosen: argparse.Namespace, inputs: list[recordings.Input], failures:
     from speech_jax.deploy.acoustic import open_acoustic
     from speech_jax.deploy.transcribe import Model
 
-    out = files.expand(chosen.out)
+    out = files.expand(chosen.out).absolute()
     with files.writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     acoustic = open_acoustic(chosen.model)
     model = Model(acoustic)
     by = {"model": _digest(acoustic, chosen.model), "longest": chosen.longest}
     by["decoder"] = _decoder(acoustic)
-    journal = Journal(out.with_name(f"{out.name}.heard"), by)
-    names = [os.path.realpath(one.file) for one in inputs]
-    stamps = {name: _stamp(name) for name in names}
-    known = lambda name: name in journal.heard and journal.heard[name].stamp == stamps[name]
-    new = [name for name in names if not known(name)]
-    with recordings.progress(len(new), "Listening") as (progress, _), journal:
-        found = model.transcribe_all(new, progress)
-        for name, transcription in zip(new, found, strict=True):
-            if isinstance(transcription, UserError):
-                recordings.fail(failures, str(transcription))
-            elif transcription.trouble:
-                recordings.fail(failures, f"{name}: {transcription.trouble}")
-            else:
-                labels = tuple(_labels(transcription, chosen.longest))
-                journal.add(Heard(name, stamps[name], transcription.seconds, labels))
-    heard = [journal.heard[name] for name in names if known(name)]
-    kept = [*_rows(heard, chosen.confidence)]
-    with files.writing(out):
+    stamps = {}
+    for one in inputs:
+        name = os.path.realpath(one.file)
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            recordings.fail(failures, f"{name!r}: its name is not UTF-8; rename the file")
+        else:
+            stamps[name] = _stamp(name)
+    with Journal(out.with_name(f"{out.name}.heard"), by) as journal:
+        _check(out, journal)
+        known = lambda name: name in journal.heard and journal.heard[name].stamp == stamps[name]
+        new = [name for name in stamps if not known(name)]
+        with recordings.progress(len(new), "Listening") as (progress, _):
+            found = model.transcribe_all(new, progress)
+            for name, transcription in zip(new, found, strict=True):
+                if isinstance(transcription, UserError):
+                    recordings.fail(failures, str(transcription))
+                elif transcription.trouble:
+                    recordings.fail(failures, f"{name}: {transcription.trouble}")
+                else:
+                    labels = tuple(_labels(transcription, chosen.longest))
+                    journal.add(Heard(name, stamps[name], transcription.seconds, labels))
+        heard = [one for one in journal.heard.values() if _stamp(one.file) == one.stamp]
+        kept = [*_rows(heard, chosen.confidence)]
         lines = [json.dumps(row, ensure_ascii=False) for row in kept]
-        files.write_atomically(out, "".join(f"{line}\n" for line in lines))
-    hours = sum(row["duration"] for row in kept) / 3600
-    whole = sum(one.seconds for one in heard) / 3600
-    parts = sum(len(one.labels) for one in heard)
-    recordings.say(
-        f"{out.absolute()}: {len(kept)} of {parts} parts with words, {hours:.2f} of {whole:.2f} "
-        "hours\n"
-    )
+        content = "".join(f"{line}\n" for line in lines).encode()
+        journal.writes(content)
+        with files.writing(out):
+            files.write_atomically(out, content)
+    recordings.say(f"{out}: {_summary(heard, kept)}\n")
+
+
+def _check(out: pathlib.Path, journal: "Journal") -> None:
+    """UserError where the manifest is not the journal's: it would be lost."""
+    if not out.exists():
+        return
+    with files.writing(out):
+        content = out.read_bytes()
+    if not journal.has_written(content):
+        raise UserError(
+            f"{out} is not as this command wrote it: move it away, or name another --out"
+        )
+
+
+def _summary(heard: list[Heard], kept: list[dict[str, Any]]) -> str:
+    sure = sorted(label.confidence for one in heard for label in one.labels)
+    minutes = sum(row["duration"] for row in kept) / 60
+    whole = sum(one.seconds for one in heard) / 60
+    said = f"kept {len(kept)} of {len(sure)} parts with words, {minutes:.1f} of {whole:.1f} minutes"
+    if sure and not kept:
+        middle = sure[len(sure) // 2]
+        said += (
+            f"; their confidences are {sure[0]:.2f} to {sure[-1]:.2f}, half of them above "
+            f"{middle:.2f}: lower --confidence"
+        )
+    return said
 
 
 def _stamp(name: str) -> tuple[int, int]:
@@ -231,49 +270,104 @@ def _rows(heard: list[Heard], least: float) -> Iterator[dict[str, Any]]:
 class Journal:
     """What was heard so far, by file: a line for each recording, written as it is heard.
 
+    While it is entered, no other command can be in it.
+
     Attributes:
       heard: by the path of the recording.
     """
 
     def __init__(self, path: pathlib.Path, by: dict[str, Any]):
-        """Reads the journal at `path`, if there is one; `by` says who hears, and how.
-
-        Raises:
-          UserError: another model, or another way of hearing, has written it.
-        """
+        """`by` says who hears, and how."""
         self.heard: dict[str, Heard] = {}
-        self._path, self._lines = path, None
-        if path.exists():
-            lines = path.read_text().splitlines()
-            if not lines or _parsed(lines[0]) != json.loads(json.dumps(by)):
-                raise UserError(
-                    f"{path} is what another model heard, or the same one when it had learned "
-                    "other things or decoded otherwise: name another --out, or delete it"
-                )
-            for line in map(_parsed, lines[1:]):
-                if line is None:  # the end of a command that was killed
-                    break
-                file, stamp, seconds, labels = line
-                labels = tuple(Label(*label) for label in labels)
-                self.heard[file] = Heard(file, tuple(stamp), seconds, labels)
-        whole = [by, *self.heard.values()]
-        with files.writing(path):
-            files.write_atomically(path, "".join(f"{json.dumps(one)}\n" for one in whole))
+        self._path, self._by, self._file = path, json.loads(json.dumps(by)), None
+        self._written: set[str] = set()  # digests of manifests
 
     def __enter__(self) -> "Journal":
+        """Reads what is there.
+
+        Raises:
+          UserError: another command has it, or another model, or another way of hearing, has
+            written it.
+        """
         with files.writing(self._path):
-            self._lines = self._path.open("a")
+            self._file = self._path.open("a+", encoding="utf-8", errors="replace")
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._lines.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with contextlib.suppress(OSError) if kind else files.writing(self._path):
+            self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another command writes {self._path}: wait for its end, or name another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        first, *rest = map(_parsed, content.split("\n"))
+        for line in rest:
+            if isinstance(line, dict):
+                self._written.add(str(line.get("wrote")))
+            elif one := _heard(line):  # else a command was killed while it wrote the line
+                self.heard[one.file] = one
+        if self.heard and first != self._by:
+            other = first if isinstance(first, dict) else {}
+            what = [key for key, value in self._by.items() if other.get(key) != value]
+            raise UserError(
+                f"{self._path} was heard with another {' and another '.join(what)}: name another "
+                "--out, or delete that file and the manifest beside it"
+            )
+        if not self.heard:
+            with files.writing(self._path):
+                self._file.truncate(0)
+            self._write(self._by, *({"wrote": digest} for digest in self._written))
+        elif not content.endswith("\n"):
+            self._file.write("\n")
+
+    def _write(self, *lines: Any) -> None:
+        with files.writing(self._path):
+            self._file.write("".join(f"{json.dumps(line)}\n" for line in lines))
+            self._file.flush()
 
     def add(self, heard: Heard) -> None:
         """Keeps a recording."""
-        with files.writing(self._path):
-            self._lines.write(f"{json.dumps(heard)}\n")
-            self._lines.flush()
+        self._write(heard)
         self.heard[heard.file] = heard
+
+    def writes(self, manifest: bytes) -> None:
+        """Keeps that this manifest is made of it."""
+        digest = hashlib.sha256(manifest).hexdigest()
+        if digest not in self._written:
+            self._write({"wrote": digest})
+
+    def has_written(self, manifest: bytes) -> bool:
+        """Whether a manifest was made of it."""
+        return hashlib.sha256(manifest).hexdigest() in self._written
+
+
+def _heard(line: Any) -> Heard | None:
+    """The recording of a line of the journal; None where it is none."""
+    try:
+        file, (size, written), seconds, labels = line
+        labels = tuple(
+            Label(float(start), end if end is None else float(end), str(text), float(sure))
+            for start, end, text, sure in labels
+        )
+        return Heard(str(file), (int(size), int(written)), float(seconds), labels)
+    except (TypeError, ValueError):
+        return None
 
 
 def _parsed(line: str) -> Any:

@@ -1,6 +1,8 @@
 """python -m speech_jax.pseudo_label: what a model is sure of becomes a training split."""
 
+import fcntl
 import json
+import os
 import shutil
 
 import pytest
@@ -75,7 +77,7 @@ def test_what_is_heard_is_a_split_beside_others(command, calls, finished, tones,
     config.data.update({"root": "", "source": "synthetic"})  # a root that a manifest does not need
     assert len(experiment.open_splits(config, str(out)).utterances) == 3
     config.data.root = str(tones)
-    with pytest.raises(UserError, match=r"there is no manifest .*/gone\.jsonl;"):
+    with pytest.raises(UserError, match=r"there is no manifest gone\.jsonl below .*/gone\.jsonl"):
         experiment.open_splits(config, "gone.jsonl")
 
 
@@ -102,8 +104,63 @@ def test_it_goes_on_where_it_was(command, calls, finished):
     assert command(f"--out={out}", f"--confidence={least}")[:2] == (0, 1)
     status, _, error = command(f"--out={out}", "--longest=5")
     assert status == 1
-    assert "name another --out" in error
+    assert "was heard with another longest: name another --out" in error
     assert len(out.read_text().splitlines()) == len(kept)
+    # Two commands at once, and a manifest that somebody has changed since.
+    with journal.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        status, heard, error = command(f"--out={out}")
+        assert (status, heard) == (1, 0)
+        assert "another command writes" in error
+    out.write_text(out.read_text().replace("A", "B"))
+    changed = out.read_text()
+    status, heard, error = command(f"--out={out}")
+    assert (status, heard) == (1, 0)
+    assert "is not as this command wrote it" in error
+    assert out.read_text() == changed
+
+
+def test_what_another_wrote_is_not_lost(command, calls):
+    out = calls.parent / "mine.jsonl"
+    out.write_text("somebody's own\n")
+    status, heard, error = command(f"--out={out}")
+    assert (status, heard) == (1, 0)
+    assert "is not as this command wrote it" in error
+    assert out.read_text() == "somebody's own\n"
+    out.unlink()
+    # A journal in which nothing was heard is in nobody's way, nor are lines that are none.
+    journal = calls.parent / "mine.jsonl.heard"
+    journal.write_bytes(b'{"model": "another"}\n5\n["a", [1, 2], 1, [[1, 2]]]\n\xff\xfe\n')
+    status, heard, _ = command(f"--out={out}", "--confidence=0")
+    assert (status, heard) == (1, 4)
+    assert len(out.read_text().splitlines()) == 3
+
+
+def test_recordings_are_added(command, calls):
+    out, elsewhere = calls.parent / "heard.jsonl", calls.parent / "elsewhere"
+    (calls / "broken.wav").unlink()
+    one, *others = sorted(calls.iterdir())
+    elsewhere.mkdir()
+    for other in others:
+        other.rename(elsewhere / other.name)
+    assert command(f"--out={out}", "--confidence=0")[:2] == (0, 1)
+    for other in elsewhere.iterdir():
+        other.rename(calls / other.name)
+    one.rename(elsewhere / one.name)
+    assert command(f"--out={out}", "--confidence=0")[:2] == (0, 2)
+    (elsewhere / one.name).rename(one)
+    assert command(f"--out={out}", "--confidence=0")[:2] == (0, 0)
+    assert len(out.read_text().splitlines()) == 3
+
+
+def test_a_name_that_is_not_utf_8_is_named(command, calls):
+    (calls / "broken.wav").unlink()
+    first = min(calls.iterdir())
+    first.rename(os.fsdecode(os.fsencode(calls) + b"/\xff.flac"))
+    out = calls.parent / "heard.jsonl"
+    status, heard, error = command(f"--out={out}", "--confidence=1")
+    assert (status, heard) == (1, 2)
+    assert "its name is not UTF-8; rename the file" in error
 
 
 def test_long_recordings_become_segments_that_share_their_pauses():
