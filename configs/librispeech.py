@@ -20,7 +20,7 @@ root lacks are downloaded.
 By hours of speech (what was run stands in benchmarks/RESULTS.md, with its curve):
 
   5 h      on two cores, WER on dev-clean-5 in 25 minutes: 62%, and with 6-grams of the training
-           transcripts about 50% (README, A language model). CTC alone, conformer_tiny: 82%. An H200
+           transcripts 50% (README, A language model). CTC alone, conformer_tiny: 82%. An H200
            brings a model of 19 M parameters to 44% in 3.5 minutes (benchmarks/hardware/timed.py).
   100 h    conformer_s --config.data.train_splits=train-clean-100 --config.train.steps=40000
            --config.train.ema_decay=0.999 --config.data.batch_seconds=1200, not run by us;
