@@ -7,7 +7,7 @@
       --config.data.eval_splits=test-clean,test-other
   python -m speech_jax.main --config=configs/librispeech.py --workdir=runs/tiny \\
       --config.data.root=/data/LibriSpeech --config.data.train_splits=train-clean-5 \\
-      --config.data.eval_splits=dev-clean-5   (25 minutes on two cores)
+      --config.data.eval_splits=dev-clean-5   (20 to 30 minutes on two cores)
 
 The argument is the model: conformer_s (9 M parameters), conformer_m (27 M), conformer_l (111 M),
 deepspeech (85 M) or wavenet (66 M), for accelerators. conformer_tiny (1.6 M), deepspeech_tiny
@@ -19,9 +19,11 @@ root lacks are downloaded.
 
 By hours of speech (what was run stands in benchmarks/RESULTS.md, with its curve):
 
-  5 h      on two cores, WER on dev-clean-5 in 25 minutes: 62%, and with 6-grams of the training
-           transcripts 50% (README, A language model). CTC alone, conformer_tiny: 82%. An H200
+  5 h      on two cores, WER on dev-clean-5: 62%, and with 6-grams of the training transcripts 50%
+           (README, A language model). CTC alone (conformer_tiny, 9,000 updates): 82%. An H200
            brings a model of 19 M parameters to 44% in 3.5 minutes (benchmarks/hardware/timed.py).
+  less     the same with --config.model.dropout=0.1, for there are more epochs then; or start from
+           another model (configs/finetune_wav2vec2.py, --config.init.folder).
   100 h    conformer_s --config.data.train_splits=train-clean-100 --config.train.steps=40000
            --config.train.ema_decay=0.999 --config.data.batch_seconds=1200, not run by us;
            a published CTC model of 26 M parameters has WER 9.6 on test-clean (ESPnet).
@@ -77,7 +79,7 @@ def get_config(model: str = "conformer_tiny+transduce"):
 
 
 def _for_two_cores(config):
-    """A few hours of speech in twenty minutes: enough to see it learn, not to recognize well."""
+    """A few hours of speech in half an hour: enough to see it learn, not to recognize well."""
     config.data.speeds = (1.0,)
     config.data.batch_seconds = 30.0
     config.data.buckets = 4
@@ -89,7 +91,7 @@ def _for_two_cores(config):
     config.train.update({"steps": 12_000, "eval_every": 1_000, "ema_decay": 0.0})
     config.checkpoint.every = 1_000
     if config.task.name == "transduce":
-        config.model.dropout = 0.0  # a dozen epochs are too few to learn them by heart
+        config.model.dropout = 0.0  # a dozen epochs of five hours: nothing is known by heart yet
     if config.task.name == "attend":
         config.train.steps = 9_000  # whose updates take longer
         # After a few hours a decoder by itself ends texts too soon.

@@ -150,12 +150,19 @@ def _label(chosen: argparse.Namespace, inputs: list[recordings.Input], failures:
                     labels = tuple(_labels(transcription, chosen.longest))
                     journal.add(Heard(name, stamps[name], transcription.seconds, labels))
         heard = [one for one in journal.heard.values() if _stamp(one.file) == one.stamp]
+        changed = len(journal.heard) - len(heard)
         kept = [*_rows(heard, chosen.confidence)]
         lines = [json.dumps(row, ensure_ascii=False) for row in kept]
         content = "".join(f"{line}\n" for line in lines).encode()
         journal.writes(content)
         with files.writing(out):
             files.write_atomically(out, content)
+    if changed:
+        recordings.fail(
+            failures,
+            f"{changed} recordings that were heard are gone or have changed, and are not in {out}: "
+            "bring them back, or name them to have them heard again",
+        )
     recordings.say(f"{out}: {_summary(heard, kept)}\n")
 
 
@@ -317,11 +324,19 @@ class Journal:
         self._file.seek(0)
         content = self._file.read()
         first, *rest = map(_parsed, content.split("\n"))
+        foreign = False
         for line in rest:
             if isinstance(line, dict):
                 self._written.add(str(line.get("wrote")))
-            elif one := _heard(line):  # else a command was killed while it wrote the line
+            elif one := _heard(line):
                 self.heard[one.file] = one
+            else:  # None: a command was killed while it wrote the line
+                foreign |= line is not None
+        if foreign and not self.heard:
+            raise UserError(
+                f"{self._path} has lines that this command cannot read: move it away, or name "
+                "another --out"
+            )
         if self.heard and first != self._by:
             other = first if isinstance(first, dict) else {}
             what = [key for key, value in self._by.items() if other.get(key) != value]

@@ -167,8 +167,12 @@ def _wrong_for(chosen: argparse.Namespace, own: Mapping[str, Any]) -> str:
         return f"--lm does nothing with {asked}: take --decoder=beam or lexicon with it"
     if chosen.chunk is not None and name not in _OF_LOGITS:
         return f"--chunk does nothing with {asked}, which hears whole pieces: leave it out"
-    if chosen.decoder == "transducer" and (chosen.beam or chosen.nbest or chosen.lm):
-        return "--beam, --nbest and --lm do nothing with --decoder=transducer: take transducer_beam"
+    of_beam = (chosen.beam, chosen.nbest, chosen.lm, chosen.lm_weight)
+    if chosen.decoder == "transducer" and any(value is not None for value in of_beam):
+        return (
+            "--beam, --nbest, --lm and --lm-weight do nothing with --decoder=transducer: take "
+            "transducer_beam"
+        )
     width = chosen.beam or own.get("width") or _DEFAULT_WIDTH
     if (chosen.nbest or 1) > width:
         return f"--nbest={chosen.nbest} is more than the {width} hypotheses of --beam: raise --beam"

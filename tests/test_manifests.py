@@ -179,3 +179,13 @@ def test_files_that_differ_in_their_suffix_alone_are_two(tmp_path):
     (tmp_path / "m.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     source = sources.open_source("manifest", root=str(tmp_path), split="m", on_error="raise")
     assert sorted(one.id for one in source.utterances) == ["a.flac", "a.wav", "b"]
+
+
+@pytest.mark.parametrize("name", [["a.wav"], {"a": 1}, ".", "/", "", 5])
+def test_a_path_that_is_none_is_a_line_of_its_own(name, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(1600), RATE)
+    rows = [{"audio_filepath": name, "text": "A"}, {"audio_filepath": "a.wav", "text": "A"}]
+    (tmp_path / "m.jsonl").write_text(lines(rows))
+    source = sources.open_source("manifest", root=str(tmp_path), split="m", on_error="skip")
+    assert [one.id for one in source.utterances] == ["a"]
+    assert len(source.skipped) == 1

@@ -130,10 +130,19 @@ def test_what_another_wrote_is_not_lost(command, calls):
     out.unlink()
     # A journal in which nothing was heard is in nobody's way, nor are lines that are none.
     journal = calls.parent / "mine.jsonl.heard"
-    journal.write_bytes(b'{"model": "another"}\n5\n["a", [1, 2], 1, [[1, 2]]]\n\xff\xfe\n')
+    journal.write_bytes(b'{"model": "another"}\n["a", [1, 2], 1, [[1, 2]]]\n')
+    status, heard, error = command(f"--out={out}", "--confidence=0")
+    assert (status, heard) == (1, 0)
+    assert "lines that this command cannot read: move it away" in error
+    journal.write_bytes(b'{"model": "another"}\n\xff\xfe\n')
     status, heard, _ = command(f"--out={out}", "--confidence=0")
     assert (status, heard) == (1, 4)
     assert len(out.read_text().splitlines()) == 3
+    # What is gone is said.
+    max(calls.glob("*.flac")).unlink()
+    status, _, error = command(f"--out={out}", "--confidence=0")
+    assert "1 recordings that were heard are gone or have changed" in error
+    assert len(out.read_text().splitlines()) == 2
 
 
 def test_recordings_are_added(command, calls):
@@ -147,7 +156,7 @@ def test_recordings_are_added(command, calls):
     for other in elsewhere.iterdir():
         other.rename(calls / other.name)
     one.rename(elsewhere / one.name)
-    assert command(f"--out={out}", "--confidence=0")[:2] == (0, 2)
+    assert command(f"--out={out}", "--confidence=0")[:2] == (1, 2)  # the first one is gone
     (elsewhere / one.name).rename(one)
     assert command(f"--out={out}", "--confidence=0")[:2] == (0, 0)
     assert len(out.read_text().splitlines()) == 3

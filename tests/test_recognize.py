@@ -148,6 +148,12 @@ def test_rows_that_do_not_fit_are_not_compared(batch, params):
     assert (value, tokens) == (0, 0)
 
 
+def test_masks_of_an_encoder_make_views_differ():
+    encoder = models.make_encoder(**models.settings("wav2vec2", "tiny", dropout=0.0, mask_time=0.1))
+    front = FrontEnd("waveform", make_task().frontend.log_mel)
+    assert recognize.Recognize(encoder, front, {"labels": 6}, consistency=0.2).consistency
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

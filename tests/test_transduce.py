@@ -251,6 +251,27 @@ def test_a_task_searches_its_own_way_where_nothing_is_said(name, task, usual):
         assert experiment.make_task(config, PARTS).decoder.settings.name == "beam"
 
 
+def test_a_narrow_beam_asks_the_language_model_about_labels_that_sound_less_probable():
+    made, encoded, _ = model()
+    lengths = jnp.ones(3, jnp.int32)
+    known = lm.build(["c"] * 9 + ["b"], 2)
+    tables = fusion.make(known, ("", *"abc"), weight=5.0, bonus=30.0)
+    found, _ = searches.beam(made, encoded, lengths, width=1, labels=3, fusion=tables)
+    said = [
+        tuple(row[0, : int(n[0])].tolist())
+        for row, n in zip(found.labels, found.count, strict=True)
+    ]
+    log_probs = jax.nn.log_softmax(made.join(encoded[:, 0], searches.start(made, 3).predicted))
+    gain = np.asarray([5 * known.score([letter]) + 30 for letter in "abc"])
+    assert said == [
+        (int(row[1:].argmax()) + 1,) for row in np.asarray(log_probs) + np.pad(gain, (1, 0))
+    ]
+    # Without it, another label would have been said.
+    assert any(
+        int(row.argmax()) + 1 != label for row, (label,) in zip(log_probs[:, 1:], said, strict=True)
+    )
+
+
 @pytest.mark.parametrize("durations", [(1, 2), (0, 1, 1), (0, 1, 1.5)])
 def test_durations_that_cannot_be_are_named(durations):
     with pytest.raises(UserError, match=r"durations=.*whole numbers, each once, with 0 and 1"):

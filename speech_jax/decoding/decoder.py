@@ -33,7 +33,7 @@ OF_TASKS: dict[str, tuple[str, ...]] = {
     "joint": ("width", "nbest", "length_penalty", "ctc_weight"),
     "rescore": ("width", "labels", "nbest", "ctc_weight"),
     "transducer": (),
-    "transducer_beam": ("width", "nbest"),
+    "transducer_beam": ("width", "labels", "nbest"),
 }
 DECODERS = OF_CTC | OF_TASKS
 # Those that a language model of labels is part of, on the device.
@@ -72,7 +72,8 @@ class Settings:
         'attention' alone. A transducer (tasks/transduce.py) also has 'transducer', the best label
         of each step, and 'transducer_beam', with n-grams of the labels if there is an `lm`.
       width: hypotheses that are kept after each frame, or each label that is written.
-      labels: the most probable labels of a frame that extend a hypothesis.
+      labels: the most probable labels of a frame that extend a hypothesis; of 'transducer_beam'
+        with an `lm`.
       skip: a frame whose blank is more probable than this extends no hypothesis ('beam'); 1: none.
       nbest: readings that are given, `width` at most.
       lm: an ARPA file, plain or .gz, of labels for 'beam' and 'transducer_beam', of words for

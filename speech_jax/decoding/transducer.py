@@ -173,6 +173,7 @@ def beam(
     *,
     width: int,
     nbest: int = 1,
+    labels: int = 32,
     fusion: Fusion | None = None,
 ) -> tuple[prefixes.Beam, Said]:
     """The n best hypotheses, and the best one as `greedy` gives it, M being T.
@@ -180,9 +181,12 @@ def beam(
     Args:
       encoded: [B, T, D], projections of the frames; lengths: int32 [B].
       width: hypotheses that are kept after each frame (W); nbest: those that are returned.
+      labels: the most probable labels of a frame that extend a hypothesis, where there is a
+        language model; without one no more than `width` ever matter.
       fusion: a language model of the labels; what it adds is in the scores.
     """
     B, T, _ = encoded.shape
+    candidates = labels if fusion else width
     begun = start(model, B * width)
     full = lambda value, dtype: jnp.full((B, width), value, dtype)
     numbers = jnp.broadcast_to(jnp.arange(width, dtype=jnp.uint32)[None], (B, width))
@@ -201,7 +205,7 @@ def beam(
     def body(loop):
         t, hypotheses, back = loop
         frame = lax.dynamic_index_in_dim(encoded, t, axis=1)  # [B, 1, D]
-        hypotheses, chosen = _advance(model, fusion, hypotheses, frame, t < lengths)
+        hypotheses, chosen = _advance(model, fusion, candidates, hypotheses, frame, t < lengths)
         return t + 1, hypotheses, lax.dynamic_update_index_in_dim(back, chosen, t, 0)
 
     _, hypotheses, back = lax.while_loop(
@@ -226,6 +230,7 @@ def beam(
 def _advance(
     model: Transducer,
     fusion: Fusion | None,
+    candidates: int,
     old: _Hypotheses,
     frame: jax.Array,
     live: jax.Array,
@@ -233,7 +238,7 @@ def _advance(
     """The hypotheses after a frame [B, 1, D], and what prefixes.trace needs, int32 [2, B, W]."""
     B, W, _ = old.predicted.shape
     log_probs = jax.nn.log_softmax(model.join(frame, old.predicted))  # [B, W, K]
-    C = min(W, log_probs.shape[2] - 1)
+    C = min(candidates, log_probs.shape[2] - 1)
     labels = lax.top_k(log_probs[..., 1:], C)[1].astype(jnp.int32) + 1  # [B, W, C]
     # A hypothesis stays what it is by a blank; and another one becomes it, if the beam holds the
     # prefix that it extends.

@@ -220,10 +220,10 @@ def shortest(heard: acoustic.BundleAcoustic) -> int:
 
 def kept_files(config: Any) -> dict[str, bytes]:
     """The files that settings of the decoder name (a language model), by their names in a card."""
-    kept = {}
+    kept, decoder = {}, _decoder(config)
     for key in FILES:
-        if config.decoder[key]:
-            path = files.expand(config.decoder[key])
+        if decoder[key]:
+            path = files.expand(decoder[key])
             try:
                 kept[kept_name(path)] = path.read_bytes()
             except OSError as error:
@@ -231,6 +231,14 @@ def kept_files(config: Any) -> dict[str, bytes]:
                     f"config.decoder.{key}={path} cannot be read: {error.strerror or error}"
                 ) from error
     return kept
+
+
+def _decoder(config: Any) -> dict[str, Any]:
+    """The settings of what reads the logits; those of a search that stays behind do, too."""
+    decoder = files.plain(config)["decoder"]
+    if decoder["name"] in OF_TASKS:
+        return dict.fromkeys(decoder) | {"name": "greedy"}
+    return decoder
 
 
 def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,9 +253,7 @@ def make_card(heard: acoustic.BundleAcoustic, scores: Mapping[str, Any]) -> dict
             part.save(pathlib.Path(folder))
         parts = {path.name: path.read_text("utf-8") for path in pathlib.Path(folder).iterdir()}
     data = config.data
-    decoder = files.plain(config)["decoder"]
-    if decoder["name"] in OF_TASKS:  # what is exported are logits, which a decoder of CTC reads
-        decoder["name"] = "greedy"
+    decoder = _decoder(config)
     return {
         "format": "speech_jax",
         "version": sjx.VERSION,

@@ -37,7 +37,7 @@ _BEGIN, _STEPS = (0.5, 0.0), ((0.4, 0.8), (0.2, 0.4), (0.1, 0.2))
 
 
 class _Heard(NamedTuple):
-    # An utterance: what the search is given of it, float32 [T, D], and what was said.
+    # An utterance: what the search is given of it, [T, D], and what was said.
     frames: np.ndarray
     reference: str
 
@@ -118,7 +118,7 @@ def _listen(config: ConfigDict, model: bundle.Bundle, task: Task, split: str) ->
     plan = experiment.evaluation_plan(config, corpus, task, mesh)
     params, state = bundle.on_mesh(model, mesh)
     own = task.decoder.settings.name not in OF_CTC
-    hear = task.encode if own else lambda *given: task.logits(*given)[:2]
+    hear = task.project if own else lambda *given: task.logits(*given)[:2]
     compute = jax.jit(hear, out_shardings=sharding.replicated(mesh))
     found = {}
     with contextlib.closing(experiment.evaluation_batches(config, corpus, plan)) as batches:
@@ -138,7 +138,7 @@ def _search_of(task: Task, params: Pytree, decoder: Decoder) -> _Search:
     if decoder.settings.name in OF_CTC:
         return _Search(decoder, None)
     find = jax.jit(dataclasses.replace(task, decoder=decoder).search)
-    return _Search(decoder, functools.partial(find, params))
+    return _Search(decoder, functools.partial(find, jax.device_put(params)))
 
 
 def _decode(search: _Search, heard: Sequence[_Heard]) -> list[Decoded]:
@@ -148,7 +148,7 @@ def _decode(search: _Search, heard: Sequence[_Heard]) -> list[Decoded]:
     for start in range(0, len(order), _ROWS):
         some = order[start : start + _ROWS]
         lengths = [len(heard[i].frames) for i in some]
-        frames = np.zeros((_ROWS, max(lengths), heard[0].frames.shape[1]), np.float32)
+        frames = np.zeros((_ROWS, max(lengths), heard[0].frames.shape[1]), heard[0].frames.dtype)
         for row, i in enumerate(some):
             frames[row, : lengths[row]] = heard[i].frames
         padded = np.pad(lengths, (0, _ROWS - len(some)))

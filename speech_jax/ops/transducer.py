@@ -8,10 +8,10 @@ a path also says how many frames it takes (TDT). Kuang et al., "Pruned RNN-T for
 memory-efficient ASR training" (2022): a joint that is a mere sum finds where the paths are, and
 the real one is computed there alone.
 
-The recursions run over the diagonals of the lattice, with numbers that have an exponent of their
-own (ops/wide.py), and the gradient is the occupancy of each arc. In the shapes below B are rows, T
-frames, U labels of a row, U1 = U + 1, D the width of the joint, K labels with the blank (0) among
-them, N durations, S the positions of a frame that are in the band.
+The recursions run over the diagonals of the lattice, or over the frames of a band, with numbers
+that have an exponent of their own (ops/wide.py), and the gradient is the occupancy of each arc. In
+the shapes below B are rows, T frames, U labels of a row, U1 = U + 1, D the width of the joint, K
+labels with the blank (0) among them, N durations, S the positions of a frame that are in the band.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ from speech_jax.ops.wide import (
 # Logits that are computed at once: few enough that the rest of a step needs more memory, and many
 # enough that the device is busy.
 CHUNK = 2**23
-_UNROLL = 8  # diagonals that are one program on accelerators
+_UNROLL = 8  # diagonals, or frames of a band, that are one program on accelerators
 
 # What arcs do: (frames that one takes, labels that it takes), for each of them.
 _Moves = tuple[tuple[int, int], ...]
@@ -48,7 +48,7 @@ class Joint(NamedTuple):
     """Log probabilities in the lattice.
 
     blank, label: float32 [B, T, U1], the label that follows each position; what is at position U of
-    a row counts for nothing. durations: float32 [B, T, U1, N], or None.
+    a row counts for nothing. durations: float32 [B, T, U1, N], or None. In a band S stands for U1.
     """
 
     blank: jax.Array
@@ -220,9 +220,9 @@ def _behind(x: Wide, taken: int, label: int) -> Wide:
     return jax.tree.map(lambda v: v[ahead : ahead + D, :, label : label + U1], x)
 
 
-def _scan(step, carry, xs, reverse=False):
+def _scan(step, carry, xs):
     unroll = 1 if partition.platform() == "cpu" else _UNROLL
-    return lax.scan(step, carry, xs, reverse=reverse, unroll=unroll)
+    return lax.scan(step, carry, xs, unroll=unroll)
 
 
 def _forward(moves: _Moves, weights: Wide) -> Wide:

@@ -53,7 +53,7 @@ class Task(Protocol):
     Its `searches` are all that config.decoder.name may be, where they are not those of CTC alone
     (decoding/decoder.py, OF_CTC), and usual_decoder(**settings) gives the settings of the decoder
     that hold where config.decoder says nothing. One whose own search has weights to be tuned does
-    it in two halves: encode(params, state, batch) -> (frames [B, T, D], lengths [B]), and
+    it in two halves: project(params, state, batch) -> (frames [B, T, D], lengths [B]), and
     search(params, frames, lengths, fusion) -> what predict gives.
     `augments` is False where nothing changes its inputs in training (config.spec_augment).
     `of_use`, if it has that, names the settings that may change when a trained model is used.

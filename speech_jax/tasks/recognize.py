@@ -22,6 +22,12 @@ from speech_jax.tasks import Batch, Pytree, hearing
 RULES: Rules = ((r"head/kernel", ("fsdp", "tensor")), (r"head/bias", ("tensor",)))
 
 
+# Settings of encoders by which two views of an utterance differ in training.
+_CHANCES = (
+    "dropout", "attention_dropout", "input_dropout", "layer_drop", "mask_time", "mask_channel",
+)  # fmt: skip
+
+
 class CTCModel(nn.Module):
     """An encoder and a linear layer to [B, T', vocabulary_size] float32 logits."""
 
@@ -115,7 +121,8 @@ class Recognize:
                 f"config.task.inter_ctc={self.inter_ctc:g} needs a layer in the middle: set "
                 "config.model.num_layers to 2 or more"
             )
-        if self.consistency and not (self.frontend.varies or getattr(self.encoder, "dropout", 0)):
+        chances = (getattr(self.encoder, name, 0) for name in _CHANCES)
+        if self.consistency and not (self.frontend.varies or any(chances)):
             raise UserError(
                 f"config.task.consistency={self.consistency:g} compares two views of an utterance, "
                 "and without masks and dropout they are the same: set config.spec_augment, or "

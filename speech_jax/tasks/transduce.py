@@ -151,7 +151,7 @@ class Transduce:
         if self.durations and self._search == "transducer_beam":
             raise UserError(
                 "a transducer with durations keeps one text: take the decoder 'transducer' "
-                "(config.decoder.name, --decoder), without --beam and --nbest"
+                "(config.decoder.name, --decoder), without --beam, --nbest and --lm"
             )
         if self._search in OF_CTC:
             what = f"config.decoder.name={self._search!r}"
@@ -298,23 +298,29 @@ class Transduce:
         if self._search in OF_CTC:
             return self.decoder.search(*self.logits(params, state, batch)[:2])
         fusion = self.decoder.fusion if self.decoder else None
-        return self.search(params, *self.encode(params, state, batch), fusion)
+        return self.search(params, *self.project(params, state, batch), fusion)
 
-    def encode(self, params: Pytree, state: Pytree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def project(self, params: Pytree, state: Pytree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Projections [B, T', D] of the frames for the joiner, and how many a row has."""
         return self._apply(params, state, batch, None, 0, method="encode")[0]
 
     def search(
         self, params: Pytree, encoded: jax.Array, lengths: jax.Array, fusion: Fusion | None = None
     ) -> dict[str, jax.Array]:
-        """What `predict` gives, of what `encode` gave; fusion: of 'transducer_beam'."""
+        """What `predict` gives, of what `project` gave; fusion: of 'transducer_beam'."""
         model, others = self.searched(params), {}
         if self._search == "transducer_beam":
-            width, nbest = self.decoder.settings.width, self.decoder.settings.nbest
+            settings = self.decoder.settings
             found, said = search.beam(
-                model, encoded, lengths, width=width, nbest=nbest, fusion=fusion
+                model,
+                encoded,
+                lengths,
+                width=settings.width,
+                nbest=settings.nbest,
+                labels=settings.labels,
+                fusion=fusion,
             )
-            if nbest > 1:
+            if settings.nbest > 1:
                 names = ("nbest", "nbest_length", "nbest_score")
                 others = dict(zip(names, found, strict=True))
         else:

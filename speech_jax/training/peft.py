@@ -53,6 +53,12 @@ class LoRA:
     )
 
 
+# What tasks do with parameters as their first argument, but for `init`.
+_OF_PARAMS = (
+    "loss", "logits", "predict", "encode", "generate", "heard", "searched", "project", "search",
+)  # fmt: skip
+
+
 class Adapted:
     """A task whose parameters hold factors beside some of its kernels."""
 
@@ -71,7 +77,7 @@ class Adapted:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._task, name)
-        if name not in ("loss", "logits", "predict", "encode", "generate", "heard", "searched"):
+        if name not in _OF_PARAMS:
             return found
         return lambda params, *rest: found(merged(params, self._lora), *rest)
 

@@ -135,13 +135,14 @@ def _parse(line: bytes) -> dict:
 
 def _alike(rows: Iterable[dict]) -> set[str]:
     """The paths without suffix that several files have: a.mp3 and a.ogg."""
-    names = {row.get("audio_filepath") for row in rows}
-    stems = collections.Counter(_stem(name) for name in names if isinstance(name, str))
+    names = {name for row in rows if isinstance(name := row.get("audio_filepath"), str)}
+    stems = collections.Counter(map(_stem, names))
     return {stem for stem, count in stems.items() if count > 1}
 
 
 def _stem(name: str) -> str:
-    return pathlib.PurePath(name).with_suffix("").as_posix() if name else ""
+    path = pathlib.PurePath(name)
+    return path.with_suffix("").as_posix() if path.name else path.as_posix()
 
 
 def _row(
