@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks.table import interleaved_medians, report
-from speech_jax.ops import transducer
+from speech_jax.ops import transducer, transducer_band
 from speech_jax.ops.transducer import Joint
 
 SHAPES = ((4, 100, 30, 128, 128), (8, 100, 40, 128, 256), (4, 300, 150, 128, 32))
@@ -51,11 +51,11 @@ def banded(encoded, predicted, kernel, bias, labels, frames, lengths):
     """The same in a band, and the loss of the simple joint, by the same layer."""
     simple = transducer.simple_joint(encoded @ kernel, predicted @ kernel, labels)
     each, occupancy = transducer.loss_and_occupancy(simple, frames, lengths)
-    starts = transducer.band(occupancy, frames, lengths, SPAN)
+    starts = transducer_band.band(occupancy, frames, lengths, SPAN)
     joint = transducer.joint_log_probs(
         encoded, predicted, kernel, bias, labels, starts=starts, span=SPAN
     )
-    return (each + transducer.banded_loss(joint, starts, frames, lengths)).sum()
+    return (each + transducer_band.banded_loss(joint, starts, frames, lengths)).sum()
 
 
 def _picked(logits, labels):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speech_jax.ops import transducer
+from speech_jax.ops import transducer, transducer_band
 from speech_jax.ops.transducer import Joint
 
 PLAIN = ((1, 0), (0, 1))
@@ -247,7 +247,7 @@ def test_a_band_gives_the_loss_of_the_paths_in_it(parts):
     inputs, labels, frames, labels_length = parts
     span = 3
     occupancy = np.random.default_rng(3).random((2, 4, 13, 7)).astype(np.float32)
-    starts = np.asarray(transducer.band(occupancy, frames, labels_length, span))
+    starts = np.asarray(transducer_band.band(occupancy, frames, labels_length, span))
     assert starts.dtype == np.int32
     assert (starts[:, 0] == 0).all()
     assert (np.diff(starts) >= 0).all()
@@ -257,11 +257,11 @@ def test_a_band_gives_the_loss_of_the_paths_in_it(parts):
 
     def banded(*inputs):
         joint = transducer.joint_log_probs(*inputs, labels, durations=2, starts=starts, span=span)
-        return transducer.banded_loss(joint, starts, frames, labels_length).sum()
+        return transducer_band.banded_loss(joint, starts, frames, labels_length).sum()
 
     def spread(*inputs):
         joint = transducer.joint_log_probs(*inputs, labels, durations=2, starts=starts, span=span)
-        joint = transducer.spread(joint, starts, 7)
+        joint = transducer_band.spread(joint, starts, 7)
         return transducer.transducer_loss(joint, frames, labels_length).sum()
 
     def masked(*inputs):
@@ -287,17 +287,17 @@ def test_in_a_band_hard_paths_are_exact(span):
     frames = np.array([40, 31, 40, 1, 0, 8], np.int32)
     labels_length = np.array([30, 30, 0, 1, 2, 30], np.int32)
     occupancy = rng.random((2, B, T, U + 1)).astype(np.float32)
-    starts = transducer.band(occupancy, frames, labels_length, span)
+    starts = transducer_band.band(occupancy, frames, labels_length, span)
     arcs = jnp.asarray(-rng.exponential(60, (2, B, T, span)), jnp.float32)
     weights = jnp.asarray(rng.random(B), jnp.float32)
     total = lambda each: (jnp.where(jnp.isfinite(each), each, 0) * weights).sum()
 
     def banded(blank, label):
-        each = transducer.banded_loss(Joint(blank, label), starts, frames, labels_length)
+        each = transducer_band.banded_loss(Joint(blank, label), starts, frames, labels_length)
         return total(each), each
 
     def whole(blank, label):
-        joint = transducer.spread(Joint(blank, label), starts, U + 1)
+        joint = transducer_band.spread(Joint(blank, label), starts, U + 1)
         each = transducer.transducer_loss(joint, frames, labels_length)
         return total(each), each
 
@@ -327,7 +327,7 @@ def test_a_band_lies_where_the_paths_are():
     def both(logits):
         joint = joint_of(logits, labels)
         each, occupancy = transducer.loss_and_occupancy(joint, frames, labels_length)
-        starts = transducer.band(occupancy, frames, labels_length, 4)
+        starts = transducer_band.band(occupancy, frames, labels_length, 4)
         at = jnp.arange(13)[None, None] - starts[..., None]
         kept = (jnp.where((at >= 0) & (at < 4), x, -jnp.inf) for x in joint[:2])
         return each, transducer.transducer_loss(Joint(*kept), frames, labels_length)

@@ -23,14 +23,16 @@ from speech_jax.ops.wide import (
     LN2_HIGH,
     LN2_LOW,
     LOG2_E,
-    ZERO_EXPONENT,
     Wide,
     normalized,
     power_of_two,
     wide_exp,
+    wide_indicator,
+    wide_pad,
     wide_sum,
     wide_times,
     wide_where,
+    wide_zeros,
 )
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
@@ -58,16 +60,7 @@ def _where(condition: jax.Array, a: Any, b: Any) -> Any:
 def _states(column: jax.Array, labels: int) -> States:
     """States with probability 1 in one blank: a pair of Wide [B, N + 1]; column [B]."""
     here = jnp.arange(labels + 1)[None] == column[:, None]
-    blanks = Wide(here.astype(jnp.float32), jnp.where(here, 0, ZERO_EXPONENT))
-    none = Wide(jnp.zeros(here.shape), jnp.full(here.shape, ZERO_EXPONENT, jnp.int32))
-    return blanks, none
-
-
-def _pad(x: Wide, where: tuple[int, int]) -> Wide:
-    widths = ((0, 0), where)
-    return Wide(
-        jnp.pad(x.mantissa, widths), jnp.pad(x.exponent, widths, constant_values=ZERO_EXPONENT)
-    )
+    return wide_indicator(here), wide_zeros(here.shape)
 
 
 def _cut(x: Wide, start: int | None, stop: int | None) -> Wide:
@@ -82,7 +75,7 @@ def _forward_step(skip: jax.Array, states: States, frame: tuple) -> States:
     to_blank = wide_times(wide_sum(blanks, labels), blank)
     to_label = wide_sum(_cut(labels, 1, None), _cut(blanks, None, -1), wide_where(skip, previous))
     to_label = _where(live, wide_times(to_label, label), _cut(labels, 1, None))
-    return _where(live, to_blank, blanks), _pad(to_label, (1, 0))
+    return _where(live, to_blank, blanks), wide_pad(to_label, (0, 0), (1, 0))
 
 
 def _backward_step(skip: jax.Array, states: States, frame: tuple) -> States:
@@ -93,7 +86,7 @@ def _backward_step(skip: jax.Array, states: States, frame: tuple) -> States:
     to_blank = wide_times(wide_sum(blanks, labels), blank)
     to_label = wide_sum(_cut(labels, None, -1), _cut(blanks, 1, None), wide_where(skip, following))
     to_label = _where(live, wide_times(to_label, label), _cut(labels, None, -1))
-    return _where(live, to_blank, blanks), _pad(to_label, (0, 1))
+    return _where(live, to_blank, blanks), wide_pad(to_label, (0, 0), (0, 1))
 
 
 def _chunk(problem: _Problem, index: jax.Array) -> tuple[tuple, jax.Array]:

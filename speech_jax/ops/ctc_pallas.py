@@ -30,9 +30,11 @@ from speech_jax.ops.wide import (
     Wide,
     normalized,
     wide_exp,
+    wide_indicator,
     wide_sum,
     wide_times,
     wide_where,
+    wide_zeros,
 )
 
 LANES = 128
@@ -87,8 +89,7 @@ def recursions(
 def _start(column, shape):
     # Probability 1 in the blank `column`, before the first frame of a direction.
     here = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) == column
-    blanks = Wide(here.astype(jnp.float32), jnp.where(here, 0, ZERO_EXPONENT))
-    return blanks, Wide(jnp.zeros(shape), jnp.full(shape, ZERO_EXPONENT, jnp.int32))
+    return wide_indicator(here), wide_zeros(shape)
 
 
 # TPU: a grid of (batch tiles, chunks of frames). The states of [ROWS, columns] stay in VMEM.

@@ -1,22 +1,21 @@
-"""Transducers: the loss, a joint that is never materialised, and a band in which it is computed.
+"""Transducers: the loss, and a joint that is never materialised.
 
 Graves, "Sequence transduction with recurrent neural networks" (2012). A path through the lattice
 of T frames and U + 1 positions in the labels takes a frame with a blank, and a position with a
 label; the loss is the negative log-likelihood of the labels summed over all paths. Xu et al.,
 "Efficient sequence transduction by jointly predicting tokens and durations" (2023): every step of
-a path also says how many frames it takes (TDT). Kuang et al., "Pruned RNN-T for fast,
-memory-efficient ASR training" (2022): a joint that is a mere sum finds where the paths are, and
-the real one is computed there alone.
+a path also says how many frames it takes (TDT). The joint may be computed in a band of the lattice
+alone (ops/transducer_band.py).
 
-The recursions run over the diagonals of the lattice, or over the frames of a band, with numbers
-that have an exponent of their own (ops/wide.py), and the gradient is the occupancy of each arc. In
-the shapes below B are rows, T frames, U labels of a row, U1 = U + 1, D the width of the joint, K
-labels with the blank (0) among them, N durations, S the positions of a frame that are in the band.
+The recursions run over the diagonals of the lattice, with numbers that have an exponent of their
+own (ops/wide.py), and the gradient is the occupancy of each arc. In the shapes below B are rows, T
+frames, U labels of a row, U1 = U + 1, D the width of the joint, K labels with the blank (0) among
+them, N durations, S the positions of a frame that are in the band.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +23,16 @@ from jax import lax
 
 from speech_jax.ops import partition
 from speech_jax.ops.wide import (
-    LOG2_E,
-    ZERO_EXPONENT,
     Wide,
     normalized,
-    power_of_two,
     wide_exp,
+    wide_indicator,
+    wide_nats,
+    wide_over,
+    wide_pad,
     wide_sum,
     wide_times,
+    wide_zeros,
 )
 
 # Logits that are computed at once: few enough that the rest of a step needs more memory, and many
@@ -124,22 +125,7 @@ def _lattice(
     taken = jax.tree.map(lambda *some: jnp.stack(some, axis=1), *taken)  # [D, A, B, U1]
     alpha = jax.tree.map(lambda x: x[:-1, None], alpha)
     arc = wide_times(wide_times(alpha, weights), taken)
-    return _negative_log(total), _straight(_share(arc, total), T)
-
-
-def _negative_log(x: Wide) -> jax.Array:
-    """In nats, +inf of 0."""
-    nats = -jnp.log(x.mantissa) - x.exponent.astype(jnp.float32) / LOG2_E
-    return jnp.where(x.mantissa == 0, jnp.inf, nats)
-
-
-def _share(x: Wide, total: Wide) -> jax.Array:
-    """Numbers [..., B, n] over total [B]; 0 where that is 0."""
-    there = total.mantissa > 0
-    scale = jnp.where(there, 1 / jnp.where(there, total.mantissa, 1), 0)
-    shape = *(1,) * (x.mantissa.ndim - 2), -1, 1
-    scale, exponent = scale.reshape(shape), total.exponent.reshape(shape)
-    return x.mantissa * scale * power_of_two(jnp.minimum(x.exponent - exponent, 127))
+    return wide_nats(total), _straight(wide_over(arc, total), T)
 
 
 def _lattice_forward(moves, arcs, frames, labels):
@@ -148,10 +134,10 @@ def _lattice_forward(moves, arcs, frames, labels):
 
 
 def _lattice_backward(moves, residuals, cotangent):
-    return _of_arcs(*residuals, cotangent[0]), None, None
+    return arcs_gradient(*residuals, cotangent[0]), None, None
 
 
-def _of_arcs(occupancy: jax.Array, like: jax.Array, cotangent: jax.Array) -> jax.Array:
+def arcs_gradient(occupancy: jax.Array, like: jax.Array, cotangent: jax.Array) -> jax.Array:
     """The gradient by the logarithms of arcs [A, B, ...], 0 beside an infinite loss too."""
     weight = -cotangent[None, :, None, None]
     return jnp.where(occupancy > 0, occupancy * weight, 0).astype(like.dtype)
@@ -196,31 +182,16 @@ def _straight(x: jax.Array, T: int) -> jax.Array:
     return x[..., :T].swapaxes(2, 3)
 
 
-def _zeros(shape: tuple[int, ...]) -> Wide:
-    return Wide(jnp.zeros(shape), jnp.full(shape, ZERO_EXPONENT, jnp.int32))
-
-
-def _one(here: jax.Array) -> Wide:
-    """1 where it holds, and 0 elsewhere."""
-    return Wide(here.astype(jnp.float32), jnp.where(here, 0, ZERO_EXPONENT))
-
-
-def _padded(x: Wide, *widths: tuple[int, int]) -> Wide:
-    """With zeros around it."""
-    return Wide(
-        jnp.pad(x.mantissa, widths), jnp.pad(x.exponent, widths, constant_values=ZERO_EXPONENT)
-    )
-
-
 def _behind(x: Wide, taken: int, label: int) -> Wide:
     """What an arc from each of [D, B, U1] leads to, where x begins a diagonal behind its nodes."""
     D, _, U1 = x.mantissa.shape
     ahead = taken + label - 1
-    x = _padded(x, (0, ahead), (0, 0), (0, label))
+    x = wide_pad(x, (0, ahead), (0, 0), (0, label))
     return jax.tree.map(lambda v: v[ahead : ahead + D, :, label : label + U1], x)
 
 
-def _scan(step, carry, xs):
+def scan(step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+    """lax.scan, some of its steps in one program on accelerators."""
     unroll = 1 if partition.platform() == "cpu" else _UNROLL
     return lax.scan(step, carry, xs, unroll=unroll)
 
@@ -228,11 +199,11 @@ def _scan(step, carry, xs):
 def _forward(moves: _Moves, weights: Wide) -> Wide:
     """Alpha [D + 1, B, U1]: the probability of all that leads to a node."""
     D, _, B, U1 = weights.mantissa.shape
-    begun = _one(jnp.broadcast_to(jnp.arange(U1)[None] == 0, (B, U1)))
+    begun = wide_indicator(jnp.broadcast_to(jnp.arange(U1)[None] == 0, (B, U1)))
     arriving = []  # the weight of each arc, at the node that it leads to
     for number, (taken, label) in enumerate(moves):
         one = jax.tree.map(lambda x, number=number: x[:, number], weights)
-        one = _padded(one, (taken + label - 1, 0), (0, 0), (label, 0))
+        one = wide_pad(one, (taken + label - 1, 0), (0, 0), (label, 0))
         arriving.append(jax.tree.map(lambda x: x[:D, :, :U1], one))
     alpha = _diagonals(moves, arriving, begun, lambda diagonal: (), jnp.arange(D), -1)
     return jax.tree.map(lambda one, all: jnp.concatenate([one[None], all]), begun, alpha)
@@ -242,7 +213,7 @@ def _backward(moves: _Moves, weights: Wide, ends: jax.Array, labels: jax.Array) 
     """Beta [D + 1, B, U1]: the probability of all that follows a node, to its row's end."""
     D, U1 = weights.mantissa.shape[0], weights.mantissa.shape[-1]
     corner = jnp.arange(U1)[None] == labels[:, None]
-    end = lambda diagonal: _one(corner & (ends == diagonal)[:, None])
+    end = lambda diagonal: wide_indicator(corner & (ends == diagonal)[:, None])
     leaving = [
         jax.tree.map(lambda x, number=number: x[::-1, number], weights)
         for number in range(len(moves))
@@ -282,11 +253,11 @@ def _diagonals(
             one = jax.tree.map(lambda x, part=part: x[:, part], before[taken + label - 1])
             terms.append(wide_times(one, factor))
         found = normalized(wide_sum(*terms))
-        return (_padded(found, *widths), *before[:-1]), found
+        return (wide_pad(found, *widths), *before[:-1]), found
 
-    begun = _padded(begun, *widths)
-    before = begun, *[_zeros(begun.mantissa.shape)] * (max(map(sum, moves)) - 1)
-    return _scan(step, before, (diagonals, *weights))[1]
+    begun = wide_pad(begun, *widths)
+    before = begun, *[wide_zeros(begun.mantissa.shape)] * (max(map(sum, moves)) - 1)
+    return scan(step, before, (diagonals, *weights))[1]
 
 
 # ---- The joint ---------------------------------------------------------------------------------
@@ -319,7 +290,7 @@ def joint_log_probs(
       chunk: logits that are computed at once, about.
 
     Returns:
-      The joint [B, T, U1]; in a band [B, T, S], of its positions alone (`banded_loss`, `spread`).
+      The joint [B, T, U1]; in a band [B, T, S], of its positions alone (ops/transducer_band.py).
     """
     B, T, _ = encoded.shape
     U1 = predicted.shape[1]
@@ -388,9 +359,6 @@ def _picked_backward(residuals, cotangents):
 _picked.defvjp(_picked_forward, _picked_backward)
 
 
-# ---- The band ----------------------------------------------------------------------------------
-
-
 def simple_joint(
     encoded: jax.Array, predicted: jax.Array, labels: jax.Array, lm_scale: float = 0.0
 ) -> Joint:
@@ -421,135 +389,3 @@ def simple_joint(
         mixed = lambda x, y: (1 - lm_scale) * x + lm_scale * (y - alone)[:, None]
         blank, label = mixed(blank, predicted[..., 0]), mixed(label, own)
     return Joint(blank, label)
-
-
-def band(occupancy: jax.Array, frames: jax.Array, labels_length: jax.Array, span: int) -> jax.Array:
-    """The first position of each frame's band, int32 [B, T].
-
-    The bands of `span` positions hold the most occupancy (of `loss_and_occupancy`) that they can,
-    begin at 0, end with the last label, and each overlaps the next: a path fits in them wherever a
-    row has at most (span - 1) labels a frame.
-    """
-    _, _, T, U1 = occupancy.shape
-    # Bands beyond a row's labels hold nothing; the last one ends with its last position.
-    final = jnp.maximum(labels_length + 1 - span, 0)[:, None]  # [B, 1]
-    held = jnp.cumsum(jnp.pad(occupancy.sum(axis=0), ((0, 0), (0, 0), (1, span - 1))), axis=2)
-    held = held[..., span:] - held[..., :U1]  # [B, T, U1], from each start on
-    start = jnp.argmax(lax.stop_gradient(held), axis=2).astype(jnp.int32)
-    start = lax.cummax(start, axis=1)
-    t, most = jnp.arange(T, dtype=jnp.int32)[None], span - 1  # how far a band is from the next
-    last = jnp.maximum(frames - 1, 0)[:, None]
-    low = jnp.maximum(final - (last - t) * most, 0)
-    low = jnp.where(t >= last, final, low)
-    start = jnp.clip(start, low, jnp.minimum(t * most, final))
-    # No start may be too far from the next: those before are moved up.
-    return lax.cummax(start - t * most, axis=1, reverse=True) + t * most
-
-
-def banded_loss(
-    joint: Joint, starts: jax.Array, frames: jax.Array, labels_length: jax.Array
-) -> jax.Array:
-    """`transducer_loss` of the paths in a band, float32 [B]; +inf where there is none.
-
-    Args:
-      joint: of a band, [B, T, S]; its durations are not looked at.
-      starts: int32 [B, T], the first position of each frame in the band, as `band` makes them.
-      frames, labels_length: int32 [B].
-    """
-    return _banded(jnp.stack(joint[:2]), starts, frames, labels_length)
-
-
-@jax.custom_vjp
-def _banded(arcs: jax.Array, starts: jax.Array, frames: jax.Array, labels: jax.Array) -> jax.Array:
-    """The loss [B] of arcs whose log probabilities are [2, B, T, S]."""
-    return _loss_in_band(arcs, starts, frames, labels)[0]
-
-
-def _banded_forward(arcs, starts, frames, labels):
-    loss, occupancy = _loss_in_band(arcs, starts, frames, labels)
-    return loss, (occupancy, jnp.zeros((), arcs.dtype))
-
-
-def _banded_backward(residuals, cotangent):
-    return _of_arcs(*residuals, cotangent), None, None, None
-
-
-_banded.defvjp(_banded_forward, _banded_backward)
-
-
-def _loss_in_band(
-    arcs: jax.Array, starts: jax.Array, frames: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The loss [B], and the occupancy of each arc [2, B, T, S].
-
-    A step goes from frame to frame: it multiplies by a matrix of how the positions of a frame are
-    reached from those of the frame before, by a blank there and labels here.
-    """
-    _, B, T, S = arcs.shape
-    t, place = jnp.arange(T)[None, :, None], jnp.arange(S)[None, None]
-    frames, labels = frames[:, None, None], labels[:, None, None]
-    position = starts[..., None] + place  # [B, T, S]
-    inside = (t < frames) & (position <= labels)
-    blank, label = jnp.where(inside[None], arcs.astype(jnp.float32), -jnp.inf)
-    label = jnp.where(position < labels, label, -jnp.inf)
-    final = jnp.where((t + 1 == frames) & (position == labels), blank, -jnp.inf)
-    # The frame before the first has one position, and its blank is certain.
-    before = jnp.pad(blank[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
-    before = before.at[:, 0, 0].set(0.0)
-    arrives = place - jnp.diff(starts, axis=1, prepend=0)[..., None]  # [B, T, S]
-    columns = [jnp.where(arrives == 0, before, -jnp.inf)]
-    for s in range(1, S):
-        further = columns[-1] + label[..., s - 1, None]
-        columns.append(jnp.where(arrives == s, before, further))
-    steps = wide_exp(jnp.stack(columns, axis=-1).swapaxes(0, 1))  # [T, B, S from, S to]
-    ends, labels_of = (wide_exp(x.swapaxes(0, 1)) for x in (final, label))  # [T, B, S]
-
-    # Alpha, what leads to a position, and what follows it from its blank on, in one loop.
-    both = lambda axis, *two: jax.tree.map(lambda *x: jnp.stack(x, axis), *two)
-    back = jax.tree.map(lambda x: jnp.concatenate([x[:1], x[:0:-1]]).swapaxes(2, 3), steps)
-    matrices = both(1, steps, back)  # [T, 2, B, S, S]
-    added = both(1, _zeros((T, B, S)), jax.tree.map(lambda x: x[::-1], ends))
-    begun = both(0, _one(jnp.broadcast_to(place[0] == 0, (B, S))), _zeros((B, S)))
-
-    def step(states, xs):  # states: [2, B, S]
-        matrix, more = xs
-        ways = wide_times(jax.tree.map(lambda x: x[..., None], states), matrix)
-        states = normalized(wide_sum(_summed(ways, 2), more))
-        return states, states
-
-    _, found = _scan(step, begun, (matrices, added))
-    alpha = jax.tree.map(lambda x: x[:, 0], found)  # [T, B, S]
-    after = jax.tree.map(lambda x: x[::-1, 1], found)
-    first = jax.tree.map(lambda x: x[0, :, 0], steps), jax.tree.map(lambda x: x[0], after)
-    total = normalized(_summed(wide_times(*first), 1))  # [B]
-    # What follows each position, from the last one back.
-    at = lambda x, s: jax.tree.map(lambda v: v[..., s], x)
-    onward, rest = [_zeros((T, B))], at(after, S - 1)
-    for s in range(S - 2, -1, -1):
-        onward.append(wide_times(at(labels_of, s), rest))
-        rest = normalized(wide_sum(onward[-1], at(after, s)))
-    onward = jax.tree.map(lambda *x: jnp.stack(x[::-1], axis=-1), *onward)
-    taken = [_share(wide_times(alpha, one), total) for one in (after, onward)]
-    return _negative_log(total), jnp.stack(taken).swapaxes(1, 2)
-
-
-def _summed(x: Wide, axis: int) -> Wide:
-    """The sum along an axis."""
-    exponent = x.exponent.max(axis=axis, keepdims=True)
-    mantissa = (x.mantissa * power_of_two(x.exponent - exponent)).sum(axis=axis)
-    return Wide(mantissa, exponent.squeeze(axis))
-
-
-def spread(joint: Joint, starts: jax.Array, U1: int) -> Joint:
-    """A joint [B, T, S] in a band as one of all positions [B, T, U1], -inf outside of the band."""
-    return jax.tree.map(lambda x: _spread(x, starts, U1), joint)
-
-
-def _spread(x: jax.Array, starts: jax.Array, U1: int) -> jax.Array:
-    """[B, T, S, ...] of a band to [B, T, U1, ...], -inf outside of it."""
-    at = jnp.arange(U1, dtype=jnp.int32)[None, None] - starts[..., None]  # [B, T, U1]
-    inside = (at >= 0) & (at < x.shape[2])
-    at = jnp.clip(at, 0, x.shape[2] - 1)
-    tail = (1,) * (x.ndim - 3)
-    x = jnp.take_along_axis(x, at.reshape(*at.shape, *tail), axis=2)
-    return jnp.where(inside.reshape(*inside.shape, *tail), x, -jnp.inf)

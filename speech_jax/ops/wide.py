@@ -73,3 +73,35 @@ def wide_where(condition: jax.Array, x: Wide) -> Wide:
     """The number where the condition holds, 0 elsewhere."""
     exponent = jnp.where(condition, x.exponent, ZERO_EXPONENT)
     return Wide(jnp.where(condition, x.mantissa, 0), exponent)
+
+
+def wide_zeros(shape: tuple[int, ...]) -> Wide:
+    """Zeros of this shape."""
+    return Wide(jnp.zeros(shape), jnp.full(shape, ZERO_EXPONENT, jnp.int32))
+
+
+def wide_indicator(condition: jax.Array) -> Wide:
+    """1 where the condition holds, 0 elsewhere."""
+    return Wide(condition.astype(jnp.float32), jnp.where(condition, 0, ZERO_EXPONENT))
+
+
+def wide_pad(x: Wide, *widths: tuple[int, int]) -> Wide:
+    """The numbers with zeros around them, as jnp.pad takes the widths."""
+    return Wide(
+        jnp.pad(x.mantissa, widths), jnp.pad(x.exponent, widths, constant_values=ZERO_EXPONENT)
+    )
+
+
+def wide_nats(x: Wide) -> jax.Array:
+    """-log(x), float32; +inf of 0."""
+    nats = -jnp.log(x.mantissa) - x.exponent.astype(jnp.float32) / LOG2_E
+    return jnp.where(x.mantissa == 0, jnp.inf, nats)
+
+
+def wide_over(x: Wide, total: Wide) -> jax.Array:
+    """Shares [..., B, N] of totals [B], float32; 0 where a total is 0."""
+    there = total.mantissa > 0
+    scale = jnp.where(there, 1 / jnp.where(there, total.mantissa, 1), 0)
+    shape = *(1,) * (x.mantissa.ndim - 2), -1, 1
+    scale, exponent = scale.reshape(shape), total.exponent.reshape(shape)
+    return x.mantissa * scale * power_of_two(jnp.minimum(x.exponent - exponent, 127))

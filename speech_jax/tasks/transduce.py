@@ -21,7 +21,7 @@ from speech_jax.errors import UserError
 from speech_jax.evaluators.errors import Errors, Searched
 from speech_jax.models import transducer as models
 from speech_jax.models.frontend import FrontEnd
-from speech_jax.ops import ctc, transducer
+from speech_jax.ops import ctc, transducer, transducer_band
 from speech_jax.rules import Rules, within
 from speech_jax.tasks import Batch, Pytree, hearing
 from speech_jax.tasks.recognize import RULES as HEAD_RULES
@@ -256,7 +256,7 @@ class Transduce:
         if self.span:
             joint = transducer.simple_joint(*heard.simple, labels, _LM_SCALE)
             simple, occupancy = transducer.loss_and_occupancy(joint, *sizes)
-            starts = transducer.band(occupancy, *sizes, self.span)
+            starts = transducer_band.band(occupancy, *sizes, self.span)
         joint = transducer.joint_log_probs(
             heard.encoded,
             heard.predicted,
@@ -269,13 +269,13 @@ class Transduce:
         )
         if self.durations:
             if starts is not None:
-                joint = transducer.spread(joint, starts, labels.shape[1] + 1)
+                joint = transducer_band.spread(joint, starts, labels.shape[1] + 1)
             nats = transducer.duration_loss(joint, *sizes, self.durations, self.sigma)
             if self.omega:
                 plain = transducer.transducer_loss(joint, *sizes)
                 nats = (1 - self.omega) * nats + self.omega * plain
         elif starts is not None:
-            nats = transducer.banded_loss(joint, starts, *sizes)
+            nats = transducer_band.banded_loss(joint, starts, *sizes)
         else:
             nats = transducer.transducer_loss(joint, *sizes)
         if simple is None:
