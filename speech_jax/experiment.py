@@ -28,7 +28,6 @@ from speech_jax.data.parts.category import Category
 from speech_jax.data.parts.hidden import Hidden
 from speech_jax.data.plan import Plan
 from speech_jax.data.sources import portions
-from speech_jax.data.sources.base import present
 from speech_jax.decoding.decoder import OF_CTC, Decoder
 from speech_jax.errors import UserError
 from speech_jax.models.frontend import FrontEnd
@@ -56,13 +55,8 @@ def open_splits(config: ConfigDict, names: str) -> sources.Source:
         split, low, high = portions.parse(name)
         is_manifest = split.endswith(".jsonl")  # as of pseudo_label.py, beside any other source
         root = data.root
-        below = root and present(str(files.expand(root) / split))
-        if is_manifest and not (below and pathlib.Path(below).is_file()):
-            file = files.expand(split).absolute()
-            if not file.is_file():
-                where = f" below {root}, nor" if root else ""
-                raise sources.SourceError(f"there is no manifest {split}{where} at {file}")
-            root, split = str(file.parent), file.name
+        if is_manifest and (not root or files.is_remote(root)):
+            root = "."
         source = sources.open_source(
             "manifest" if is_manifest else data.source,
             root=root,

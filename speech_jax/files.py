@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any
+
+from absl import logging
 
 from speech_jax.errors import UserError
 
@@ -59,6 +62,22 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         cure = _CURES.get(error.errno, "make room or give the rights to write, then run it again")
         raise UserError(f"cannot write {path} ({error.strerror or error}): {cure}") from error
+
+
+def lock(file: IO[str]) -> bool:
+    """Locks an open file until it is closed; False where another process has it.
+
+    A file system without locks gives a warning, and nothing is locked.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logging.warning(
+            "%s cannot be locked (%s): see that no other run is in it", file.name, error.strerror
+        )
+    return True
 
 
 def plain(config: Any) -> dict[str, Any]:

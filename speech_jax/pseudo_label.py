@@ -22,7 +22,6 @@ name another OUT.
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -299,7 +298,10 @@ class Journal:
         with files.writing(self._path):
             self._file = self._path.open("a+", encoding="utf-8", errors="replace")
         try:
-            self._lock()
+            if not files.lock(self._file):
+                raise UserError(
+                    f"another command writes {self._path}: wait for its end, or name another --out"
+                )
             self._read()
         except BaseException:
             self._file.close()
@@ -309,16 +311,6 @@ class Journal:
     def __exit__(self, kind: type | None, *_: object) -> None:
         with contextlib.suppress(OSError) if kind else files.writing(self._path):
             self._file.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another command writes {self._path}: wait for its end, or name another --out"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
 
     def _read(self) -> None:
         self._file.seek(0)

@@ -5,7 +5,6 @@ All processes of a run call the methods together; the first one writes.
 
 import contextlib
 import datetime
-import fcntl
 import glob
 import hashlib
 import os
@@ -107,15 +106,9 @@ class Workdir:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.lock.open("a+", encoding="utf-8")
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not files.lock(file):
                 file.seek(0)
-                raise _in_use(self.folder, file.read(200)) from None
-            except OSError as error:
-                logging.warning(
-                    "%s cannot be locked (%s): see that no other run is in it", self.folder, error
-                )
+                raise _in_use(self.folder, file.read(200))
             with contextlib.suppress(OSError):  # a full disk is reported where it matters
                 file.truncate(0)
                 file.write(f"{owner}\n")

@@ -83,9 +83,14 @@ def open_split(
 
 
 def find(root: pathlib.Path, split: str, *extensions: str) -> pathlib.Path:
-    """Returns root/split with one of the extensions, or the file that `split` itself names."""
+    """Returns root/split with one of the extensions, or the file that `split` itself names.
+
+    The latter is below the root or, with one of the extensions, a path from the current folder.
+    """
     split = os.path.expanduser(split)
+    named = split.endswith(tuple(f".{extension}" for extension in extensions))
     candidates = [root / f"{split}.{extension}" for extension in extensions] + [root / split]
+    candidates += [pathlib.Path(split).absolute()] if named else []
     for path in map(pathlib.Path, map(base.present, map(str, candidates))):
         if path.is_file():
             return path
@@ -93,9 +98,8 @@ def find(root: pathlib.Path, split: str, *extensions: str) -> pathlib.Path:
         raise base.SourceError(
             f"the data root {root} does not exist; set it to the manifests' folder"
         )
+    wanted = " nor ".join(dict.fromkeys(map(str, candidates[-2:]))) if named else candidates[0]
     known = sorted(path.stem for path in root.glob(f"*.{extensions[0]}"))
-    named = split.endswith(tuple(f".{extension}" for extension in extensions))
-    wanted = candidates[-1] if named else candidates[0]
     raise base.SourceError(f"there is no manifest {wanted}; {root} has {base.listed(known)}")
 
 
