@@ -10,18 +10,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import summary
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import RecordWriter
 
 from speech_jax import files
 from speech_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from speech_jax.training.tensorboard import Events
 
 
 class ReportError(UserError):
@@ -219,11 +219,11 @@ class Report:
         self._total.add(window)
         self._window = _Work()
         self._start()
-        self._write(step, values)
         loss = next(iter(self.figures.values()))
         accuracy = self.figures.get("accuracy")
         progress = f"loss {loss:.3f}" + ("" if accuracy is None else f"  accuracy {accuracy:.3f}")
         self._show(step, progress, values)
+        self._write(step, values)
 
     def _show(self, step: int, progress: str, values: Mapping[str, float]) -> None:
         figures = (
@@ -290,7 +290,8 @@ class Writer:
     _FLUSH_SECONDS = 30.0
 
     def __init__(self, metrics: pathlib.Path, tensorboard: pathlib.Path, step: int):
-        self._metrics, self._folder = metrics, tensorboard
+        self._metrics, self._folder, self._step = metrics, tensorboard, step
+        self._events: Events | None = None  # until there is something to write
         # Nothing can be appended to what is in a bucket: there, all of it is written anew.
         self._scratch = tempfile.TemporaryDirectory() if files.is_remote(metrics) else None
         with self._errors(metrics):
@@ -307,12 +308,7 @@ class Writer:
                 self._events_path = pathlib.Path(self._scratch.name, name)
                 if metrics.exists():
                     self._lines.write_bytes(metrics.read_bytes())
-            self._events = RecordWriter(str(self._events_path))
-            self._add(0, file_version="brain.Event:2")
-            if step:
-                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-                self._add(step + 1, session_log=start)
-        self.flush()
+        self._flushed = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """One line of JSON for each step, and one point in each plot.
@@ -332,18 +328,18 @@ class Writer:
             file.write(json.dumps(line).encode() + b"\n")
         self._last = line
         with self._errors(self._folder):
-            for name, value in numbers.items():
-                if value is not None:
-                    self._add(step, summary=summary.scalar(name, value))
+            self._plots().add(step, {name: x for name, x in numbers.items() if x is not None})
         if time.monotonic() - self._flushed > self._FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Writes what TensorBoard's file holds back, and what is in a bucket."""
-        with self._errors(self._folder):
-            self._events.flush()
-            if self._scratch:
-                (self._folder / self._events_path.name).write_bytes(self._events_path.read_bytes())
+        if self._events:
+            with self._errors(self._folder):
+                self._events.flush()
+                if self._scratch:
+                    events = self._folder / self._events_path.name
+                    events.write_bytes(self._events_path.read_bytes())
         if self._scratch and self._lines.exists():
             with self._errors(self._metrics):
                 self._metrics.write_bytes(self._lines.read_bytes())
@@ -354,14 +350,19 @@ class Writer:
         try:
             self.flush()
         finally:
-            with self._errors(self._folder):
-                self._events.close()
+            if self._events:
+                with self._errors(self._folder):
+                    self._events.close()
             if self._scratch:
                 self._scratch.cleanup()
 
-    def _add(self, step: int, **content: Any) -> None:
-        event = event_pb2.Event(wall_time=time.time(), step=step, **content)
-        self._events.write(event.SerializeToString())
+    def _plots(self) -> "Events":
+        if self._events is None:
+            # Not before: the library imports PyTorch where it is there, which takes a second.
+            from speech_jax.training.tensorboard import Events
+
+            self._events = Events(self._events_path, self._step)
+        return self._events
 
     @contextlib.contextmanager
     def _errors(self, path: pathlib.Path) -> Iterator[None]:
