@@ -30,12 +30,17 @@ def config_of(name: str, tiny: bool, **changes: object) -> ConfigDict:
     elif kind in ("deepspeech", "wavenet"):
         config = librispeech.get_config("conformer_tiny" if tiny else "conformer_s")
         config.model = models.settings(kind, "tiny" if tiny else size)
-    else:
+    elif name in ("wav2vec2-base", "wav2vec2-tiny"):
         config = finetune_wav2vec2.get_config("tiny" if tiny else "960h")
         config.model.dtype = "bfloat16"
         config.optimizer.frozen = ()
         config.model.feature_gradient = 1.0
         config.model.layer_drop = 0.0
+    else:
+        raise SystemExit(
+            f"error: unknown model {name!r}: take conformer-s (-m, -l), wav2vec2-base, "
+            "deepspeech-ds2, wavenet-base or recipe"
+        )
     if tiny and kind in ("conformer", "wav2vec2"):
         config.model.update({"num_layers": 2, "scan": True})
     config.model.update(changes)

@@ -51,6 +51,12 @@ RULES: Rules = (
 )
 
 
+# Their gradients keep the input alone, and nothing that is between: a loop over layers would write
+# that for each of them and read it again, an eighth of a step of wav2vec2 Base on CPU.
+swish = jax.checkpoint(nn.swish, prevent_cse=False)
+gelu = jax.checkpoint(functools.partial(nn.gelu, approximate=False), prevent_cse=False)
+
+
 class FeedForward(nn.Module):
     """[B, T, D] to [B, T, D] through `hidden` units and swish."""
 
@@ -64,7 +70,7 @@ class FeedForward(nn.Module):
         width = x.shape[-1]
         x = LayerNorm(self.dtype, name="norm")(x)
         x = nn.Dense(self.hidden, dtype=self.dtype, name="expand")(x)  # [B, T, hidden]
-        x = dropout(nn.swish(x), self.dropout, seed, self.site)
+        x = dropout(swish(x), self.dropout, seed, self.site)
         zeros = nn.initializers.zeros
         x = nn.Dense(width, dtype=self.dtype, kernel_init=zeros, name="project")(x)  # [B, T, D]
         return dropout(x, self.dropout, seed, self.site + 1)
@@ -82,7 +88,7 @@ class Adapter(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.swish(nn.Dense(self.hidden, dtype=self.dtype, name="down")(x))  # [B, T, hidden]
+        y = swish(nn.Dense(self.hidden, dtype=self.dtype, name="down")(x))  # [B, T, hidden]
         zeros = nn.initializers.zeros
         return x + nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=zeros, name="up")(y)
 
@@ -282,7 +288,7 @@ class ConvolutionModule(nn.Module):
         else:
             raise UserError(f"conv_norm must be 'layer' or 'batch', got {self.norm!r}")
         zeros = nn.initializers.zeros
-        x = nn.Dense(width, kernel_init=zeros, name="project", **bias)(nn.swish(x))
+        x = nn.Dense(width, kernel_init=zeros, name="project", **bias)(swish(x))
         return dropout(x, self.dropout, seed, self.site)
 
 

@@ -292,7 +292,7 @@ class FeatureExtractor(nn.Module):
                 x = x + bias.astype(self.dtype)[None, None]
             if self.norm == "layer":
                 x = layers.LayerNorm(self.dtype, name=f"norm_{index}")(x)
-            x = partition.split_rows(nn.gelu(x, approximate=False))
+            x = partition.split_rows(layers.gelu(x))
         return x
 
 
@@ -315,7 +315,7 @@ class PositionalConvolution(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (width,))
         weight = direction * (magnitude / norm(direction))[:, None, None]
         x = convolution.grouped(x, weight.astype(self.dtype), self.groups)
-        return nn.gelu(x + bias.astype(self.dtype)[None, None], approximate=False)
+        return layers.gelu(x + bias.astype(self.dtype)[None, None])
 
 
 class Block(nn.Module):
@@ -393,7 +393,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, seed: jax.Array | None) -> jax.Array:
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
-        hidden = nn.gelu(dense(self.hidden, name="expand")(x), approximate=False)
+        hidden = layers.gelu(dense(self.hidden, name="expand")(x))
         x = dense(x.shape[-1], name="project")(hidden)
         return layers.dropout(x, self.dropout, seed, site=2)
 
