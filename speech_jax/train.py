@@ -1,32 +1,26 @@
-"""Training: what a run is made of, the loop, and its results, in the order in which they run."""
+"""Training: the loop and its results, in the order in which they run."""
 
 import contextlib
-import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from speech_jax import bundle, experiment, files, gain, hidden, versions
 from speech_jax.bundle import runs, start
 from speech_jax.config import split_names
 from speech_jax.data.batch import signature
-from speech_jax.data.parts import Part
-from speech_jax.data.parts.transcript import Transcript
-from speech_jax.data.pipeline import Corpus
-from speech_jax.data.plan import Epochs, Plan
-from speech_jax.data.sources import Source
-from speech_jax.errors import UserError
+from speech_jax.data.plan import Epochs
 from speech_jax.evaluators import layer_weights
 from speech_jax.evaluators.generated import Generated
 from speech_jax.evaluators.loop import Evaluation, alone, measure
 from speech_jax.evaluators.report import write_report
+from speech_jax.run_data import RunData, TrainingError, open_data, opening
 from speech_jax.setup import Setup, make_setup
 from speech_jax.tasks import Task
 from speech_jax.training import costs, groups, sharding
@@ -39,10 +33,6 @@ from speech_jax.workdir import Workdir
 
 # What is called with the state that a run begins with: (evaluation, state, say).
 AtStart = Callable[[Evaluation, TrainState, Callable[[str], None]], None]
-
-
-class TrainingError(UserError):
-    """The run cannot go on; the message says why."""
 
 
 def run(config: ConfigDict, workdir: Workdir) -> dict | None:
@@ -84,7 +74,7 @@ def _run(
         watchdog.beat(busy=True)  # the next batch may have to be compiled
         interruption.check()
 
-    data = _open_data(config, workdir, on_batch)
+    data = open_data(config, workdir, on_batch)
     interruption.check()
     costs.peak_flops()  # measured while nothing else is computed
     with contextlib.ExitStack() as stack:
@@ -107,80 +97,6 @@ def _check_frozen(config: ConfigDict) -> None:
         )
 
 
-# ---- Data --------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Data:
-    """What a run learns from, in which order, and is measured on; `note` is said of the plan."""
-
-    mesh: Mesh
-    source: Source
-    parts: Mapping[str, Part]
-    task: Task
-    corpus: Corpus
-    plan: Plan
-    note: str
-    evaluation: Evaluation
-
-    def left_out(self, splits: Iterable[str]) -> dict[str, dict[str, str]]:
-        """Why utterances are not used, by their ids, in the training data and in splits."""
-        corpora = {"training": self.corpus}
-        corpora |= {split: self.evaluation.corpus(split) for split in splits}
-        return {name: {**corpus.left_out, **corpus.skipped} for name, corpus in corpora.items()}
-
-
-def _open_data(config: ConfigDict, workdir: Workdir, on_batch: Callable[[], None]) -> _Data:
-    mesh = sharding.make_mesh(**config.mesh)
-    source = experiment.open_training(config)
-    parts = _parts(config, workdir, source)
-    task = experiment.make_task(config, parts)
-    task, parts = hidden.replace_audio(config, task, parts, mesh, source, on_batch)
-    corpus = experiment.training_corpus(config, source, parts, task)
-    plan, note = _plan(config, workdir, corpus, task, mesh)
-    evaluation = Evaluation(config, task, parts, mesh, on_batch)
-    for split in experiment.evaluated_splits(config):
-        evaluation.check(split)  # what is missing is said before the training, not after it
-    return _Data(mesh, source, parts, task, corpus, plan, note, evaluation)
-
-
-def _parts(config: ConfigDict, workdir: Workdir, source: Source) -> dict[str, Part]:
-    """The parts of a run: those of its first start, those of its base, or new ones."""
-    if workdir.config.exists():
-        return experiment.restore_parts(config, workdir.folder)
-    if config.init.folder and config.init.take == "model":
-        return start.parts(config, workdir.folder)
-    # What a start that failed has left may be of other settings.
-    return experiment.make_parts(config, workdir.folder, source)
-
-
-def _plan(
-    config: ConfigDict, workdir: Workdir, corpus: Corpus, task: Task, mesh: Mesh
-) -> tuple[Plan, str]:
-    """The plan of the run, that of its first start, and what is to be said of it."""
-    recorded = workdir.recorded_plan()
-    if recorded is None:
-        return experiment.training_plan(config, corpus, task, mesh), ""
-    parts = sharding.batch_shards(mesh) * config.train.accumulate
-    for bucket in recorded.buckets:
-        if bucket.rows % parts:
-            raise TrainingError(
-                f"this run trains on batches of {bucket.rows} rows, which {parts} parts (devices "
-                "along the batch x config.train.accumulate) cannot share: use a mesh whose parts "
-                "divide them, or another --workdir"
-            )
-    plan = experiment.training_plan(config, corpus, task, mesh, recorded.buckets)
-    if recorded.fingerprint == corpus.fingerprint():
-        return plan, ""
-    note = (
-        f"the training data is not what this run began with ({recorded.utterances} utterances "
-        f"then, {len(corpus)} now)"
-    )
-    if not plan.holds_all():
-        raise TrainingError(f"{note}, and its batches do not hold it: use another --workdir")
-    return plan, f"{note}: from here on the order of the data is another"
-
-
 # ---- The loop ----------------------------------------------------------------------------------
 
 
@@ -196,7 +112,7 @@ class _Loop:
         self,
         config: ConfigDict,
         workdir: Workdir,
-        data: _Data,
+        data: RunData,
         started: float,
         watchdog: Watchdog,
         interruption: Interruption,
@@ -251,7 +167,7 @@ class _Loop:
         workdir.write_left_out(data.left_out(experiment.evaluated_splits(config)))
         self.report = _report(config, workdir, data, setup, self._first)
         self.report.from_dict(position.get("totals", {}))
-        for line in (*_table(setup), *notes, *_opening(data, setup, self._first)):
+        for line in (*_table(setup), *notes, *opening(data, setup, self._first)):
             if line:
                 self.report.say(line)
 
@@ -402,11 +318,11 @@ def _results(loop: _Loop, figures: Mapping[str, Any]) -> dict:
         scores,
         training=training,
         config=files.plain(loop.config),
-        versions=versions.versions() | {"device": _device()},
+        versions=versions.versions() | {"device": sharding.described()},
     )
 
 
-def _watched(config: ConfigDict, split: str, data: _Data) -> Watched:
+def _watched(config: ConfigDict, split: str, data: RunData) -> Watched:
     """What picks the best checkpoint: what the configuration names, or the task.
 
     Raises:
@@ -441,7 +357,9 @@ def _first_state(setup: Setup) -> tuple[TrainState, Iterable[str]]:
     return state.replace(params=params, model_state=stats, ema=ema), tuple(report.lines())
 
 
-def _report(config: ConfigDict, workdir: Workdir, data: _Data, setup: Setup, first: int) -> Report:
+def _report(
+    config: ConfigDict, workdir: Workdir, data: RunData, setup: Setup, first: int
+) -> Report:
     """What is said and logged of a run, from the update `first` on."""
     return Report(
         workdir.metrics,
@@ -467,42 +385,6 @@ def _table(setup: Setup) -> list[str]:
     frozen = experiment.frozen(setup.config)
     settings |= {"frozen": frozen, "above": experiment.above(setup.task)}
     return groups.shown(groups.table(setup.abstract.params, **settings))
-
-
-def _opening(data: _Data, setup: Setup, first: int) -> Iterator[str]:
-    """What is trained on what, and what is lost of it."""
-    counts = [f"{part.count} {name}" for name, part in data.parts.items() if part.count]
-    yield ", ".join(
-        [
-            f"{data.corpus.seconds / 3600:.2f} h of speech in {len(data.corpus)} utterances",
-            *counts,
-            f"{setup.parameters / 1e6:.2f} M parameters",
-            _device(),
-            f"from update {first}",
-        ]
-    )
-    if count := len(data.corpus.left_out):
-        yield f"{count} training utterances are left out: left_out.json says which, and why"
-    yield data.note
-    yield from _lost(data.parts, data.source)
-
-
-def _lost(parts: Mapping[str, Part], source: Source) -> Iterator[str]:
-    """What the normalizers of transcripts drop of the training data, in a line each."""
-    for name, part in parts.items():
-        if isinstance(part, Transcript):
-            lost = part.dropped(source.utterances)
-            if lost:
-                total = sum(lost.values())
-                most = ", ".join(f"{character!r} {n}" for character, n in lost.most_common(8))
-                yield (
-                    f"the normalizer of {name} drops {total} letters, marks or numbers of the "
-                    f"training texts: {most} (config.text.normalizer='words' keeps them)"
-                )
-
-
-def _device() -> str:
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def _check(report: Report, most: int, task: Task) -> None:

@@ -23,7 +23,7 @@ from etils import epath
 
 import speech_jax
 from speech_jax import bundle, models, tasks
-from speech_jax.deploy import acoustic, export, onnx, onnx_graph, sjx
+from speech_jax.deploy import acoustic, export, onnx, onnx_graph, onnx_primitives, sjx
 from speech_jax.models.frontend import FrontEnd
 from speech_jax.tasks.recognize import Recognize
 from test_encoders import CASES
@@ -455,7 +455,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(files, tmp_path, capsys
 
 
 def test_a_graph_that_differs_is_refused(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(onnx_graph._SAME, "logistic", "HardSigmoid")
+    monkeypatch.setitem(onnx_primitives._SAME, "logistic", "HardSigmoid")
     assert export.main([str(files["workdir"]), str(tmp_path / "m.onnx")]) == 1
     assert "other logits than the model" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -463,8 +463,8 @@ def test_a_graph_that_differs_is_refused(files, tmp_path, capsys, monkeypatch):
 
 def test_what_onnx_has_not_is_refused_by_name():
     traced = jax.jit(lambda x: jnp.sort(x)).trace(np.zeros(3, np.float32))
-    with pytest.raises(onnx_graph.GraphError, match="'sort'"):
-        onnx_graph.Graph({}).trace(traced.jaxpr, [onnx_graph.Tensor("x")])
+    with pytest.raises(onnx_primitives.GraphError, match="'sort'"):
+        onnx_graph.Graph({}).trace(traced.jaxpr, [onnx_primitives.Tensor("x")])
 
 
 @pytest.mark.parametrize("lacks", ["onnx", "onnxruntime"])

@@ -14,7 +14,7 @@ import runs
 import speech_jax
 from speech_jax import bundle, tasks
 from speech_jax.data import audio
-from speech_jax.deploy import acoustic, pieces, transcribe
+from speech_jax.deploy import acoustic, inputs, pieces, transcribe
 
 RATE = 16_000
 
@@ -118,10 +118,10 @@ def test_few_programs_serve_all_lengths(model):
     for length in (1, 100, 8_000, 15_999):
         assert model.transcribe(np.ones(length, np.int16)).text == ""
     assert model.acoustic._logits._cache_size() <= before + 1
-    lengths = {transcribe.padded(length, RATE) for length in range(1, 60 * RATE, 997)}
+    lengths = {inputs.padded(length, RATE) for length in range(1, 60 * RATE, 997)}
     assert len(lengths) < 14
     for length in (1, 15_999, 16_000, 16_001, 22_627, 22_628, 960_000):
-        padded = transcribe.padded(length, RATE)
+        padded = inputs.padded(length, RATE)
         assert max(length, RATE) <= padded <= 1.42 * max(length, RATE)
 
 

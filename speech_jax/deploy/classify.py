@@ -17,7 +17,7 @@ from speech_jax import bundle
 from speech_jax.data import audio
 from speech_jax.data.parts.category import Category
 from speech_jax.deploy.acoustic import FILES, path_of
-from speech_jax.deploy.transcribe import File, open_recording, padded
+from speech_jax.deploy.inputs import File, open_recording, padded
 from speech_jax.errors import UserError
 
 # The longest piece is what the model has learned from, but within these seconds.

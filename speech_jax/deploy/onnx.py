@@ -48,7 +48,7 @@ def make(
         raise OnnxError(f"ONNX needs onnx ({error}): pip install 'speech_jax[onnx]'") from error
     from onnx import helper
 
-    from speech_jax.deploy import onnx_graph
+    from speech_jax.deploy import onnx_graph, onnx_primitives
 
     model = heard.bundle
     leaves, tree = jax.tree.flatten((model.params, model.state))
@@ -62,7 +62,7 @@ def make(
     with partition.several_platforms():
         traced = jax.jit(logits).trace(like, samples, lengths)
     graph = onnx_graph.Graph({"samples": samples, "lengths": lengths})
-    given = [onnx_graph.Tensor(name) for name in ("samples", "lengths")]
+    given = [onnx_primitives.Tensor(name) for name in ("samples", "lengths")]
     outputs = graph.trace(traced.jaxpr, [*map(np.asarray, leaves), *given])
     names = {"logits": onnx.TensorProto.FLOAT, "frames": onnx.TensorProto.INT32}
     for value, name in zip(outputs, names, strict=True):

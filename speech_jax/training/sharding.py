@@ -43,6 +43,11 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
+def described() -> str:
+    """How many devices there are, and of what kind."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
