@@ -103,7 +103,7 @@ def against_transformers(names: list[str], chosen: argparse.Namespace) -> Iterat
         if name.startswith("wav2vec2"):
             kinds = {"fine-tuning": lambda name=name: _fine_tuning(name, chosen)}
         else:
-            layers, width = CONFORMERS.get(name) or map(int, name.split("x"))
+            layers, width = _conformer(name)
             kinds = {
                 part: lambda layers=layers, width=width, front=front: transformers_steps.encoders(
                     width, layers, chosen.rows, chosen.seconds, front=front
@@ -123,6 +123,19 @@ def against_transformers(names: list[str], chosen: argparse.Namespace) -> Iterat
                     "MFU": arithmetic / took / costs.peak_flops(),
                     "speed-up": seconds["transformers"] / took,
                 }
+
+
+def _conformer(name: str) -> tuple[int, int]:
+    """Layers and width of a Conformer by its name, such as conformer-s or 4x256."""
+    if name in CONFORMERS:
+        return CONFORMERS[name]
+    layers, _, width = name.partition("x")
+    if not (layers.isdecimal() and width.isdecimal()):
+        raise SystemExit(
+            f"error: nothing is compared with {name!r}: take {', '.join(CONFORMERS)}, 4x256 (4 "
+            "layers of width 256) or wav2vec2-base"
+        )
+    return int(layers), int(width)
 
 
 def _fine_tuning(name: str, chosen: argparse.Namespace):

@@ -75,7 +75,9 @@ def lock(file: IO[str]) -> bool:
         return False
     except OSError as error:
         logging.warning(
-            "%s cannot be locked (%s): see that no other run is in it", file.name, error.strerror
+            "%s cannot be locked (%s): see that no other command writes there",
+            file.name,
+            error.strerror,
         )
     return True
 

@@ -77,7 +77,9 @@ def test_what_is_heard_is_a_split_beside_others(command, calls, finished, tones,
     config.data.update({"root": "", "source": "synthetic"})  # a root that a manifest does not need
     assert len(experiment.open_splits(config, str(out)).utterances) == 3
     config.data.root = str(tones)
-    with pytest.raises(UserError, match=r"there is no manifest .*/gone\.jsonl nor .*/gone\.jsonl"):
+    with pytest.raises(
+        UserError, match=r"there is no manifest .*/gone\.jsonl and no .*/gone\.jsonl"
+    ):
         experiment.open_splits(config, "gone.jsonl")
 
 

@@ -125,6 +125,10 @@ def _places(text: str) -> dict[str, str]:
     return {re.sub(r"[.\-]", "_", name): place for name, place in places.items()} | places
 
 
+# Parts of an op_name that say how a part of a model is run.
+_AROUND = ("while", "body", "encoder", "eval_jaxpr", "checkpoint", "rematted_computation")
+
+
 def module_of(place: str) -> str:
     """The part of a model that an op_name belongs to: 'backward, layers/attention'."""
     if not place:
@@ -132,9 +136,10 @@ def module_of(place: str) -> str:
     if "dynamic_update_index_in_dim" in place or "dynamic_index_in_dim" in place:
         return "kept for the gradient, by the loop over layers"
     direction = "backward" if "transpose(" in place else "forward"
-    direction = "recomputed" if "rematted" in place else direction
+    if direction == "backward" and "rematted" in place:
+        direction = "recomputed"
     parts = [part for part in place.split("/") if re.fullmatch(r"[a-z_]+(_\d+)?", part)]
-    parts = [part for part in parts if part not in ("while", "body", "encoder", "eval_jaxpr")]
+    parts = [part for part in parts if part not in _AROUND]
     known = ("layers", "layer", "subsampling", "extractor", "position", "head")
     start = next((i for i, part in enumerate(parts) if part.startswith(known)), None)
     if start is None:

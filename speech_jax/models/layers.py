@@ -51,8 +51,8 @@ RULES: Rules = (
 )
 
 
-# Their gradients keep the input alone, and nothing that is between: a loop over layers would write
-# that for each of them and read it again, an eighth of a step of wav2vec2 Base on CPU.
+# For their gradients only the input is kept, not the values between, which a loop over layers would
+# write and read again for each layer: an eighth of a step of wav2vec2 Base on CPU.
 swish = jax.checkpoint(nn.swish, prevent_cse=False)
 gelu = jax.checkpoint(functools.partial(nn.gelu, approximate=False), prevent_cse=False)
 

@@ -25,9 +25,9 @@ from speech_jax.ops.wide import (
     LOG2_E,
     Wide,
     normalized,
-    power_of_two,
     wide_exp,
     wide_indicator,
+    wide_over,
     wide_pad,
     wide_sum,
     wide_times,
@@ -150,13 +150,10 @@ def _occupancy(alpha: Wide, beta: Wide, own: Wide, likelihood: Wide) -> jax.Arra
 
     alpha, beta, own: Wide [T, B, N]; likelihood: Wide [B].
     """
-    positive = likelihood.mantissa > 0
-    scale = jnp.where(positive, 1 / jnp.where(positive, likelihood.mantissa, 1), 0)
     # The frame's own probability is divided out; where it is 0, so are alpha and beta.
     mantissa = jnp.where(own.mantissa == 0, 1, own.mantissa)
-    exponent = alpha.exponent + beta.exponent - own.exponent - likelihood.exponent[None, :, None]
-    product = alpha.mantissa * beta.mantissa / mantissa * scale[None, :, None]
-    return product * power_of_two(jnp.minimum(exponent, 127))
+    exponent = alpha.exponent + beta.exponent - own.exponent
+    return wide_over(Wide(alpha.mantissa * beta.mantissa / mantissa, exponent), likelihood)
 
 
 def _subtract_labels(gradient: jax.Array, labels: jax.Array, occupancy: jax.Array) -> jax.Array:

@@ -99,7 +99,7 @@ def wide_nats(x: Wide) -> jax.Array:
 
 
 def wide_over(x: Wide, total: Wide) -> jax.Array:
-    """Shares [..., B, N] of totals [B], float32; 0 where a total is 0."""
+    """X / total, float32 [..., B, N]: x [..., B, N], total [B]; 0 where a total is 0."""
     there = total.mantissa > 0
     scale = jnp.where(there, 1 / jnp.where(there, total.mantissa, 1), 0)
     shape = *(1,) * (x.mantissa.ndim - 2), -1, 1

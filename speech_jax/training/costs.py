@@ -89,7 +89,8 @@ def matmul_flops(jaxpr: Any) -> float:
     """FLOPs of the matrix products and convolutions of a (closed) jaxpr.
 
     A loop's body counts as often as it runs, which XLA's own cost analysis does not do. A program
-    under remat counts what it recomputes.
+    under remat counts what it recomputes, and a gradient that nobody asks for counts where it is
+    written by hand.
     """
     return _count(getattr(jaxpr, "jaxpr", jaxpr))
 

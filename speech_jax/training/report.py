@@ -218,12 +218,12 @@ class Report:
         }
         self._total.add(window)
         self._window = _Work()
-        self._start()
         loss = next(iter(self.figures.values()))
         accuracy = self.figures.get("accuracy")
         progress = f"loss {loss:.3f}" + ("" if accuracy is None else f"  accuracy {accuracy:.3f}")
         self._show(step, progress, values)
         self._write(step, values)
+        self._start()
 
     def _show(self, step: int, progress: str, values: Mapping[str, float]) -> None:
         figures = (
@@ -308,6 +308,7 @@ class Writer:
                 self._events_path = pathlib.Path(self._scratch.name, name)
                 if metrics.exists():
                     self._lines.write_bytes(metrics.read_bytes())
+            self._events_path.touch()
         self._flushed = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -327,8 +328,9 @@ class Writer:
             self._start = file.seek(0, os.SEEK_END)
             file.write(json.dumps(line).encode() + b"\n")
         self._last = line
+        plots = self._plots()
         with self._errors(self._folder):
-            self._plots().add(step, {name: x for name, x in numbers.items() if x is not None})
+            plots.add(step, {name: x for name, x in numbers.items() if x is not None})
         if time.monotonic() - self._flushed > self._FLUSH_SECONDS:
             self.flush()
 
@@ -361,7 +363,8 @@ class Writer:
             # Not before: the library imports PyTorch where it is there, which takes a second.
             from speech_jax.training.tensorboard import Events
 
-            self._events = Events(self._events_path, self._step)
+            with self._errors(self._folder):
+                self._events = Events(self._events_path, self._step)
         return self._events
 
     @contextlib.contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from absl import logging
 
+from speech_jax import files
 from speech_jax.data.sources import base
 
 # What other toolkits call the transcript.
@@ -85,20 +86,25 @@ def open_split(
 def find(root: pathlib.Path, split: str, *extensions: str) -> pathlib.Path:
     """Returns root/split with one of the extensions, or the file that `split` itself names.
 
-    The latter is below the root or, with one of the extensions, a path from the current folder.
+    The latter is below the root, or what ends in .jsonl a path from the current folder, where
+    pseudo_label writes.
     """
+    if files.is_remote(split):
+        raise base.SourceError(f"{split} is in a bucket: copy it to a disk")
     split = os.path.expanduser(split)
     named = split.endswith(tuple(f".{extension}" for extension in extensions))
     candidates = [root / f"{split}.{extension}" for extension in extensions] + [root / split]
-    candidates += [pathlib.Path(split).absolute()] if named else []
+    if split.endswith(".jsonl"):
+        candidates.append(pathlib.Path(split).absolute())
     for path in map(pathlib.Path, map(base.present, map(str, candidates))):
         if path.is_file():
             return path
-    if not root.is_dir() and not os.path.isabs(split):
+    if not named and not root.is_dir() and not os.path.isabs(split):
         raise base.SourceError(
             f"the data root {root} does not exist; set it to the manifests' folder"
         )
-    wanted = " nor ".join(dict.fromkeys(map(str, candidates[-2:]))) if named else candidates[0]
+    places = candidates[len(extensions) :] if named else candidates[:1]
+    wanted = " and no ".join(dict.fromkeys(map(str, places)))
     known = sorted(path.stem for path in root.glob(f"*.{extensions[0]}"))
     raise base.SourceError(f"there is no manifest {wanted}; {root} has {base.listed(known)}")
 
