@@ -24,6 +24,24 @@ def test_depthwise_convolution_is_a_grouped_one():
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(layers.swish, nn.swish), (layers.gelu, lambda x: nn.gelu(x, approximate=False))],
+    ids=["swish", "gelu"],
+)
+def test_activations_keep_their_input_alone(ours, theirs):
+    x, g = 3 * normal(5, 7), normal(5, 7)
+    values, back = jax.vjp(ours, x)
+    wanted, wanted_back = jax.vjp(theirs, x)
+    np.testing.assert_allclose(values, wanted, atol=1e-6)
+    np.testing.assert_allclose(back(g)[0], wanted_back(g)[0], atol=1e-6)
+    kept = [leaf for leaf in jax.tree.leaves(back) if jnp.shape(leaf) == x.shape]
+    assert len(kept) == 1
+    half = x.astype(jnp.bfloat16)  # where 1 + erf would lose its digits
+    exact = theirs(half.astype(jnp.float32))
+    np.testing.assert_allclose(ours(half).astype(jnp.float32), exact, rtol=2e-2, atol=1e-3)
+
+
 def test_rotary_scores_depend_on_distance_alone():
     query, key = normal(1, 1, 1, 8), normal(1, 1, 1, 8)
     frames = 12
