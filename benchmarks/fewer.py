@@ -3,10 +3,11 @@
   python -m benchmarks.fewer --root=DATA/LibriSpeech --out=FOLDER --minutes=25 \\
       [--seeds=2] [--only=ROW,ROW] [--json=FILE] [--list]
 
-Each row is configs/librispeech.py with the changes of ROWS, trained on train-clean-5 and evaluated
-on dev-clean-5, by the best of its six checkpoints there: as the recipe searches (greedily, but for
-an attention decoder), and, on the half that its weights are not tuned on, greedily and with n-grams
-of the training transcripts (of an attention decoder, its CTC both times).
+Each row is configs/librispeech.py:conformer_tiny with a task and the changes of ROWS, trained on
+train-clean-5 and evaluated on dev-clean-5, by the best of its six checkpoints there: as the recipe
+searches (greedily, but for an attention decoder), and, on the half that its weights are not tuned
+on, greedily and with n-grams of the training transcripts (of an attention decoder, its CTC both
+times).
 
 Equal minutes: updates of a row and of the baseline take turns, one of each batch shape, and the row
 gets --minutes over its mean time for an update. FOLDER/rates.json keeps these times, as if the
@@ -109,6 +110,7 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "transduce_time": CHEAP,
     "transduce_time_128": CHEAP | {"text.vocabulary_size": 128},
     "transduce_wide": WIDE,
+    "transduce_xs": {"model.width": 192, "model.num_layers": 6, "task.context": 3},
     "transduce_deep": TIME
     | {"model.width": 144, "model.num_layers": 10, "model.subsampling_channels": 144},
     # One idea each.
