@@ -19,9 +19,10 @@ that the root lacks are downloaded.
 
 By hours of speech (what was run stands in benchmarks/RESULTS.md, with its curve):
 
-  5 h      on two cores, WER on dev-clean-5: 62%, and with 6-grams of the training transcripts 50%
-           (README, A language model). CTC alone (conformer_tiny, 9,000 updates): 82%. An H200
-           brings a model of 19 M parameters to 44% in 3.5 minutes (benchmarks/hardware/timed.py).
+  5 h      on two cores in 27 minutes, WER on dev-clean-5: 54%, and with 6-grams of the training
+           transcripts 45% (README, A language model). conformer_tiny+transduce (12,000 updates):
+           62%; CTC alone (conformer_tiny, 9,000 updates): 82%. An H200 brings a model of 19 M
+           parameters to 44% in 3.5 minutes (benchmarks/hardware/timed.py).
   less     the same with --config.model.dropout=0.1, for there are more epochs then; or start from
            another model (configs/finetune_wav2vec2.py, --config.init.folder).
   100 h    conformer_s --config.data.train_splits=train-clean-100 --config.train.steps=40000
