@@ -154,6 +154,17 @@ def slow(*arguments):
     return plain(*arguments)
 loop.by_utterance = slow
 """
+# The first process takes its time to put a checkpoint aside, which the other one must wait for.
+SLOW_RENAME = """
+import time
+from etils import epath
+Path = type(epath.Path("/"))
+rename = Path.rename
+def slow(*arguments):
+    time.sleep(2)
+    return rename(*arguments)
+Path.rename = slow
+"""
 
 
 def test_sigterm_saves_on_two_processes_and_they_go_on(tones, tmp_path):
@@ -171,7 +182,7 @@ def test_sigterm_saves_on_two_processes_and_they_go_on(tones, tmp_path):
     checkpoint = tmp_path / "work" / "checkpoints" / "4"
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
     assert json.loads((checkpoint / "record" / "metadata").read_text())["data"]["pending"]
-    recipe.write_text(quick)
+    recipe.write_text(quick + SLOW_RENAME)
     again = told_to_leave(command)
     assert "from update 4\n" in again
     assert re.search("^step .*", again, re.M)[0].startswith("step 4  train: WER")

@@ -82,8 +82,9 @@ def test_the_middle_layer_has_its_part_of_the_loss(scan, batch, params):
         for layer in (1, 2)
     ]  # fmt: skip
     middle, last = ((one * batch["weight"]).sum() for one in nats)
-    total, tokens, _ = loss(task, tree, batch)
+    total, tokens, aux = loss(task, tree, batch)
     assert tokens == 12
+    assert aux["sums"]["middle"] == pytest.approx(float(middle), rel=1e-5)
     assert abs(float(middle - last)) > 0.1
     assert total == pytest.approx(float(0.3 * middle + 0.7 * last), rel=1e-5)
     # It is not for evaluation.
@@ -107,6 +108,10 @@ def test_two_views_are_pulled_together(batch, params):
     logits, frames, _ = read(params, {}, batch, rng, 0)
     apart = recognize.inconsistency(logits, frames, batch["weight"])
     assert whole - none == pytest.approx(0.2 * float(apart), rel=1e-3)
+    sums = run(params, {}, batch, rng, 100)[2]["sums"]
+    assert sums["inconsistency"] == pytest.approx(float(apart), rel=1e-5)
+    figures = task.figures({**sums, "loss": 6.0, "weight": 12.0})
+    assert figures["inconsistency_per_label"] == pytest.approx(float(apart) / 12, rel=1e-5)
     expected = loss(make_task(), params, batch, train=False)[0]
     assert loss(task, params, batch, train=False)[0] == expected
 

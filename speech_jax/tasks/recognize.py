@@ -193,17 +193,24 @@ class Recognize:
             )
             weights = (self.inter_ctc, 1 - self.inter_ctc)
             by_layer = zip(weights, logits, strict=True) if self.inter_ctc else [(1.0, logits)]
-        total = 0.0
+        parts = []
         for share, logits in by_layer:
             each = [hearing.ctc_part(logits, lengths, _viewed(one, views)) for one in readings]
-            nats, tokens, infeasible = (sum(parts) for parts in zip(*each, strict=True))
-            total += share * nats
+            nats, tokens, infeasible = (sum(some) for some in zip(*each, strict=True))
+            parts.append((share, nats))
+        total = sum(share * nats for share, nats in parts)
+        sums = {"infeasible": infeasible}
+        if self.inter_ctc:
+            sums["middle"] = parts[0][1]
+        if self.consistency:
+            sums["inconsistency"] = jnp.zeros(())  # of one view
         if views > 1:
             rise = jnp.minimum(1.0, step / max(1, self.consistency_warmup))
             fits = ctc.ctc_feasible(lengths[::views], batch["labels"], batch["labels_length"])
-            nats = inconsistency(logits, lengths, jnp.where(fits, batch["weight"], 0.0))
-            total += self.consistency * rise * nats
-        return total, tokens, {"state": state, "sums": {"infeasible": infeasible}}
+            apart = inconsistency(logits, lengths, jnp.where(fits, batch["weight"], 0.0))
+            total += self.consistency * rise * apart
+            sums["inconsistency"] = apart
+        return total, tokens, {"state": state, "sums": sums}
 
     def predict(self, params: Pytree, state: Pytree, batch: Batch) -> dict[str, jax.Array]:
         """{"labels": int32 [B, T'], "labels_length": int32 [B]}, and what else a decoder finds."""
@@ -224,9 +231,14 @@ class Recognize:
         }
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The loss in nats a label, and the utterances whose alignment did not fit."""
-        loss = sums["loss"] / max(sums["weight"], 1.0)
-        return {"loss_per_label": loss, "infeasible": sums["infeasible"]}
+        """The loss in nats a label, its parts of CTC's variants, and what did not fit.
+
+        Those are the middle layer's loss and how far two views are apart, without their weights.
+        """
+        weight = max(sums["weight"], 1.0)
+        found = {"loss_per_label": sums["loss"] / weight, "infeasible": sums["infeasible"]}
+        parts = ("middle", "inconsistency")
+        return found | {f"{name}_per_label": sums[name] / weight for name in parts if name in sums}
 
     def check(self, figures: Mapping[str, float], step: int) -> None:
         """Nothing that is logged says that going on is of no use."""

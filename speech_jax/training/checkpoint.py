@@ -26,7 +26,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from speech_jax.training import saved
+from speech_jax import files
+from speech_jax.training import saved, sharding
 from speech_jax.training.saved import CheckpointError
 from speech_jax.training.stopping import Watched
 
@@ -78,7 +79,7 @@ class Checkpoints:
         )
         _quieten()
         try:
-            self._bring_back()
+            sharding.from_first(self._bring_back)  # before any process looks at what is there
             self._manager = _Manager(
                 self.directory,
                 options=options,
@@ -167,18 +168,24 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         """Keeps a checkpoint under another name until the one that replaces it is whole."""
-        if jax.process_index() == 0:
-            (self.directory / str(step)).rename(self.directory / f"{step}{_ASIDE}")
+        old = self.directory / str(step)
+
+        def rename() -> None:
+            with files.writing(old):
+                old.rename(self.directory / f"{step}{_ASIDE}")
+
+        sharding.from_first(rename)  # the others look only when it is done
         self._manager.reload()
 
     def _bring_back(self) -> None:
         """Ends what `_set_aside` began: removes the old checkpoint, or brings it back."""
-        if jax.process_index() or not self.directory.exists():
+        if jax.process_index():
             return
-        for path in list(self.directory.iterdir()):
-            if path.name.endswith(_ASIDE):
-                place = self.directory / path.name.removesuffix(_ASIDE)
-                path.rmtree() if place.exists() else path.rename(place)
+        with files.writing(self.directory):
+            for path in list(self.directory.iterdir()) if self.directory.exists() else []:
+                if path.name.endswith(_ASIDE):
+                    place = self.directory / path.name.removesuffix(_ASIDE)
+                    path.rmtree() if place.exists() else path.rename(place)
 
     def close(self) -> None:
         """Waits for the save in progress and ends the threads."""
